@@ -1,0 +1,138 @@
+"""``dmm VERB``: every verb is one pydantic model, read from ``--config`` and flags, and one function."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import signal
+import sys
+from typing import Any, NamedTuple, NoReturn
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from dmm_ray.cluster import quiet
+from dmm_ray.config import Config, load_yaml, one_line
+from dmm_ray.errors import CheckFailed, UserError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Verb(NamedTuple):
+    """Where a verb lives; imported only when called."""
+
+    module: str
+    config: str
+    function: str
+    about: str
+    positional: str | None = None
+
+
+VERBS = {
+    "demo": Verb("dmm_ray.demo.run", "DemoConfig", "demo", "text -> activations -> prior -> report -> endpoint"),
+    "extract": Verb("dmm_ray.activations.extract", "ExtractConfig", "extract", "write an activation store"),
+    "train": Verb("dmm_ray.training.train", "TrainConfig", "train", "train a prior on a store"),
+    "evaluate": Verb("dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"),
+    "serve": Verb("dmm_ray.serving.serve", "ServeConfig", "serve", "answer log_prob and denoise over HTTP"),
+    "verify": Verb("dmm_ray.activations.verify", "VerifyConfig", "verify", "check a store against its records", "store"),
+    "info": Verb("dmm_ray.activations.info", "InfoConfig", "info", "say what a store is", "store"),
+}
+
+
+def usage() -> str:
+    """What ``dmm --help`` prints."""
+    lines = [f"  {name:<10} {verb.about}" for name, verb in VERBS.items()]
+    return "usage: dmm VERB [--config file.yaml] [--field value ...]\n\n" + "\n".join(lines) + "\n\ndmm VERB --help shows its fields\n"
+
+
+def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
+    """The verb and its configuration from flags, over those of a ``--config`` file.
+
+    Raises:
+        UserError: no such verb or field, a wrong value, a missing or damaged file.
+    """
+    if name not in VERBS:
+        raise UserError(f"{name}: no such verb; one of {', '.join(VERBS)}")
+    verb = VERBS[name]
+    model = getattr(importlib.import_module(verb.module), verb.config)
+    rest, defaults = _config_file(args)
+    if verb.positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{verb.positional}", *rest]
+    return verb, build(model, f"dmm {name}", rest, defaults)
+
+
+def build(model: type[Config], program: str, args: list[str], defaults: dict[str, Any] | None = None) -> Config:
+    """An instance of ``model`` from command-line flags over ``defaults``; ``--help`` prints its fields and exits.
+
+    Raises:
+        UserError: an unknown flag, a wrong value, a required field missing.
+    """
+
+    class Flags(model, BaseSettings):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(
+            cli_prog_name=program, cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, cli_enforce_required=False
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings,)  # flags come first by themselves; the environment is not read
+
+    Flags.__doc__ = model.__doc__
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            found = CliApp.run(Flags, cli_args=args, **(defaults or {}))
+    except ValidationError as e:
+        raise UserError(one_line(e)) from e
+    except SettingsError as e:
+        raise UserError(" ".join(str(e).split())) from e
+    except SystemExit as e:
+        if e.code:
+            raise UserError(complaint.getvalue().strip().rpartition("error: ")[2] + "; --help lists the fields") from e
+        raise
+    return model.model_validate(found.model_dump())
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point: runs a verb, prints its folder as the last line on stdout, exits with the fixed codes."""
+    args = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("dmm_ray").setLevel(os.environ.get("DMM_LOG_LEVEL", "INFO"))
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        sys.exit(DONE if args else BAD_INPUT)
+    quiet()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        verb, config = parse(args[0], args[1:])
+        function = getattr(importlib.import_module(verb.module), verb.function)
+        sys.stdout.write(f"{function(config)}\n")
+    except UserError as e:
+        _fail(BAD_INPUT, args[0], str(e))
+    except CheckFailed as e:
+        _fail(FAILED, args[0], str(e))
+    except KeyboardInterrupt:
+        _fail(INTERRUPTED, args[0], "interrupted; the same command resumes")
+    sys.exit(DONE)
+
+
+def _fail(code: int, name: str, message: str) -> NoReturn:
+    sys.stderr.write(f"dmm {name}: {' '.join(message.split())}\n")
+    sys.exit(code)
+
+
+def _config_file(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take ``--config FILE`` out of the flags and read it."""
+    for i, arg in enumerate(args):
+        if arg == "--config":
+            if i + 1 == len(args):
+                raise UserError("--config: a YAML file is needed after it")
+            return args[:i] + args[i + 2 :], load_yaml(args[i + 1])
+        if arg.startswith("--config="):
+            return args[:i] + args[i + 1 :], load_yaml(arg.removeprefix("--config="))
+    return args, {}

@@ -1,0 +1,9 @@
+"""The two ways a command fails by itself; everything else is a bug and shows its traceback."""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line that names the field or file and the mend. Exit code 2."""
+
+
+class CheckFailed(Exception):
+    """A check said no, or the work failed for a reason outside the input. Exit code 1."""

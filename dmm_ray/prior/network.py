@@ -1,0 +1,109 @@
+"""The denoiser: a residual gated MLP whose gates are scaled by the noise level.
+
+The architecture of the published Generative Latent Prior (Luo et al. 2026), with its tensor names::
+
+    h = in_proj(z_u);  e = time_embed(sinusoid(1000 u));  multi-layer: e += layer_embed(sinusoid(layer / (n_layers - 1)))
+    per block:  y = ln(h);  h += down_proj(silu(gate_proj(y) * time_proj(e)) * up_proj(y))
+    velocity = out_proj(ln(h))
+
+Shapes: B rows, M distinct conditions (noise level, layer), D activation width, H model width, F MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmm_ray.prior.flow import LEVELS
+
+
+def sinusoid(t_M: Tensor, width: int) -> Tensor:
+    """``[cos(t f_i), sin(t f_i)]`` with ``f_i = exp(-ln(10000) i / (width / 2))``, (M, width), in float32."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t_M.device, dtype=torch.float32))
+    angle = t_M.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Block(nn.Module):
+    """One residual block; its gate comes from outside, once per distinct noise level."""
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(d_model)
+        self.gate_proj = nn.Linear(d_model, d_mlp)
+        self.up_proj = nn.Linear(d_model, d_mlp)
+        self.down_proj = nn.Linear(d_mlp, d_model)
+        self.time_proj = nn.Linear(d_model, d_mlp)
+
+    def hidden(self, h_BH: Tensor, gate_BF: Tensor) -> Tensor:
+        """The block's hidden units (B, F), the inputs of ``down_proj``: the prior's meta-neurons."""
+        y_BH = self.ln(h_BH)
+        return F.silu(self.gate_proj(y_BH) * gate_BF) * self.up_proj(y_BH)
+
+    def forward(self, h_BH: Tensor, gate_BF: Tensor) -> Tensor:
+        """The next residual state (B, H)."""
+        return h_BH + self.down_proj(self.hidden(h_BH, gate_BF))
+
+
+class Denoiser(nn.Module):
+    """Predicts the velocity ``noise - z`` of normalised activations.
+
+    Args:
+        d: activation width D.
+        d_model: residual width H, even.
+        d_mlp: hidden width F of a block.
+        n_blocks: number of blocks.
+        multi_layer: condition on the layer too.
+    """
+
+    def __init__(self, d: int, d_model: int, d_mlp: int, n_blocks: int, multi_layer: bool = False) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.in_proj = nn.Linear(d, d_model)
+        self.time_embed = _embedding(d_model)
+        self.layer_embed = _embedding(d_model) if multi_layer else None
+        self.layers = nn.ModuleList(Block(d_model, d_mlp) for _ in range(n_blocks))
+        self.ln = nn.LayerNorm(d_model)
+        self.out_proj = nn.Linear(d_model, d)
+
+    def gates(self, u_M: Tensor, depth_M: Tensor | None = None) -> list[Tensor]:
+        """The time path: every block's gate (M, F) for M distinct conditions.
+
+        Args:
+            u_M: noise levels in [0, 1].
+            depth_M: layer / (n_layers - 1) of the subject; multi-layer priors only.
+        """
+        dtype = self.in_proj.weight.dtype
+        e_MH = self.time_embed(sinusoid(u_M * LEVELS, self.d_model).to(dtype))
+        if self.layer_embed is not None:
+            assert depth_M is not None
+            e_MH = e_MH + self.layer_embed(sinusoid(depth_M, self.d_model).to(dtype))
+        return [block.time_proj(e_MH) for block in self.layers]
+
+    def velocity(self, z_BD: Tensor, gates: list[Tensor], index_B: Tensor | None = None) -> Tensor:
+        """The velocity (B, D), from gates for each row, or for each distinct condition and every row's index into them."""
+        h_BH = self.in_proj(z_BD)
+        for block, gate in zip(self.layers, gates, strict=True):
+            h_BH = block(h_BH, gate if index_B is None else gate[index_B])
+        return self.out_proj(self.ln(h_BH))
+
+    def meta_neurons(self, z_BD: Tensor, gates: list[Tensor]) -> list[Tensor]:
+        """Every block's hidden units (B, F)."""
+        h_BH, found = self.in_proj(z_BD), []
+        for block, gate in zip(self.layers, gates, strict=True):
+            hidden_BF = block.hidden(h_BH, gate)
+            found.append(hidden_BF)
+            h_BH = h_BH + block.down_proj(hidden_BF)
+        return found
+
+    def forward(self, z_BD: Tensor, u_M: Tensor, index_B: Tensor | None = None, depth_M: Tensor | None = None) -> Tensor:
+        """:meth:`gates` then :meth:`velocity`."""
+        return self.velocity(z_BD, self.gates(u_M, depth_M), index_B)
+
+
+def _embedding(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))

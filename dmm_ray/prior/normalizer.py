@@ -1,0 +1,42 @@
+"""Per-dimension standardisation of activations, per layer, with one stated variance floor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalizer(nn.Module):
+    """``z = (x - mean) / sqrt(max(var, floor))``.
+
+    Args:
+        mean: (L, d), one row per modelled layer.
+        var: (L, d).
+        floor: lower bound of every variance, in squared activation units.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, mean: Tensor, var: Tensor, floor: float) -> None:
+        super().__init__()
+        self.floor = floor
+        self.register_buffer("mean", mean.to(torch.float32))
+        self.register_buffer("var", var.to(torch.float32).clamp(min=floor))
+
+    def normalize(self, x: Tensor, row: int = 0) -> Tensor:
+        """Raw activations (n, d) of the layer at index ``row`` to normalised float32."""
+        return (x.to(torch.float32) - self.mean[row]) / self.var[row].sqrt()
+
+    def denormalize(self, z: Tensor, row: int = 0) -> Tensor:
+        """The inverse of :meth:`normalize`, float32."""
+        return z * self.var[row].sqrt() + self.mean[row]
+
+    def log_determinant(self, row: int = 0) -> float:
+        """``log |dz / dx|`` in nats: what a density of z gains to become one of x."""
+        return float(-0.5 * self.var[row].double().log().sum())
+
+
+def variance_floor(var: Tensor) -> float:
+    """The floor used for new priors: a millionth of the mean variance, so that dead dimensions stay finite."""
+    return max(float(var.double().mean()) * 1e-6, 1e-30)

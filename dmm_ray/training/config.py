@@ -1,0 +1,146 @@
+"""The configuration of ``dmm train`` and the network sizes it offers."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from dmm_ray.activations.split import Split
+from dmm_ray.config import Config
+from dmm_ray.errors import UserError
+from dmm_ray.prior.flow import LEVELS
+
+Preset = Literal["auto", "glp-d3", "glp-d6", "glp-d12", "glp-d24"]
+
+
+class Shape(NamedTuple):
+    """Size of a denoiser."""
+
+    d_model: int
+    d_mlp: int
+    n_blocks: int
+
+
+class TrainConfig(Config):
+    """Train a prior on an activation store."""
+
+    activations: str
+    """Activation store to learn from: a folder or URI that `dmm extract` wrote."""
+    out: str
+    """Prior folder to write. The same command on an unfinished folder resumes."""
+    samples: int = Field(default=100_000_000, ge=1)
+    """Activations to train on, repeats counted; rounded up to whole batches."""
+    layer: int | None = None
+    """Which of the store's layers; needed when it has several."""
+    preset: Preset = "auto"
+    """Network size: auto (from the activation width) or the published glp-d3, -d6, -d12, -d24 (width 2d, MLP 4d)."""
+    d_model: int | None = Field(default=None, gt=0, multiple_of=2)
+    """Residual width of the denoiser; default from the preset."""
+    d_mlp: int | None = Field(default=None, gt=0)
+    """Hidden width of a block; default from the preset."""
+    n_blocks: int | None = Field(default=None, gt=0)
+    """Number of blocks; default from the preset."""
+    batch: int = Field(default=4096, ge=1)
+    """Samples in a global batch, over all workers."""
+    levels_per_batch: int = Field(default=256, ge=1, le=LEVELS)
+    """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; default 0.5 / d_model."""
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the run with linearly rising learning rate, from 1 % of the peak."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    ema: float = Field(default=0.05, gt=0, lt=0.25)
+    """Width of the power-function average of the weights, relative to the run so far (sigma_rel of EDM2)."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the matrix products; weights, sums and the optimiser are float32."""
+    shuffle_rows: int = Field(default=1 << 20, ge=1)
+    """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""
+    split: Split = Split()
+    """How documents are divided; only the train part is trained on."""
+    seed: int = 0
+    """Of the initial weights, the data order and every sample's noise."""
+    workers: int = Field(default=1, ge=0)
+    """Ray Train workers; 0 trains in this process."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs of a worker; default all of a local machine divided by the workers, 1 on GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has one for every worker."""
+    max_failures: int = Field(default=3, ge=0)
+    """Worker crashes after which training goes on from the last checkpoint."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Samples between checkpoints; default a tenth of the run."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    log_every: int | None = Field(default=None, ge=1)
+    """Samples between lines of stats.jsonl; default a hundredth of the run."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Samples between validation losses; default a tenth of the run."""
+    validation_rows: int = Field(default=4096, ge=1)
+    """Rows of the validation part that the validation loss is taken on, the same every time."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
+    wandb_project: str = "dmm-ray"
+    """Project that the run is logged to; its name is the output folder's."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainConfig:
+        if self.batch % min(self.levels_per_batch, self.batch):
+            raise ValueError(f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does")
+        return self
+
+    @property
+    def total_batches(self) -> int:
+        """Global batches of the whole run."""
+        return -(-self.samples // self.batch)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.total_batches * self.batch
+
+    def every(self, samples: int | None, share: int) -> int:
+        """An interval in global batches, from one in samples or as the run's ``share``-th part."""
+        return max(1, -(-(samples or self.total_samples // share) // self.batch))
+
+    def shape(self, d: int) -> Shape:
+        """The denoiser's size for activations of width d."""
+        base = preset_shape(self.preset, d)
+        return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
+
+    def peak_lr(self, d: int) -> float:
+        """The peak learning rate for activations of width d."""
+        return self.lr or 0.5 / self.shape(d).d_model
+
+
+def preset_shape(preset: Preset, d: int) -> Shape:
+    """The size that a preset name stands for.
+
+    ``auto`` is the published width (2d, 4d) at depth 6, wider and shallower for small d, where a denoiser of twice the
+    width is starved (d = 64: 256, 512, 3).
+    """
+    if preset == "auto":
+        return Shape(max(2 * d, min(4 * d, 512)), max(4 * d, min(8 * d, 1024)), 3 if d <= 256 else 6)
+    return Shape(2 * d, 4 * d, int(preset.removeprefix("glp-d")))
+
+
+FREE_FIELDS = frozenset(
+    {"activations", "out", "workers", "cpus_per_worker", "device", "max_failures", "checkpoint_every"}
+    | {"keep_checkpoints", "wandb", "wandb_project"}
+)
+"""Fields that a resumed run may change: they touch no number of the run."""
+
+
+def check_same(saved: TrainConfig, asked: TrainConfig) -> None:
+    """Raises UserError naming the first field in which a resumed run would differ from the one in the folder."""
+    for field in TrainConfig.model_fields:
+        old, new = getattr(saved, field), getattr(asked, field)
+        if field not in FREE_FIELDS and old != new:
+            raise UserError(
+                f"{asked.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same {field}"
+            )

@@ -1,0 +1,100 @@
+"""One optimisation step: loss, gradients, learning rate, weight average; all functions of the batch number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dmm_ray.prior.flow import batch_levels, interpolate
+from dmm_ray.prior.network import Denoiser
+from dmm_ray.prior.noise import normal, row_ids
+from dmm_ray.training.config import TrainConfig
+
+STREAM_TRAIN, STREAM_VALIDATION = 16, 17
+"""Noise streams of training; inference uses others."""
+
+
+def learning_rate(config: TrainConfig, peak: float, batch: int) -> float:
+    """Linear warm-up from 1 % of ``peak``, then a cosine to ``final_lr * peak`` at the last batch."""
+    progress = batch / config.total_batches
+    if progress < config.warmup:
+        return peak * (0.01 + 0.99 * progress / config.warmup)
+    way = (progress - config.warmup) / (1 - config.warmup)
+    return peak * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * way)) / 2)
+
+
+def ema_exponent(sigma_rel: float) -> float:
+    """gamma of the power-function average of relative width sigma_rel (Karras et al. 2024, eq. 123: EDM2)."""
+    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) falls in gamma: bisection.
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        width = math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3)))
+        low, high = (middle, high) if width > sigma_rel else (low, middle)
+    return low
+
+
+class Ema:
+    """Power-function average of the weights: ``beta = (1 - 1/n)^(gamma + 1)`` after batch n, a function of n alone."""
+
+    def __init__(self, denoiser: nn.Module, sigma_rel: float) -> None:
+        self.gamma = ema_exponent(sigma_rel)
+        self.source = list(denoiser.parameters())
+        self.names = [name for name, _ in denoiser.named_parameters()]
+        self.average = [p.detach().clone() for p in self.source]
+
+    def update(self, batches: int) -> None:
+        """Take in the weights after ``batches`` batches (from 1)."""
+        beta = (1 - 1 / batches) ** (self.gamma + 1)
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - beta)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights by name."""
+        return dict(zip(self.names, self.average, strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        for name, average in zip(self.names, self.average, strict=True):
+            average.copy_(state[name])
+
+
+class FlowBatch:
+    """A share of a global batch on the path: what the network sees and what it should say."""
+
+    def __init__(self, config: TrainConfig, batch: int, share: slice, z_BD: Tensor) -> None:
+        device = z_BD.device
+        levels = min(config.levels_per_batch, config.batch)
+        u_M, index = batch_levels(config.seed, batch, config.batch, levels)
+        self.u_M, self.index = u_M.to(device), index[share].to(device)
+        first = batch * config.batch
+        ids = torch.arange(first + share.start, first + share.stop, device=device)
+        noise = normal(config.seed, ids, z_BD.shape[1], STREAM_TRAIN)
+        self.z_u = interpolate(z_BD, noise, self.u_M[self.index])
+        self.target = noise - z_BD
+
+
+def flow_loss(model: nn.Module, z_u: Tensor, target: Tensor, u_M: Tensor, index: Tensor, bf16: bool) -> Tensor:
+    """Squared error of the velocity for every row (B,), averaged over dimensions, summed in float32."""
+    with torch.autocast(z_u.device.type, dtype=torch.bfloat16, enabled=bf16):
+        velocity = model(z_u, u_M, index)
+    return (velocity.float() - target).square().mean(1)
+
+
+class Validation:
+    """The loss on fixed rows at fixed (u, noise) pairs."""
+
+    def __init__(self, config: TrainConfig, z_BD: Tensor) -> None:
+        n = len(z_BD)
+        self.bf16 = config.precision == "bfloat16"
+        self.u_M = torch.linspace(0.5 / 64, 1 - 0.5 / 64, 64, device=z_BD.device)
+        self.index = torch.arange(n, device=z_BD.device) % 64
+        noise = normal(config.seed, row_ids(None, n, z_BD.device), z_BD.shape[1], STREAM_VALIDATION)
+        self.z_u = interpolate(z_BD, noise, self.u_M[self.index])
+        self.target = noise - z_BD
+
+    @torch.no_grad()
+    def loss(self, denoiser: Denoiser) -> float:
+        """Mean over rows."""
+        return float(flow_loss(denoiser, self.z_u, self.target, self.u_M, self.index, self.bf16).mean())

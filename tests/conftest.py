@@ -1,0 +1,89 @@
+"""Shared fixtures: one Ray cluster per session, a tiny random subject model, a small text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+WORDS = "the cat sat on a red mat and saw one big dog run to town while rain fell over green hills near lake".split()
+
+
+def make_texts(n: int, seed: int = 0, low: int = 5, high: int = 40) -> list[str]:
+    """Random word sequences of ``low`` to ``high`` words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray cluster with 4 logical CPUs for the whole session."""
+    import ray
+
+    from dmm_ray.cluster import ensure_ray
+
+    ensure_ray(num_cpus=4)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 60 short documents of mixed lengths."""
+    path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 blocks, d = 32, context 64, with a byte-level BPE tokenizer that adds a BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("subject")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_texts(200, seed=1), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real small data kept beside the checkout; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("DMM_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set DMM_TEST_DATA to a folder that holds it")
+    return folder
