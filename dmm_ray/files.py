@@ -104,6 +104,8 @@ def make_folder(uri: str) -> None:
         raise UserError(f"{uri}: no permission to write here; choose another --out or change its owner") from e
     except (FileExistsError, NotADirectoryError) as e:
         raise UserError(f"{uri}: a file is in the way of this folder; choose another --out") from e
+    except OSError as e:
+        raise UserError(f"{uri}: cannot be created ({e.strerror}); choose another --out") from e
     if is_local(uri) and not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{uri}: no permission to write here; choose another --out or change its owner")
 

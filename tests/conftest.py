@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from texts import make_texts
 
 torch.set_num_threads(2)
-WORDS = "the cat sat on a red mat and saw one big dog run to town while rain fell over green hills near lake".split()
-
-
-def make_texts(n: int, seed: int = 0, low: int = 5, high: int = 40) -> list[str]:
-    """Random word sequences of ``low`` to ``high`` words."""
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for _ in range(n)]
-
-
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One local Ray cluster with 4 logical CPUs for the whole session."""

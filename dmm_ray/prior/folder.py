@@ -23,8 +23,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
     """Write both files, each whole or not at all, the configuration last. Raises UserError without permission."""
     make_folder(path)
-    metadata = {"format": "pt", "dmm_ray": str(config.format_version)}
-    write_bytes(join(path, WEIGHTS), safetensors.torch.save(tensors, metadata))
+    write_bytes(join(path, WEIGHTS), safetensors.torch.save(tensors, {"format": "pt"}))
     write_bytes(join(path, CONFIG), (config.model_dump_json(indent=2) + "\n").encode())
 
 

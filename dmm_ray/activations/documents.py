@@ -1,0 +1,105 @@
+"""How bytes of a text file become documents.
+
+A document is a line of jsonl; in .txt what stands between separators: a given one, else ``<|endoftext|>``
+where the file has any, else blank lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+END_OF_TEXT = "<|endoftext|>"
+SUFFIXES = (".jsonl", ".txt")
+_SPACE = b" \t\r\n"
+
+
+class Document(NamedTuple):
+    """One document of a corpus: its text, or what is wrong with it."""
+
+    doc: int
+    text: str | None
+    error: str | None
+
+
+class Format(NamedTuple):
+    """A rule that cuts a byte stream into documents."""
+
+    separator: bytes
+    """A regular expression over bytes."""
+    is_json: bool = False
+    keeps_blank: bool = True
+    """Whether a blank stretch between two separators counts as a document."""
+    open_ended: bool = False
+    """Whether more bytes could lengthen a match that ends in white space."""
+
+
+LINES = Format(rb"\n", is_json=True)
+MARKED = Format(re.escape(END_OF_TEXT.encode()))
+PARAGRAPHS = Format(rb"\n(?:[ \t\r]*\n)+", keeps_blank=False, open_ended=True)
+
+
+def separated_by(separator: str) -> Format:
+    """Text cut at every ``separator``."""
+    return Format(re.escape(separator.encode()))
+
+
+class Splitter:
+    """Cuts a stream, fed in chunks of any size, into documents with the byte offset each starts at.
+
+    A blank stretch after the last separator is no document. Cutting may start at any document's offset.
+    """
+
+    def __init__(self, rule: Format, start: int = 0) -> None:
+        self._rule = rule
+        self._separator = re.compile(rule.separator)
+        self._buffer = b""
+        self._start = start
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """The documents that are complete after ``chunk``, as (offset, bytes)."""
+        buffer, at = self._buffer + chunk, 0
+        limit = len(buffer.rstrip(_SPACE)) if self._rule.open_ended else len(buffer) + 1
+        for match in self._separator.finditer(buffer):
+            if match.end() >= limit:
+                break
+            piece = buffer[at : match.start()]
+            if self._rule.keeps_blank or piece.strip():
+                yield self._start + at, piece
+            at = match.end()
+        self._start += at
+        self._buffer = buffer[at:]
+
+    def finish(self) -> Iterator[tuple[int, bytes]]:
+        """The last document, which no separator follows."""
+        if self._buffer.strip():
+            yield self._start, self._buffer
+        self._buffer = b""
+
+
+def parse(raw: bytes, rule: Format, text_field: str) -> tuple[str | None, str | None]:
+    """A document's ``(text, None)``, or ``(None, problem)``. A blank line of jsonl is a blank document."""
+    try:
+        text = raw.decode().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError:
+        return None, "not valid UTF-8"
+    return _json_text(text, text_field) if rule.is_json and text else (text, None)
+
+
+def _json_text(line: str, text_field: str) -> tuple[str | None, str | None]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None, "not valid JSON"
+    if not isinstance(record, dict) or text_field not in record:
+        return None, f"no field {text_field!r}; name the one that holds the text with --text-field"
+    text = record[text_field]
+    if not isinstance(text, str):
+        return None, f"field {text_field!r} is not a string"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return None, f"field {text_field!r} holds half a surrogate pair"
+    return text, None

@@ -1,0 +1,192 @@
+"""What a store holds: ``manifest.json``, the record of each finished unit, and where files are."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from dmm_ray.activations.moments import Moments
+from dmm_ray.config import Config, one_line
+from dmm_ray.errors import UserError
+from dmm_ray.files import hash_json, join, read_bytes, read_json, write_bytes
+
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+SUMMARY = "summary.json"
+RECORDS = "shards"
+FORMAT_VERSION = 1
+ROW_GROUP_ROWS = 4096
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DtypeName = Literal["bfloat16", "float32"]
+
+
+class SubjectEntry(Config):
+    """The model whose activations these are."""
+
+    id: str
+    revision: str | None
+    weights_hash: str
+    block_path: str | None
+    n_layers: int
+    context: int
+
+
+class CorpusEntry(Config):
+    """The text they were extracted from."""
+
+    uris: tuple[str, ...]
+    hash: str
+    documents: int
+    text_field: str
+    separator: str | None
+
+
+class Manifest(Config):
+    """``manifest.json``: all that decides what a store holds, written before the first shard."""
+
+    version: int = FORMAT_VERSION
+    subject: SubjectEntry
+    tokenizer_hash: str
+    layers: tuple[int, ...]
+    hook: Literal["block_output"] = "block_output"
+    dtype: DtypeName
+    compute_dtype: DtypeName
+    d: int
+    corpus: CorpusEntry
+    window: int
+    keep_first: bool
+    seed: int
+    rows_per_shard: int
+    documents_per_unit: int
+    row_group_rows: int = ROW_GROUP_ROWS
+    units: int
+    config_hash: str = ""
+
+    def sealed(self) -> Manifest:
+        """The same with its ``config_hash``."""
+        return self.model_copy(update={"config_hash": hash_json(self.identity())})
+
+    def identity(self) -> dict[str, object]:
+        """What a resume must have alike, by option; where the model and the text lie is not part of it."""
+        return {
+            "version": self.version,
+            "model": [self.subject.weights_hash, self.tokenizer_hash],
+            "block_path": self.subject.block_path,
+            "text": self.corpus.hash,
+            "text_field": self.corpus.text_field,
+            "text_separator": self.corpus.separator,
+            "layers": list(self.layers),
+            "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
+            "window": self.window,
+            "keep_first": self.keep_first,
+            "seed": self.seed,
+            "rows_per_shard": self.rows_per_shard,
+        }
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return DTYPES[self.dtype]
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Width of the ``activation`` column."""
+        return self.d * self.torch_dtype.itemsize
+
+
+class FileEntry(Config):
+    """One file of a unit."""
+
+    bytes: int
+    sha256: str
+
+
+class Record(Config):
+    """``shards/NNNNNN.json``: one finished unit, written after all its files."""
+
+    unit: int
+    first_document: int
+    documents: int
+    failed: tuple[tuple[int, str], ...]
+    """Documents without text: number and reason."""
+    cut: int
+    """Documents longer than the window."""
+    tokens: int
+    """Tokens of its documents, cut at the window."""
+    padding: int
+    """Padding tokens that went through the model beside them."""
+    rows: int
+    nonfinite: dict[str, int]
+    """Rows with a value that is not finite, by layer; the moments leave them out."""
+    files: dict[str, FileEntry]
+
+
+def layer_folder(layer: int) -> str:
+    """``layer_07``."""
+    return f"layer_{layer:02d}"
+
+
+def shard_name(layer: int, unit: int) -> str:
+    """A shard's path inside the store."""
+    return f"{layer_folder(layer)}/shard-{unit:06d}.parquet"
+
+
+def record_name(unit: int) -> str:
+    """A record's path inside the store."""
+    return f"{RECORDS}/{unit:06d}.json"
+
+
+def moments_name(unit: int) -> str:
+    """The path inside the store of a unit's moments."""
+    return f"{RECORDS}/{unit:06d}.safetensors"
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of the store at ``uri``. Raises UserError where there is none that this version reads."""
+    path = join(uri, MANIFEST)
+    try:
+        value = read_json(path)
+    except UserError as e:
+        if "no such file" in str(e):
+            raise UserError(f"{uri}: not an activation store (no {MANIFEST}); `dmm extract` makes one") from e
+        raise
+    if isinstance(value, dict) and value.get("version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {value['version']}; this dmm-ray reads {FORMAT_VERSION}")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as e:
+        raise UserError(f"{path}: not a manifest of ours: {one_line(e)}") from e
+
+
+def read_record(uri: str, unit: int) -> Record:
+    """A unit's record. Raises UserError if it is missing or damaged."""
+    path = join(uri, record_name(unit))
+    try:
+        return Record.model_validate_json(read_bytes(path))
+    except ValidationError as e:
+        raise UserError(f"{path}: not a record of ours: {one_line(e)}") from e
+
+
+def read_moments(uri: str, name: str, layers: tuple[int, ...]) -> dict[int, Moments]:
+    """The moments by layer in a safetensors file of the store. Raises UserError if it is damaged."""
+    path = join(uri, name)
+    try:
+        arrays = load(read_bytes(path))
+        return {layer: Moments.from_arrays(arrays, layer_folder(layer)) for layer in layers}
+    except (SafetensorError, KeyError) as e:
+        raise UserError(f"{path}: damaged ({e}); delete it and run the same `dmm extract` again") from e
+
+
+def write_moments(uri: str, name: str, moments: dict[int, Moments]) -> FileEntry:
+    """Write moments by layer as safetensors under ``name`` in the store."""
+    data: bytes = save(
+        {k: v for layer, m in moments.items() for k, v in m.arrays(layer_folder(layer)).items()}
+    )
+    write_bytes(join(uri, name), data)
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

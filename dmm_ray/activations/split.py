@@ -1,0 +1,53 @@
+"""Train, validation and test documents, by a seeded hash of the document's number."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import model_validator
+
+from dmm_ray.config import Config
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+PARTS = ("train", "validation", "test")
+
+
+class Split(Config):
+    """Fractions of documents per part; a document's part depends on its number and the seed alone."""
+
+    seed: int = 0
+    """Which documents go where."""
+    train: float = 0.9
+    """Fraction of documents to train on."""
+    validation: float = 0.05
+    """Fraction that chooses sizes and gives early looks."""
+    test: float = 0.05
+    """Fraction that is only reported on."""
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Split:
+        parts = (self.train, self.validation, self.test)
+        if min(parts) < 0 or abs(sum(parts) - 1) > 1e-6:
+            raise ValueError(f"train, validation and test must be from 0 and add up to 1, not {sum(parts):g}")
+        return self
+
+    def of(self, doc: np.ndarray) -> np.ndarray:
+        """The part of each document: uint8, TRAIN 0, VALIDATION 1 or TEST 2."""
+        share = hash_documents(doc, self.seed) / 2.0**64
+        return ((share >= self.train).astype(np.uint8) + (share >= self.train + self.validation)).astype(
+            np.uint8
+        )
+
+
+def hash_documents(doc: np.ndarray, seed: int) -> np.ndarray:
+    """A uniform uint64 per document: SplitMix64 (Steele, Lea and Flood 2014) of doc xor a hashed seed."""
+    return _splitmix64(
+        np.asarray(doc).astype(np.uint64) ^ _splitmix64(np.array(seed % 2**64, dtype=np.uint64))
+    )
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = x + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,246 @@
+"""Reading a finished activation store: row groups, statistics, rows of a part of the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dmm_ray.activations.manifest import (
+    STATISTICS,
+    Manifest,
+    Record,
+    read_manifest,
+    read_moments,
+    read_record,
+    record_name,
+    shard_name,
+)
+from dmm_ray.activations.moments import Moments
+from dmm_ray.activations.split import Split, hash_documents
+from dmm_ray.errors import UserError
+from dmm_ray.files import absolute, filesystem, is_local, join
+
+COLUMNS = ("activation", "doc", "position", "token_id")
+
+
+class Rows(NamedTuple):
+    """n rows of a layer. A column that was not asked for is empty."""
+
+    activation: Tensor
+    """(n, d) in the stored dtype."""
+    doc: np.ndarray
+    """(n,) int64."""
+    position: np.ndarray
+    """(n,) int32: tokens from the document's start."""
+    token_id: np.ndarray
+    """(n,) int32."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A stretch of rows that is read at once."""
+
+    shard: int
+    index: int
+    """Which row group of the shard."""
+    rows: int
+    start: int
+    """Index of its first row in the layer."""
+
+
+class ActivationStore:
+    """A finished store, its files of the recorded lengths; all layers have the same rows, in one order."""
+
+    def __init__(self, uri: str, manifest: Manifest, records: Sequence[Record]) -> None:
+        self.uri = uri
+        self.manifest = manifest
+        self.records = tuple(records)
+        self.layers = manifest.layers
+        self.d = manifest.d
+        self.rows = sum(r.rows for r in records)
+        self._groups = list(_row_groups(records, manifest.row_group_rows))
+        self._statistics: dict[int, Moments] = {}
+
+    @classmethod
+    def open(cls, uri: str) -> ActivationStore:
+        """Open the store at ``uri``, a folder or fsspec URI.
+
+        Raises:
+            UserError: no store there, an unfinished one, or a file that is missing or of another length.
+        """
+        uri = absolute(uri)
+        manifest = read_manifest(uri)
+        sizes = file_sizes(uri)
+        done = [unit for unit in range(manifest.units) if record_name(unit) in sizes]
+        if len(done) < manifest.units or STATISTICS not in sizes:
+            raise UserError(
+                f"{uri}: extraction is not finished ({len(done)} of {manifest.units} units); "
+                "run the same `dmm extract` again"
+            )
+        records = [read_record(uri, unit) for unit in done]
+        for record in records:
+            if problem := length_problem(record, sizes):
+                raise UserError(f"{join(uri, problem)}; run the same `dmm extract` again to remake it")
+        return cls(uri, manifest, records)
+
+    def row_groups(self, layer: int) -> list[RowGroup]:
+        """Every row group of ``layer``, in order."""
+        self._check(layer)
+        return list(self._groups)
+
+    def read(self, layer: int, group: RowGroup, columns: Sequence[str] = COLUMNS) -> Rows:
+        """The rows of a group; columns left out of ``columns`` come back empty."""
+        self._check(layer)
+        uri = join(self.uri, shard_name(layer, group.shard))
+        table = (
+            _open(uri).read_row_group(group.index, columns=list(columns), use_threads=False).combine_chunks()
+        )
+        return to_rows(table, self.d, self.manifest.torch_dtype)
+
+    def documents(self, layer: int, group: RowGroup) -> np.ndarray:
+        """The document of each row of a group, (n,) int64, without reading the activations."""
+        return self.read(layer, group, ("doc",)).doc
+
+    def statistics(self, layer: int) -> Moments:
+        """Moments of every row of ``layer``, all documents, rows that are not finite left out."""
+        self._check(layer)
+        if not self._statistics:
+            self._statistics = read_moments(self.uri, STATISTICS, self.layers)
+        return self._statistics[layer]
+
+    def select(self, layer: int, split: Split, part: int, max_rows: int | None = None, seed: int = 0) -> Rows:
+        """The rows of a part of the documents, ordered by (doc, position).
+
+        Args:
+            layer: which layer.
+            split: how documents are divided.
+            part: TRAIN, VALIDATION or TEST of ``dmm_ray.activations.split``.
+            max_rows: take whole documents, in an order drawn by ``seed``, while they fit (one at least); None
+                takes all.
+            seed: of that draw.
+        """
+        self._check(layer)
+        docs = [self.documents(layer, group) for group in self._groups]
+        found, counts = np.unique(np.concatenate([np.empty(0, np.int64), *docs]), return_counts=True)
+        inside = split.of(found) == part
+        kept = np.sort(_draw(found[inside], counts[inside], max_rows, seed))
+        wanted = [np.flatnonzero(np.isin(doc, kept)) for doc in docs]
+        return self._gather(layer, self._groups, wanted)
+
+    def document(self, layer: int, doc: int) -> Rows:
+        """The rows of one document, ordered by position; none if it has none."""
+        self._check(layer)
+        units = [r.unit for r in self.records if r.first_document <= doc < r.first_document + r.documents]
+        groups = [group for group in self._groups if group.shard in units]
+        return self._gather(layer, groups, [np.flatnonzero(self.documents(layer, g) == doc) for g in groups])
+
+    def _gather(self, layer: int, groups: Sequence[RowGroup], wanted: Sequence[np.ndarray]) -> Rows:
+        """Rows ``wanted`` of each group, in order."""
+        pieces = [
+            _take(self.read(layer, g), rows) for g, rows in zip(groups, wanted, strict=True) if len(rows)
+        ]
+        return _concatenate(pieces, self.d, self.manifest.torch_dtype)
+
+    def _check(self, layer: int) -> None:
+        if layer not in self.layers:
+            raise UserError(
+                f"layer: {self.uri} has no layer {layer}; it has {', '.join(map(str, self.layers))}"
+            )
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Every file of the store at ``uri``, by its path inside it, with its length in bytes."""
+    fs, path = filesystem(uri)
+    root = path.rstrip("/")
+    return {name[len(root) + 1 :]: int(entry["size"]) for name, entry in fs.find(root, detail=True).items()}
+
+
+def length_problem(record: Record, sizes: dict[str, int]) -> str | None:
+    """The first file of ``record`` that is missing or of another length, and how; None if all are right."""
+    for name, entry in record.files.items():
+        if name not in sizes:
+            return f"{name}: missing"
+        if sizes[name] != entry.bytes:
+            return f"{name}: {sizes[name]} bytes where its record says {entry.bytes}"
+    return None
+
+
+def to_rows(table: pa.Table, d: int, dtype: torch.dtype) -> Rows:
+    """The columns of a shard's table as arrays of their own memory."""
+    activation = torch.empty(0, d, dtype=dtype)
+    if "activation" in table.column_names:
+        activation = _activations(table.column("activation"), d, dtype)
+    return Rows(
+        activation,
+        *(
+            table.column(name).to_numpy().copy() if name in table.column_names else np.empty(0, kind)
+            for name, kind in (("doc", np.int64), ("position", np.int32), ("token_id", np.int32))
+        ),
+    )
+
+
+def _activations(column: pa.ChunkedArray, d: int, dtype: torch.dtype) -> Tensor:
+    out = np.empty((len(column), d * dtype.itemsize), dtype=np.uint8)
+    at = 0
+    for chunk in column.chunks:
+        width, n = out.shape[1], len(chunk)
+        flat = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+        out[at : at + n] = flat[chunk.offset * width : (chunk.offset + n) * width].reshape(n, width)
+        at += n
+    return torch.from_numpy(out).view(dtype)
+
+
+def _row_groups(records: Sequence[Record], size: int) -> Iterator[RowGroup]:
+    start = 0
+    for record in records:
+        for index, low in enumerate(range(0, record.rows, size)):
+            rows = min(size, record.rows - low)
+            yield RowGroup(record.unit, index, rows, start)
+            start += rows
+
+
+@lru_cache(maxsize=256)
+def _footer(uri: str) -> pq.FileMetaData:
+    with _source(uri) as source:
+        return pq.read_metadata(source)
+
+
+def _open(uri: str) -> pq.ParquetFile:
+    return pq.ParquetFile(_source(uri), metadata=_footer(uri))
+
+
+def _source(uri: str) -> pa.NativeFile:
+    fs, path = filesystem(uri)
+    return pa.memory_map(path) if is_local(uri) else pa.PythonFile(fs.open(path, "rb"), mode="r")
+
+
+def _draw(docs: np.ndarray, counts: np.ndarray, max_rows: int | None, seed: int) -> np.ndarray:
+    """Documents in seeded order while their rows fit into ``max_rows``; at least one."""
+    if max_rows is None or not len(docs):
+        return docs
+    order = np.argsort(hash_documents(docs, seed), kind="stable")
+    fitting = int(np.searchsorted(np.cumsum(counts[order]), max_rows, side="right"))
+    return docs[order[: max(fitting, 1)]]
+
+
+def _take(rows: Rows, index: np.ndarray) -> Rows:
+    return Rows(
+        rows.activation[torch.from_numpy(index)], rows.doc[index], rows.position[index], rows.token_id[index]
+    )
+
+
+def _concatenate(pieces: Sequence[Rows], d: int, dtype: torch.dtype) -> Rows:
+    return Rows(
+        torch.cat([torch.empty(0, d, dtype=dtype), *(p.activation for p in pieces)]),
+        np.concatenate([np.empty(0, np.int64), *(p.doc for p in pieces)]),
+        np.concatenate([np.empty(0, np.int32), *(p.position for p in pieces)]),
+        np.concatenate([np.empty(0, np.int32), *(p.token_id for p in pieces)]),
+    )

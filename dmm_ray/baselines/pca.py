@@ -1,0 +1,63 @@
+"""PCA: the components that hold a share of the variance, and the optimal denoiser inside them."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dmm_ray.baselines.base import levels_of, shrink, velocity_from_mean
+from dmm_ray.baselines.gaussian import moments
+
+
+class PCA:
+    """A Gaussian on the span of the first k components; outside it a row is the mean.
+
+    It has no density in d dimensions unless k = d, so it offers no log-probability.
+    """
+
+    def __init__(self, mean_d: Tensor, values_k: Tensor, vectors_dk: Tensor, seconds: float = 0.0) -> None:
+        self.mean = mean_d
+        self.values = values_k
+        self.vectors = vectors_dk
+        self.seconds = seconds
+        self.n_parameters = mean_d.numel() + vectors_dk.numel() + values_k.numel()
+
+    @property
+    def components(self) -> int:
+        """The number of components kept."""
+        return len(self.values)
+
+    @classmethod
+    def fit(cls, z_nd: Tensor, share: float = 0.95) -> Self:
+        """The fewest components that hold ``share`` of the training rows' variance (1.0: all of them)."""
+        start = time.perf_counter()
+        mean_d, covariance_dd = moments(z_nd)
+        values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
+        values_d, vectors_dd = values_d.flip(0).clamp_min(0), vectors_dd.flip(1)
+        held_d = values_d.cumsum(0) / values_d.sum().clamp_min(1e-30)
+        k = len(values_d) if share >= 1 else min(int((held_d < share).sum()) + 1, len(values_d))
+        return cls(mean_d, values_d[:k], vectors_dd[:, :k], time.perf_counter() - start)
+
+    def reconstruct(self, z_nd: Tensor) -> Tensor:
+        """The plain projection (n, d) of clean rows on the components."""
+        centred_nd = z_nd.double() - self.mean
+        return (centred_nd @ self.vectors @ self.vectors.T + self.mean).to(z_nd.dtype)
+
+    def posterior_mean(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
+        """The Gaussian's posterior mean inside the components, the mean outside."""
+        u_n1 = levels_of(u_n, len(z_nd), z_nd.device).double()[:, None]
+        rotated_nk = (z_nd.double() - (1 - u_n1) * self.mean) @ self.vectors
+        return ((rotated_nk * shrink(self.values, u_n1)) @ self.vectors.T + self.mean).to(z_nd.dtype)
+
+    def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
+        """``(z_u - x0) / u`` with the posterior mean for x0: what it leaves out is taken for noise."""
+        return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` rows (n, d), float32, all in the span of the components."""
+        generator = torch.Generator().manual_seed(seed)
+        noise_nk = torch.randn(n, self.components, generator=generator, dtype=torch.float64).to(self.mean.device)
+        return (self.mean + (noise_nk * self.values.sqrt()) @ self.vectors.T).float()

@@ -1,0 +1,1 @@
+"""The endpoint: a Ray Serve application that answers questions about activations over HTTP."""

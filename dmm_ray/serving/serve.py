@@ -1,0 +1,122 @@
+"""`dmm serve`: the endpoint on this machine or cluster, until interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from dmm_ray.cluster import ensure_ray
+from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.serving.config import ServeConfig
+
+logger = logging.getLogger(__name__)
+APPLICATION = "dmm"
+READY_DEADLINE_S = 60.0
+POLL_S = 0.1
+
+
+def serve(config: ServeConfig) -> str:
+    """Serve until interrupted, then let running requests end. Returns the default prior's folder.
+
+    Raises:
+        UserError: no prior at a folder, or the port is taken.
+        CheckFailed: the application did not start.
+    """
+    with running(config) as url:
+        logger.info("ready: %s (documentation at %s/docs); Ctrl-C ends it", url, url)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        logger.info("stopping")
+    return next(iter(config.priors.values()))
+
+
+@contextlib.contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """The endpoint for as long as the context lasts; gives its base URL once it answers.
+
+    Raises:
+        UserError: no prior at a folder, the port is taken, or this cluster runs Serve already.
+        CheckFailed: the application did not start.
+    """
+    for source in config.priors.values():
+        _check_prior(source)
+    port = _free_port(config.host, config.port)
+    # Imported here: the command line's help needs none of it, and it takes seconds.
+    import ray
+    from ray import serve as ray_serve
+
+    from dmm_ray.serving.app import build
+
+    owned = not ray.is_initialized()
+    ensure_ray()
+    status = ray_serve.status()
+    if status.proxies or status.applications:
+        raise UserError(
+            "host, port: this cluster runs Serve already; use `serve deploy`, or end it by `serve shutdown`"
+        )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    url = f"http://{_reachable(config.host)}:{port}"
+    try:
+        ray_serve.start(http_options={"host": config.host, "port": port}, logging_config=quiet)
+        try:
+            ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except RuntimeError as e:
+            raise CheckFailed(f"the application did not start: {e}") from e
+        _wait_ready(url)
+        yield url
+    finally:
+        # Ray reports the end of Serve's controller as a failed task, on stdout, which belongs to results.
+        with contextlib.redirect_stdout(sys.stderr):
+            ray_serve.delete(APPLICATION)  # lets running requests end, which a shutdown alone does not
+            ray_serve.shutdown()
+            if owned:
+                ray.shutdown()
+
+
+def _check_prior(source: str) -> None:
+    """Raises UserError where no prior is; a folder's weights are left to the processes that serve them."""
+    from dmm_ray.prior import folder
+
+    if "://" in source or Path(source).is_dir():
+        folder.load_config(source)
+    else:
+        folder.load(source)
+
+
+def _free_port(host: str, port: int) -> int:
+    """``port``, or a free one for 0. Raises UserError if it is taken: Serve's proxy would not notice."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise UserError(
+                f"port: cannot listen on {host}:{port} ({e.strerror}); choose another --port or --host"
+            ) from e
+        return int(s.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    """The address under which this machine reaches a server that listens on ``host``."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_ready(url: str) -> None:
+    deadline = time.monotonic() + READY_DEADLINE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/v2/health/ready", timeout=10).status_code == 200:
+                return
+        time.sleep(POLL_S)
+    raise CheckFailed(f"{url} did not become ready in {READY_DEADLINE_S:.0f} s; Ray's logs say why")

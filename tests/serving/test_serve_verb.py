@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dmm_ray.errors import UserError
+from dmm_ray.serving.config import ServeConfig
+from dmm_ray.serving.serve import running
+
+DMM = [sys.executable, "-c", "from dmm_ray.cli import main; main()"]
+DEADLINE_S = 120
+
+
+def test_the_http_side_needs_no_torch() -> None:
+    check = "import dmm_ray.serving.app, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+def test_a_taken_port_is_named(single: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=rf"{port}.*--port"),
+            running(ServeConfig(prior=single, port=port)),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("name", ["missing/prior", "/missing", "empty"])
+def test_a_folder_without_a_prior_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name), running(ServeConfig(prior=name, port=0)):
+        pass
+
+
+@pytest.mark.slow
+def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [*DMM, "serve", "--prior", single, "--port", str(port), "--cpus", "0.5"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stderr
+        assert any(f"ready: {url}" in line for line in process.stderr)
+        found = httpx.post(f"{url}/v1/sample", json={"n": 2, "steps": 2}, timeout=60)
+        assert found.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.splitlines() == [single]
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", port)) != 0
