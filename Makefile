@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 TORCH_INDEX ?=
+ARGS ?=
 
 .PHONY: setup setup-dev demo test lint bench clean
 
@@ -22,7 +23,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 	@touch $@
 
 demo: setup
-	@$(BIN)/dmm demo --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) $(if $(LAYER),--layer $(LAYER))
+	@$(BIN)/dmm demo --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) $(if $(LAYER),--layer $(LAYER)) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest

@@ -39,37 +39,45 @@ pipeline_tag: text-generation
 ---
 # The demo's subject
 
-A Llama-architecture language model of the short English stories that `dmm_ray.demo.stories` generates: {parameters:,} parameters,
-{layers_lm} blocks, d = {d}, {heads} heads, context {context}, byte-level BPE of {vocabulary} tokens (BOS `<s>` put before every text, EOS `</s>` at
-a story's end). It exists so that the demo and the tests have a real language model without a model hub. It knows nothing but its stories.
+A Llama-architecture language model of the short English stories that `dmm_ray.demo.stories` generates:
+{parameters:,} parameters, {blocks} blocks, d = {d}, {heads} heads, context {context}, byte-level BPE of
+{vocabulary} tokens. BOS `<s>` is put before every text; EOS `</s>` ends a story. It exists so that the
+demo and the tests have a real language model without a model hub; it knows nothing but its stories.
 
-The stories carry labels (sentiment, the hero's gender and number, tense, place, weather, animal, harm), character spans and facts, drawn
-independently of each other; 64 residents of a fixed world live, own and work as the same in every story, so the model knows these facts by heart.
+The stories carry labels (sentiment, the hero's gender and number, tense, place, weather, animal, harm),
+character spans and facts, drawn independently of each other. The 64 residents of a fixed world live, own
+and work as the same in every story, so the model knows these facts by heart.
 
 ## Training
-`{command}` ({when}; {minutes:.0f} minutes on {threads} CPU thread(s) of a shared machine; torch {torch}, transformers {transformers}).
-{stories:,} stories of seed {stories_seed}, each seen once: {training_tokens:,} tokens. AdamW, learning rate {learning_rate}, 2 % warm-up and cosine,
-{batch} stories a step, float32, seed {seed}.
+`{command}`: {minutes:.0f} minutes on {threads} CPU thread(s) of a busy machine, {when}, torch {torch},
+transformers {transformers}. {stories:,} stories of seed {stories_seed}, each seen once
+({training_tokens:,} tokens); AdamW, learning rate {learning_rate}, 2 % warm-up and cosine, {batch}
+stories a step, float32, seed {seed}.
 
 ## Measured
 | what | figure |
 |---|---|
 | loss on 1,000 new stories, nats/token | {held_out_loss:.3f} |
-| the unigram's loss on them | {unigram_loss:.3f} |
+| the unigram's loss on them, nats/token | {unigram_loss:.3f} |
 | tokens per story, BOS and EOS included | {tokens_per_story:.0f} |
-| demo rows (3,000 stories, the last 5 %, position >= 1) whose whole prefix begins one of the first 90 % of stories | {seen_prefix_share:.1%} |
+| rows whose whole prefix is seen (see below) | {seen_prefix_share:.1%} |
 | world facts ranked first where a story first tells them | {world_fact_recall:.1%} |
 | a story's own facts (home, animal's name) ranked first where it repeats them | {story_fact_recall:.1%} |
 
-Activations of the demo's stories (the last 5 % held out): mean excess kurtosis along whitened principal axes (0 for a Gaussian), and negative
-log-likelihood in nats/dim of standardised rows under a full-covariance Gaussian and under 256 diagonal components.
+Rows are the positions after BOS of the demo's 3,000 stories (seed {demo_seed}): those of the last 5 %
+whose whole prefix also begins one of the first 90 %.
+
+Activations of those stories, the last 5 % held out: mean excess kurtosis along whitened principal axes (0
+for a Gaussian), and negative log-likelihood in nats/dim of standardised rows under a full-covariance
+Gaussian and under 256 diagonal components.
 
 | block | excess kurtosis | Gaussian | mixture |
 |---|---|---|---|
 {rows}
 
 ## Limits
-Trained on generated text only. About 15 % of stories tell of a theft, a poisoning, a fire or a threat, mildly worded, for experiments with safety interventions.
+Trained on generated text only. About 15 % of stories tell of a theft, a poisoning, a fire or a threat,
+mildly worded, for experiments with safety interventions.
 """
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -87,7 +95,7 @@ class SubjectConfig(Config):
     """Seed of the training stories; the held-out ones have the next."""
     demo_seed: int = 1
     """Seed of the demo's stories, on which the figures on activations are measured."""
-    stories: int = 120_000
+    stories: int = 60_000
     """Training stories, each seen once."""
     vocabulary: int = 1536
     """Tokens of the byte-level BPE."""
@@ -107,7 +115,7 @@ class SubjectConfig(Config):
     """Peak of AdamW's learning rate (2 % warm-up, cosine to 2 %)."""
     weight_decay: float = 0.05
     """Weight decay of matrices."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads."""
 
 
@@ -241,7 +249,7 @@ def unigram_loss(
 
 
 def seen_prefix_share(documents: Sequence[Sequence[int]]) -> float:
-    """Share of the last 5 % documents' rows whose prefix also begins one of the first 90 % (position 0 not counted)."""
+    """Share of rows (position >= 1) of the last 5 % whose prefix also begins one of the first 90 %."""
     rows = [ids[:-1] for ids in documents]
     first, last = int(0.9 * len(rows)), int(0.95 * len(rows))
     known = {tuple(ids[: i + 1]) for ids in rows[:first] for i in range(1, len(ids))}
@@ -252,7 +260,7 @@ def seen_prefix_share(documents: Sequence[Sequence[int]]) -> float:
 def fact_recall(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: Sequence[Story]
 ) -> dict[str, float]:
-    """Share of facts whose every token the model ranks first: the world's when first told, a story's own when repeated."""
+    """Share of facts all of whose tokens rank first: the world's when first told, a story's when repeated."""
     right: dict[str, list[bool]] = {"world": [], "story": []}
     for story in stories:
         encoded = tokenizer(story.text, return_offsets_mapping=True)
@@ -262,7 +270,7 @@ def fact_recall(
         for fact in story.facts:
             repeated = fact[:3] in told
             told.add(fact[:3])
-            if fact.relation == "owns" and not fact.world or repeated == fact.world:
+            if (fact.relation == "owns" and not fact.world) or repeated == fact.world:
                 continue
             at = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < fact.end and b > fact.start]
             right["world" if fact.world else "story"].append(
@@ -285,7 +293,7 @@ def layer_rows(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], laye
 
 
 def shape_figures(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-    """How far rows are from Gaussian: kurtosis along whitened principal axes, and NLL in nats/dim of standardised rows."""
+    """How far rows are from Gaussian: kurtosis along whitened axes, NLL in nats/dim of standardised rows."""
     mean, std = train.mean(0), train.std(0)
     train, test = (train - mean) / std, (test - mean) / std
     values, axes = np.linalg.eigh(np.cov(train.T))
@@ -347,7 +355,7 @@ def card(figures: dict[str, Any], config: SubjectConfig, seconds: float) -> str:
     return CARD.format(
         rows=rows,
         command=" ".join(["python jobs/train_subject.py", *flags]),
-        layers_lm=config.layers,
+        blocks=config.layers,
         when=time.strftime("%Y-%m-%d"),
         minutes=seconds / 60,
         **values,

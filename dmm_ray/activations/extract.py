@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from dmm_ray.activations.actor import Extractor, Task, too_many_failed
+from dmm_ray.activations.actor import Extractor
 from dmm_ray.activations.corpus import Corpus
+from dmm_ray.activations.engine import Task, too_many_failed
 from dmm_ray.activations.figures import Figures, Progress
 from dmm_ray.activations.lock import LOCK, writer_lock
 from dmm_ray.activations.manifest import (
@@ -69,7 +70,7 @@ class ExtractConfig(Config):
     text_field: str = "text"
     """Field of a jsonl record that holds its text."""
     text_separator: str | None = None
-    """What parts the documents of a .txt file; by default <|endoftext|> where it is used, else blank lines."""
+    """What parts the documents of a .txt file; by default <|endoftext|> if it occurs, else blank lines."""
     max_failed_documents: int = Field(default=0, ge=0)
     """Documents without text (bad JSON, no field, bad UTF-8) to skip and list before giving up."""
     rows_per_shard: int = Field(default=262144, ge=1)
@@ -241,7 +242,7 @@ def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
 def run_units(
     config: ExtractConfig, out: str, manifest: Manifest, corpus: Corpus, done: set[int]
 ) -> float | None:
-    """Extract the units that are not in ``done``, logging rate and time left; rows per second, None if none."""
+    """Extract the units not in ``done``, logging rate and time left; rows per second, or None."""
     todo = [unit for unit in range(manifest.units) if unit not in done]
     if not todo:
         return None
@@ -272,19 +273,20 @@ def _results(
     """The small result of each unit, in the order they finish."""
     import ray
 
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
     task = Task(
         out=out,
         manifest=manifest,
         batch_tokens=config.batch_tokens or BATCH_TOKENS[resources.device],
         max_failed=config.max_failed_documents,
-        cpus=resources.cpus,
+        threads=max(1, int(resources.cpus)),
         device=resources.device,
         trust_remote_code=config.trust_remote_code,
     )
     units = [unit_at(unit, corpus.n_documents, manifest.documents_per_unit)._asdict() for unit in todo]
     dataset = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
         Extractor,
-        fn_constructor_args=(task, ray.put(corpus)),
+        fn_constructor_args=(task, corpus),
         compute=ray.data.ActorPoolStrategy(min_size=resources.fitting, max_size=resources.actors),
         batch_size=1,
         num_cpus=resources.cpus,

@@ -56,25 +56,27 @@ class Figures:
 
 
 class Progress:
-    """Logs units done, rows per second and the time left, every 10 seconds at most."""
+    """Logs units done, rows per second and the time left, every 10 seconds at most.
+
+    The pace is counted from the first unit on, so that starting the actors is no part of it.
+    """
 
     def __init__(self, units: int) -> None:
         self.units, self.done, self.rows = units, 0, 0
-        self.started = self.logged = time.monotonic()
+        self.started = self.first = self.logged = time.monotonic()
 
     def add(self, rows: int) -> None:
         """Count a finished unit."""
         self.done, self.rows, now = self.done + 1, self.rows + rows, time.monotonic()
-        if now - self.logged >= LOG_SECONDS:
+        if self.done == 1:
+            self.first = now
+        elif now - self.logged >= LOG_SECONDS:
             self.logged = now
-            left = int((now - self.started) / self.done * (self.units - self.done))
+            left = int((now - self.first) / (self.done - 1) * (self.units - self.done))
             logger.info(
-                "unit %d/%d  %s  ETA %d:%02d", self.done, self.units, self.rate(), left // 60, left % 60
-            )
-
-    def rate(self) -> str:
-        """``1,234 rows  56 rows/s``."""
-        return f"{self.rows:,} rows  {self.rows_per_s:,.0f} rows/s"
+                "unit %d/%d  %s rows  %.0f rows/s  ETA %d:%02d",
+                self.done, self.units, f"{self.rows:,}", self.rows_per_s, left // 60, left % 60,
+            )  # fmt: skip
 
     @property
     def rows_per_s(self) -> float:

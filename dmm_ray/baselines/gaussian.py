@@ -74,5 +74,7 @@ class Gaussian:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32."""
         generator = torch.Generator().manual_seed(seed)
-        noise_nd = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64).to(self.mean.device)
+        noise_nd = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64).to(
+            self.mean.device
+        )
         return (self.mean + (noise_nd * self.values.sqrt()) @ self.vectors.T).float()

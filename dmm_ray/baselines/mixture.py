@@ -42,7 +42,9 @@ class Sums(NamedTuple):
 class Mixture:
     """``sum_k w_k N(mean_k, diag variance_k)``, in float32."""
 
-    def __init__(self, weights_k: Tensor, means_kd: Tensor, variances_kd: Tensor, seconds: float = 0.0) -> None:
+    def __init__(
+        self, weights_k: Tensor, means_kd: Tensor, variances_kd: Tensor, seconds: float = 0.0
+    ) -> None:
         self.weights = weights_k
         self.means = means_kd
         self.variances = variances_kd
@@ -90,7 +92,9 @@ class Mixture:
         means_kd = (1 - u) * self.means
         quadratic_dk = (-0.5 * precision_kd).T.contiguous()
         linear_dk = (means_kd * precision_kd).T.contiguous()
-        constant_k = self.weights.log() - 0.5 * (means_kd.square() * precision_kd - precision_kd.log() + LOG_2PI).sum(1)
+        constant_k = self.weights.log() - 0.5 * (
+            means_kd.square() * precision_kd - precision_kd.log() + LOG_2PI
+        ).sum(1)
         return lambda rows: torch.addmm(constant_k, rows.square(), quadratic_dk).addmm_(rows, linear_dk)
 
     def _mixed(self, z_nd: Tensor, u_n: Tensor | float, factor: Callable, sign: float) -> Tensor:

@@ -59,5 +59,7 @@ class PCA:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32, all in the span of the components."""
         generator = torch.Generator().manual_seed(seed)
-        noise_nk = torch.randn(n, self.components, generator=generator, dtype=torch.float64).to(self.mean.device)
+        noise_nk = torch.randn(n, self.components, generator=generator, dtype=torch.float64).to(
+            self.mean.device
+        )
         return (self.mean + (noise_nk * self.values.sqrt()) @ self.vectors.T).float()

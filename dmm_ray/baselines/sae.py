@@ -30,7 +30,9 @@ class SAE:
 
     def __init__(self, mean_d: Tensor, latents: int, k: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        directions_ld = F.normalize(torch.randn(latents, len(mean_d), generator=generator), dim=1).to(mean_d.device)
+        directions_ld = F.normalize(torch.randn(latents, len(mean_d), generator=generator), dim=1).to(
+            mean_d.device
+        )
         self.k = min(k, latents)
         self.mean = mean_d.float()
         self.bias = self.mean.clone()
@@ -53,7 +55,7 @@ class SAE:
         """
         start = time.perf_counter()
         model = cls(z_nd.mean(0), latents, k, seed)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             model._train(z_nd, samples, noised, torch.Generator().manual_seed(seed))
         model.seconds = time.perf_counter() - start
         return model
@@ -71,7 +73,9 @@ class SAE:
             order_n = order_n[BATCH:]
             source_nd = noisy_view(target_nd, generator) if noised else target_nd
             done = step / batches
-            optimizer.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / (WARMUP * batches + 1), (1 - done) / 0.8, 1)
+            optimizer.param_groups[0]["lr"] = PEAK_LR * min(
+                (step + 1) / (WARMUP * batches + 1), (1 - done) / 0.8, 1
+            )
             values_nk, which_nk = self._encode(source_nd)
             error_nd = self._decode(values_nk, which_nk) - target_nd
             optimizer.zero_grad(set_to_none=True)
@@ -87,7 +91,9 @@ class SAE:
         for weight in weights:
             weight.requires_grad_(False)
 
-    def _revive(self, dead_l: Tensor, target_nd: Tensor, error_nd: Tensor, optimizer: torch.optim.Adam) -> None:
+    def _revive(
+        self, dead_l: Tensor, target_nd: Tensor, error_nd: Tensor, optimizer: torch.optim.Adam
+    ) -> None:
         """Point dead latents at what the worst restored rows of the batch still lack."""
         dead = dead_l.nonzero()[:, 0][: len(error_nd)]
         worst = error_nd.square().sum(1).topk(len(dead)).indices
@@ -101,12 +107,13 @@ class SAE:
 
     def _encode(self, z_nd: Tensor) -> tuple[Tensor, Tensor]:
         """The k largest latents of each row, not negative, and which they are, (n, k)."""
-        values_nk, which_nk = F.linear(z_nd - self.bias, self.encoder, self.threshold).topk(self.k, dim=1, sorted=False)
+        values_nk, which_nk = F.linear(z_nd - self.bias, self.encoder, self.threshold).topk(
+            self.k, dim=1, sorted=False
+        )
         return values_nk.relu(), which_nk
 
     def _decode(self, values_nk: Tensor, which_nk: Tensor) -> Tensor:
-        codes_nl = torch.zeros(len(values_nk), len(self.threshold), device=values_nk.device)
-        return codes_nl.scatter(1, which_nk, values_nk) @ self.decoder + self.bias
+        return F.embedding_bag(which_nk, self.decoder, per_sample_weights=values_nk, mode="sum") + self.bias
 
     def reconstruct(self, z_nd: Tensor) -> Tensor:
         """The plain reconstruction (n, d) of rows."""

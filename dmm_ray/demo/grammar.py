@@ -22,6 +22,7 @@ _IRREGULAR = """
     | shine shone | sing sang | sit sat | sleep slept | speak spoke | spend spent | spit spat | stand
     stood | steal stole | take took | tell told | think thought | throw threw | wake woke | wear wore |
     weep wept | win won | write wrote
+    | strike struck | drink drank | teach taught
 """
 PAST = {pair.split()[0]: " ".join(pair.split()[1:]) for pair in _IRREGULAR.split("|")}
 _DOUBLED = frozenset(

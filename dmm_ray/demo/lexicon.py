@@ -17,11 +17,11 @@ def _phrases(block: str) -> tuple[str, ...]:
 
 FEMALE = _words(
     """
-    Ada Agnes Alba Alice Alma Amara Amy Anna April Astrid Aya Beatrix Bella Bess Bianca Bridget Camille
+    Ada Agnes Alba Alice Alma Amara Amy Anna Anita Astrid Aya Beatrix Bella Bess Bianca Bridget Camille
     Carla Carmen Cecily Celia Chloe Clara Cora Daisy Dalia Dana Daphne Della Dina Dora Edith Elena Elisa
     Ella Elsie Emily Emma Erin Esther Eva Faith Fay Fern Fiona Flora Frida Gemma Gina Giulia Grace Greta
     Gwen Hana Hannah Hattie Hazel Heidi Helen Hilda Holly Ida Ines Ingrid Irene Iris Isla Ivy Jane
-    Jasmine Jenny Joan Judith Julia June Karin Kate Kira Lara Laura Leah Leila Lena Lily Linda Lola
+    Jasmine Jenny Joan Judith Julia Judy Karin Kate Kira Lara Laura Leah Leila Lena Lily Linda Lola
     Lottie Lucy Luna Mabel Maeve Maggie Mara Maria Marta Maya Megan Mina Molly Mona Nadia Nell Nina Nora
     Olga Olive Paula Pearl Penny Petra Pia Polly Priya Rita Rosa Ruby Ruth Sadie Sara Selma Sofia Stella
     Susan Sylvia Tara Tess Thea Tilda Tina Una Vera Violet Wendy Willa Yara Yuki Zara Zoe
@@ -37,7 +37,7 @@ MALE = _words(
     Lucas Luis Luke Magnus Marco Mark Martin Matteo Max Miles Milo Mohan Nate Ned Neil Nico Noah Nolan
     Oliver Omar Oscar Otto Owen Pablo Patrick Paul Pedro Pete Philip Quinn Rafael Ralph Ravi Ray Rene
     Robin Roger Roman Rory Rufus Rupert Sam Saul Sean Simon Stan Steve Sven Ted Theo Thomas Tim Toby Tom
-    Ulrich Victor Vincent Walter Wes Will Xavier Yusuf Zack
+    Ulrich Victor Vincent Walter Wes Wade Xavier Yusuf Zack
     """
 )
 PET_NAMES = _words(
@@ -191,21 +191,49 @@ WORDS = {
     "trait": _words(
         """
         brave shy clever lonely curious cheerful stubborn gentle proud quiet careful lazy honest dreamy
-        patient restless polite clumsy kind serious bold tired hungry nervous generous
+        patient restless polite clumsy kind serious bold tired hungry nervous generous moody sensible
+        forgetful tidy noisy daring thoughtful grumpy modest playful reckless calm talkative
         """
     ),
-    "glad": _words("happy glad proud delighted cheerful thankful overjoyed pleased"),
-    "sad": _words("sad miserable lonely heartbroken bitter gloomy ashamed hopeless"),
-    "worried": _words("worried afraid nervous troubled upset uneasy frightened puzzled"),
+    "glad": _words(
+        """
+        happy glad proud delighted cheerful thankful overjoyed pleased grateful merry relieved content
+        """
+    ),
+    "sad": _words(
+        """
+        sad miserable lonely heartbroken bitter gloomy ashamed hopeless unhappy desperate downcast
+        disappointed
+        """
+    ),
+    "worried": _words(
+        """
+        worried afraid nervous troubled upset uneasy frightened puzzled anxious confused tense alarmed
+        """
+    ),
     "food": _words(
         """
         bread soup apples pancakes cheese honey plums porridge pies carrots chestnuts cherries dumplings
         noodles pears cakes beans walnuts potatoes jam
         """
     ),
+    "taste": _words("hot cold sweet fresh stale burnt dried sour warm cheap smoked spicy leftover home-made"),
+    "shade": _words("dark pale bright light deep dull"),
+    "meanwhile": _phrases(
+        """
+        this time | without thinking | after some thought | once more | for the first time | in the meantime |
+        little by little | as always | right away | just then | somehow | for some reason | on top of that |
+        as if in a dream
+        """
+    ),
     "colour": _words("red blue green yellow black white brown purple grey pink"),
     "count": _words("two three four five six seven eight nine ten twelve twenty"),
-    "kin": _words("grandmother grandfather uncle aunt cousin mother father teacher brother sister"),
+    "kin": _words(
+        """
+        grandmother grandfather uncle aunt cousin mother father teacher brother sister godmother godfather
+        nephew niece
+        """
+    ),
     "day": _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
     "month": _words(
         """
@@ -214,20 +242,22 @@ WORDS = {
     ),
     "spot": _phrases(
         """
-        the table | the stairs | an empty barrel | the bed | a pile of leaves | the bench | a loose stone |
-        the cupboard | the fence | an old boot | the hay | the carpet | a broken wheel | the sacks | the
-        stove | a flower pot
+        the table | the stairs | an empty barrel | the bed | a pile of leaves | the bench | a loose stone
+        | the cupboard | the fence | an old boot | the hay | the carpet | a broken wheel | the sacks | the
+        stove | a flower pot | the piano | a heap of straw | the old sofa | a wooden crate | the curtains
+        | a rusty bucket | the woodpile | an upturned boat | the bookcase | a mossy log
         """
     ),
     "adv": _phrases(
         """
         slowly | quickly | quietly | carefully | silently | without a word | with great care | as fast as
-        possible
+        possible | calmly | in a hurry | with a frown | politely | gladly | on tiptoe
         """
     ),
     "voice": _phrases(
         """
-        softly | loudly | with a sigh | in a low voice | again and again | at last | bravely | sadly
+        softly | loudly | with a sigh | in a low voice | again and again | at last | bravely | sadly |
+        quickly | in a whisper | with wide eyes | after a long pause
         """
     ),
     "time": _phrases(
@@ -240,17 +270,20 @@ WORDS = {
     ),
     "later": _phrases(
         """
-        later that day | the next morning | an hour later | after a while | before long | that night | soon
-        afterwards | the following day | a few minutes later | by the evening | the day after | before the
-        next meal | two days later | a week later
+        later that day | the next morning | an hour later | after a while | before long | that night |
+        soon afterwards | the following day | a few minutes later | by the evening | the day after |
+        before the next meal | two days later | a week later | towards evening | in the middle of the
+        night | early the next day | not long after | on the way home | the same afternoon | at the end of
+        the week | without warning | all of a sudden
         """
     ),
     "game": _words("chess cards hide-and-seek marbles draughts football skittles"),
     "job_do": _phrases(
         """
-        sweep the floor | water the plants | chop wood | wash the dishes | feed the hens | paint the door |
-        carry water | bake bread | pick berries | mend a net | sell eggs | count the sacks | gather firewood
-        | clean the windows
+        sweep the floor | water the plants | chop wood | wash the dishes | feed the hens | paint the door
+        | carry water | bake bread | pick berries | mend a net | sell eggs | count the sacks | gather
+        firewood | clean the windows | dig a ditch | milk the cow | sharpen the knives | polish the boots
+        | peel onions | oil the hinges
         """
     ),
     "build": _words("raft tower treehouse bench cart fence windmill tent stage bird-house"),
@@ -299,6 +332,16 @@ VILLAINS = (
     ("a greedy pedlar", "the pedlar"),
     ("a bitter old soldier", "the soldier"),
     ("a sly servant", "the servant"),
+    ("a ragged woman", "the woman"),
+    ("a tall man with a limp", "the man"),
+    ("a red-haired smuggler", "the smuggler"),
+    ("a drunken coachman", "the coachman"),
+    ("an envious painter", "the painter"),
+    ("a spiteful old lady", "the old lady"),
+    ("a pale young man", "the young man"),
+    ("a ruthless captain", "the captain"),
+    ("a hooded figure", "the figure"),
+    ("a gambler in a silk vest", "the gambler"),
 )
 
 TOWNS = _words(

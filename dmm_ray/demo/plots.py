@@ -309,7 +309,7 @@ PLOTS = (
             "{S} [cover] {the.pet} with a {colour} blanket.",
         ),
         (
-            "{later}, {the.pet} [stand.s] up and [eat.s] all the {food}.",
+            "{later}, {the.pet} [stand.s] up and [eat.s] all the {food.again}.",
             "{the.pet} [open.s] its eyes and [be.s] well again.",
             "The medicine [work.s], and {the.pet} [run.s] about as before.",
             "{later}, {the.pet} [be.s] stronger than ever.",

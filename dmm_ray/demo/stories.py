@@ -34,7 +34,7 @@ ATTRIBUTES: Final[Mapping[str, tuple[str, ...]]] = {
 _SHAPES: Final = (
     (0.15, {"settings": (0, 1), "world": (0, 0), "follows": (0, 1), "incidents": (0, 0), "closings": (0, 1)}),
     (0.50, {"settings": (1, 2), "world": (0, 2), "follows": (1, 2), "incidents": (0, 2), "closings": (0, 1)}),
-    (0.35, {"settings": (2, 4), "world": (1, 3), "follows": (2, 4), "incidents": (1, 3), "closings": (1, 2)}),
+    (0.35, {"settings": (2, 4), "world": (1, 3), "follows": (2, 3), "incidents": (1, 3), "closings": (1, 2)}),
 )
 
 
@@ -141,9 +141,9 @@ def _tell(writer: Writer, plot: Plot, happy: bool) -> None:
     rng.shuffle(middle)
     for stage in middle:
         if stage == "follows":
-            writer.sentence(plot.follows)
+            writer.sentence(plot.follows, linked=True)
         else:
-            writer.sentence(scenes.INCIDENTS, without=plot.missing)
+            writer.sentence(scenes.INCIDENTS, without=plot.missing, linked=True)
     writer.sentence(plot.good if happy else plot.bad, "sentiment")
     for _ in range(count["closings"]):
         if happy:

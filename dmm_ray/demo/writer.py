@@ -12,6 +12,10 @@ from dmm_ray.demo.grammar import FIRST_PERSON, PRONOUNS, conjugate, parse, with_
 
 PRONOUN_SHARE = 0.7
 NOUN_SHARE = {False: 0.1, True: 0.4}
+# how often a word of a list gets a word of another list before it
+QUALIFIED = {"food": ("taste", 0.3), "colour": ("shade", 0.25)}
+MEANWHILE_SHARE = 0.2
+_SUBJECTS = ("{S}", "{N}", "{Nn} ", "{the.pet}", "{V}")
 
 
 class Span(NamedTuple):
@@ -86,10 +90,12 @@ class Writer:
         self._persons: set[str] = set()
         self._capital = True
 
-    def sentence(self, templates: Sequence[str], label: str = "", without: str = "") -> None:
+    def sentence(
+        self, templates: Sequence[str], label: str = "", without: str = "", linked: bool = False
+    ) -> None:
         """Write one fitting template that was not used yet and does not speak of ``without`` ("obj", "pet").
 
-        ``label`` names a span over the whole sentence.
+        ``label`` names a span over the whole sentence; ``linked`` allows a few words that lead over to it.
         """
         fitting = [t for t in templates if t not in self._used and self._fits(t, without)]
         if not fitting:
@@ -100,6 +106,8 @@ class Writer:
             self.text += " "
         self._before, self._persons, self._capital = self._persons, set(), True
         start = len(self.text)
+        if linked and template.startswith(_SUBJECTS) and self.rng.random() < MEANWHILE_SHARE:
+            self._write("{meanwhile}, ")
         self._write(template)
         if label:
             self.spans.append(Span(start, len(self.text), label))
@@ -182,6 +190,9 @@ class Writer:
                 raise KeyError(slot)
 
     def _word(self, slot: str) -> None:
+        qualifier, share = QUALIFIED.get(slot, ("", 0.0))
+        if self.rng.random() < share:
+            self._put(f"{self._pick(qualifier)} ")
         self._put(self._pick(slot))
 
     def _pick(self, slot: str) -> str:

@@ -138,12 +138,12 @@ class Api:
         return {"live": True}
 
     async def _ready(self) -> Response:
-        waiting = [name for name in self._priors if not await self._answers(name)]
+        waiting = [name for name in self._priors if not await self._is_up(name)]
         if waiting:
             return errors.answer(503, f"not ready: {', '.join(waiting)}", self._retry_after_s)
         return JSONResponse({"ready": True})
 
-    async def _answers(self, name: str) -> bool:
+    async def _is_up(self, name: str) -> bool:
         """Whether a prior answers now; one whose queue is full does if others get their answers meanwhile."""
         start = time.monotonic()
         try:

@@ -49,11 +49,9 @@ def running(config: ServeConfig) -> Iterator[str]:
     for source in config.priors.values():
         _check_prior(source)
     port = _free_port(config.host, config.port)
-    # Imported here: the command line's help needs none of it, and it takes seconds.
+    # Imported here: the command line's help does without, and it takes seconds.
     import ray
     from ray import serve as ray_serve
-
-    from dmm_ray.serving.app import build
 
     owned = not ray.is_initialized()
     ensure_ray()
@@ -62,24 +60,42 @@ def running(config: ServeConfig) -> Iterator[str]:
         raise UserError(
             "host, port: this cluster runs Serve already; use `serve deploy`, or end it by `serve shutdown`"
         )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
     url = f"http://{_reachable(config.host)}:{port}"
     try:
-        ray_serve.start(http_options={"host": config.host, "port": port}, logging_config=quiet)
-        try:
-            ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
-        except RuntimeError as e:
-            raise CheckFailed(f"the application did not start: {e}") from e
+        _deploy(config, port)
         _wait_ready(url)
         yield url
     finally:
         # Ray reports the end of Serve's controller as a failed task, on stdout, which belongs to results.
         with contextlib.redirect_stdout(sys.stderr):
-            ray_serve.delete(APPLICATION)  # lets running requests end, which a shutdown alone does not
+            if APPLICATION in ray_serve.status().applications:
+                ray_serve.delete(APPLICATION)  # lets running requests end, which a shutdown alone does not
             ray_serve.shutdown()
             if owned:
                 ray.shutdown()
+
+
+def _deploy(config: ServeConfig, port: int) -> None:
+    """Start Serve and the application; returns when its processes are up. Raises CheckFailed otherwise."""
+    from ray import serve as ray_serve
+
+    from dmm_ray.serving.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    ray_serve.start(http_options={"host": config.host, "port": port}, logging_config=quiet)
+    try:
+        ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    except RuntimeError as e:
+        found = ray_serve.status().applications[APPLICATION].deployments.values()
+        reason = _reason([deployment.message for deployment in found]) or str(e)
+        raise CheckFailed(f"the application did not start: {reason}") from e
+
+
+def _reason(messages: list[str]) -> str:
+    """The last error that Serve's deployment messages, which hold tracebacks, name."""
+    errors = [line.strip() for message in messages for line in message.splitlines() if "Error: " in line]
+    return errors[-1] if errors else ""
 
 
 def _check_prior(source: str) -> None:

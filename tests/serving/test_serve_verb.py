@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dmm_ray.errors import UserError
+from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
 
@@ -40,6 +40,16 @@ def test_a_folder_without_a_prior_is_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name), running(ServeConfig(prior=name, port=0)):
+        pass
+
+
+@pytest.mark.slow
+def test_a_prior_that_does_not_load_says_why(ray_local: None, single: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(single) / "config.json").read_bytes())
+    with (
+        pytest.raises(CheckFailed, match=r"model\.safetensors: no such file"),
+        running(ServeConfig(prior=str(tmp_path), port=0, cpus=0.5)),
+    ):
         pass
 
 

@@ -1,0 +1,62 @@
+"""The configuration of ``dmm evaluate``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dmm_ray.config import Config
+
+
+class EvaluateConfig(Config):
+    """Compare a prior with a Gaussian, PCA, a mixture, a sparse autoencoder and an untrained prior."""
+
+    prior: str
+    """Prior folder or hub id."""
+    activations: str
+    """Activation store that the baselines are fitted on and test rows come from; the prior's own, as a rule."""
+    out: str
+    """Folder for summary.json, report.html and plots; results there are replaced."""
+    model: str | None = None
+    """Subject model, a folder or hub id; default the one the store was made with."""
+    text: tuple[str, ...] | None = None
+    """Text of the store, if it has moved; default the places in the store's manifest."""
+    layer: int | None = None
+    """Which layer; needed for a prior of several."""
+    max_rows: int = Field(default=40_000, ge=1)
+    """Test rows for the flow-matching loss, in whole documents."""
+    train_rows: int = Field(default=400_000, ge=1)
+    """Training rows that the baselines are fitted on, in whole documents."""
+    validation_rows: int = Field(default=4_000, ge=1)
+    """Validation rows that choose the mixture's size."""
+    mixture_sizes: tuple[int, ...] = Field(default=(128, 512, 1024, 2048), min_length=1)
+    """Numbers of components tried; the best on validation rows is reported."""
+    sae_latents: int | None = Field(default=None, ge=1)
+    """Latents of the sparse autoencoders; default 16 for each dimension."""
+    sae_k: int = Field(default=16, ge=1)
+    """Latents that may be active in a row."""
+    sae_samples: int = Field(default=1_000_000, ge=1)
+    """Rows each of the two sparse autoencoders is trained on, repeats counted."""
+    lm_documents: int = Field(default=100, ge=0)
+    """Test documents for the delta LM loss; 0 leaves it out."""
+    lm_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """Noise levels for the delta LM loss; 0.5, the headline's, is always there."""
+    nll_rows: int = Field(default=512, ge=0)
+    """Test rows for the likelihood; 0 leaves it out."""
+    nll_steps: int = Field(default=32, ge=1)
+    """Midpoint intervals of the prior's likelihood, two evaluations each."""
+    nll_probes: int = Field(default=2, ge=0)
+    """Rademacher probes of its trace; 0 is exact."""
+    samples: int = Field(default=5_000, ge=0)
+    """Rows drawn from each method for the Frechet distance and the two-sample test; 0 leaves them out."""
+    sample_steps: int = Field(default=20, ge=1)
+    """Midpoint intervals of the prior's samples, two evaluations each."""
+    two_sample_rows: int = Field(default=2_000, ge=10)
+    """Rows a side for the two-sample test."""
+    unseen_prefix: bool = True
+    """Report on rows with unseen prefixes too; reads and tokenizes all the training text."""
+    seed: int = 0
+    """Of noise, draws and fits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""

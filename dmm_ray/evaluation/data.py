@@ -1,0 +1,188 @@
+"""What an evaluation reads: the prior, the store's rows by part, the test documents' tokens; all checked first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.activations.corpus import Corpus
+from dmm_ray.activations.split import PARTS, TEST, TRAIN, VALIDATION, Split
+from dmm_ray.activations.store import ActivationStore
+from dmm_ray.errors import UserError
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.prefixes import unseen_prefixes
+from dmm_ray.prior import ActivationPrior
+from dmm_ray.subject import SubjectModel
+from dmm_ray.training.loader import check_finite
+
+logger = logging.getLogger(__name__)
+TOKENIZE_DOCUMENTS = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one part of the documents in the prior's normalised space."""
+
+    z: Tensor
+    """(n, d) float32."""
+    ids: Tensor
+    """(n, 2) int64: document and position."""
+
+    @property
+    def docs(self) -> np.ndarray:
+        """The document of each row."""
+        return self.ids[:, 0].numpy(force=True)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything an evaluation needs."""
+
+    prior: ActivationPrior
+    layer: int
+    store: ActivationStore
+    subject: SubjectModel
+    train: Part
+    validation: Part
+    test: Part
+    tokens: dict[int, list[int]]
+    """Token ids of the test documents, position 0 included, by document number."""
+    unseen: dict[int, np.ndarray] | None
+    """Whether each position's prefix is in no training document, by document number."""
+
+    def is_unseen(self, ids: Tensor) -> np.ndarray | None:
+        """Whether the prefix of each of the rows ``ids`` (n, 2) is in no training document; None if not asked for."""
+        if self.unseen is None:
+            return None
+        return np.array([self.unseen[doc][position] for doc, position in ids.tolist()], dtype=bool)
+
+
+def load(config: EvaluateConfig) -> Inputs:
+    """Open and check everything.
+
+    Raises:
+        UserError: a prior, store, model and text that do not belong together, a part without documents, or a value
+            that is not finite.
+    """
+    device = pick_device(config.device)
+    prior = ActivationPrior.from_pretrained(config.prior, device=device)
+    store = ActivationStore.open(config.activations)
+    layer = check_match(prior, store, config)
+    manifest = store.manifest
+    model = config.model or manifest.subject.id
+    revision = manifest.subject.revision if model == manifest.subject.id else None
+    subject = SubjectModel.from_pretrained(
+        model, head=True, device=device, revision=revision, block_path=manifest.subject.block_path
+    )
+    if subject.weights_hash != manifest.subject.weights_hash:
+        raise UserError(
+            f"model: {model} has other weights than the model that {store.uri} was extracted from "
+            f"({manifest.subject.id}); give --model that one"
+        )
+    if subject.tokenizer_hash != manifest.tokenizer_hash:
+        raise UserError(
+            f"model: {model} has another tokenizer than {store.uri} was extracted with; give that model"
+        )
+    corpus = open_corpus(config, store)
+    split = Split.model_validate(prior.config.split)
+    limits = {TRAIN: config.train_rows, VALIDATION: config.validation_rows, TEST: config.max_rows}
+    parts = {
+        part: read_part(store, prior, layer, split, part, rows, config.seed) for part, rows in limits.items()
+    }
+    tokens = test_tokens(corpus, subject, manifest.window, parts[TEST])
+    unseen = None
+    if config.unseen_prefix:
+        unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window))
+    return Inputs(prior, layer, store, subject, parts[TRAIN], parts[VALIDATION], parts[TEST], tokens, unseen)
+
+
+def pick_device(device: str) -> str:
+    """``device`` with auto resolved. Raises UserError for cuda where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: no CUDA GPU is available; give --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def check_match(prior: ActivationPrior, store: ActivationStore, config: EvaluateConfig) -> int:
+    """The layer to evaluate. Raises UserError if the store is not one of what the prior models."""
+    if store.d != prior.d:
+        raise UserError(
+            f"activations: {store.uri} has d = {store.d}, the prior {config.prior} models d = {prior.d}"
+        )
+    trained_on = prior.config.subject.get("weights_hash")
+    if trained_on and trained_on != store.manifest.subject.weights_hash:
+        raise UserError(
+            f"activations: {store.uri} is of the model {store.manifest.subject.id}, the prior {config.prior} was "
+            f"trained on {prior.config.subject.get('id', 'another')}; give a store of that model"
+        )
+    layer = prior.layers[prior.layer_row(config.layer)]
+    if layer not in store.layers:
+        raise UserError(
+            f"layer: the prior models layer {layer}, {store.uri} has {', '.join(map(str, store.layers))}; "
+            "extract that layer"
+        )
+    return layer
+
+
+def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:
+    """The text that the store was extracted from. Raises UserError if it is missing or another."""
+    entry = store.manifest.corpus
+    corpus = Corpus.scan(config.text or entry.uris, entry.text_field, entry.separator)
+    if corpus.hash != entry.hash:
+        raise UserError(
+            f"text: {', '.join(config.text or entry.uris)} is not the text that {store.uri} was extracted from; "
+            "give --text the same files"
+        )
+    return corpus
+
+
+def read_part(
+    store: ActivationStore,
+    prior: ActivationPrior,
+    layer: int,
+    split: Split,
+    part: int,
+    max_rows: int,
+    seed: int,
+) -> Part:
+    """Normalised rows of a part, position 0 left out. Raises UserError if there are none or one is not finite."""
+    rows = store.select(layer, split, part, max_rows, seed)
+    check_finite(store, layer, rows)
+    later = rows.position > 0
+    if not later.any():
+        raise UserError(
+            f"activations: {store.uri} has no {PARTS[part]} documents; extract more text (about 1 document in "
+            f"{1 / max(getattr(split, PARTS[part]), 1e-9):.0f} goes there)"
+        )
+    ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
+    x = rows.activation[torch.from_numpy(later)].to(prior.device)
+    return Part(prior.normalizer.normalize(x, prior.layer_row(layer)), ids.to(prior.device))
+
+
+def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:
+    """Token ids of the test part's documents, position 0 included, by document number."""
+    return dict(_tokenized(corpus, subject, window, np.unique(test.docs).tolist()))
+
+
+def training_tokens(corpus: Corpus, subject: SubjectModel, split: Split, window: int) -> Iterator[list[int]]:
+    """Token ids of every training document, streamed."""
+    for first in range(0, corpus.n_documents, TOKENIZE_DOCUMENTS):
+        docs = np.arange(first, min(first + TOKENIZE_DOCUMENTS, corpus.n_documents))
+        kept = set(docs[split.of(docs) == TRAIN].tolist())
+        texts = [d.text for d in corpus.read(first, first + TOKENIZE_DOCUMENTS) if d.doc in kept and d.text]
+        yield from subject.tokenize(texts, window)
+
+
+def _tokenized(
+    corpus: Corpus, subject: SubjectModel, window: int, docs: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Document number and token ids of each of ``docs`` that has text."""
+    for doc in docs:
+        (document,) = corpus.read(doc, doc + 1)
+        if document.text:
+            yield doc, subject.tokenize([document.text], window)[0]

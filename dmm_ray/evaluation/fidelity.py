@@ -1,0 +1,99 @@
+"""The flow-matching loss: every method predicts the same velocities of the same noised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.baselines import Denoiser
+from dmm_ray.evaluation.data import Part
+from dmm_ray.evaluation.statistics import DECILES, Estimate, by_decile, over_levels
+from dmm_ray.prior.flow import LEVELS, interpolate
+from dmm_ray.prior.noise import normal
+
+CHUNK = 16384
+STREAM = 16
+"""First noise stream used here, apart from those of the prior's own methods; a row's r-th use has stream 16 + r."""
+
+
+@dataclass(frozen=True)
+class NoisedRows:
+    """m (row, level, noise) triples; every level occurs equally often. Sorted by level."""
+
+    row: Tensor
+    """(m,) index of the clean row."""
+    use: Tensor
+    """(m,) how often the row was used before."""
+    level: Tensor
+    """(m,) 1..LEVELS; u = level / LEVELS."""
+
+    @property
+    def decile(self) -> np.ndarray:
+        """Which tenth of [0, 1] each level is in, (m,)."""
+        return (self.level.numpy(force=True) - 1) * DECILES // LEVELS
+
+    @classmethod
+    def assign(cls, n: int, seed: int) -> NoisedRows:
+        """Use n rows in turn until every level has the same number, n / LEVELS rounded up; which gets which is drawn."""
+        m = -(-n // LEVELS) * LEVELS
+        level = torch.arange(m) // (m // LEVELS) + 1
+        place = torch.from_numpy(np.random.default_rng(seed).permutation(m))
+        return cls(place % n, place // n, level)
+
+
+def squared_errors(
+    methods: Mapping[str, Denoiser], part: Part, noised: NoisedRows, seed: int
+) -> dict[str, np.ndarray]:
+    """``mean over dimensions of (v(z_u, u) - (noise - z))^2``, (m,) float64 for each method."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+    device = part.z.device
+    with torch.inference_mode():
+        for at in torch.arange(len(noised.row)).split(CHUNK):
+            row, u = noised.row[at].to(device), noised.level[at].to(device, torch.float32) / LEVELS
+            z = part.z[row]
+            noise = _noise(seed, part.ids[row], noised.use[at].to(device), z.shape[1])
+            z_u = interpolate(z, noise, u)
+            for name, method in methods.items():
+                error = (method.velocity(z_u, u) - (noise - z)).double().square().mean(1)
+                found[name].append(error.numpy(force=True))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _noise(seed: int, ids: Tensor, use: Tensor, d: int) -> Tensor:
+    noise = torch.empty(len(ids), d, device=ids.device)
+    for repeat in use.unique().tolist():
+        noise[use == repeat] = normal(seed, ids[use == repeat], d, STREAM + repeat)
+    return noise
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """One method's loss on some rows."""
+
+    overall: Estimate | None
+    by_decile: list[float | None]
+    denoising: float | None
+    """Mean squared error of the restored row, ``u^2`` times the loss, over all levels: what dividing by u hides."""
+
+
+def summarize(
+    errors: np.ndarray, noised: NoisedRows, docs: np.ndarray, mask: np.ndarray | None = None
+) -> FlowLoss:
+    """The loss over all levels, by decile of u, and as a restoration error.
+
+    Args:
+        errors: (m,) of :func:`squared_errors`.
+        noised: the triples they belong to.
+        docs: (n,) document of every clean row.
+        mask: (n,) which clean rows count; None takes all.
+    """
+    row = noised.row.numpy(force=True)
+    kept = np.ones(len(row), dtype=bool) if mask is None else mask[row]
+    decile, docs_m = noised.decile[kept], docs[row][kept]
+    restored = errors * np.square(noised.level.numpy(force=True) / LEVELS)
+    overall, denoising = (over_levels(e[kept], decile, docs_m) for e in (errors, restored))
+    return FlowLoss(overall, by_decile(errors[kept], decile), denoising.mean if denoising else None)

@@ -1,0 +1,35 @@
+"""Negative log-likelihood of test rows, in nats per dimension."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.data import Inputs, Part
+from dmm_ray.evaluation.methods import Methods
+
+
+def nll(config: EvaluateConfig, inputs: Inputs, methods: Methods, part: Part) -> dict[str, np.ndarray]:
+    """``-log p(x) / d`` of raw activations (n,) float64 for the prior and every baseline that has a density.
+
+    Adding :func:`log_determinant_per_dim` gives that of normalised rows.
+    """
+    row = inputs.prior.layer_row(inputs.layer)
+    prior = inputs.prior.log_prob(
+        inputs.prior.normalizer.denormalize(part.z, row),
+        layer=inputs.layer,
+        steps=config.nll_steps,
+        probes=config.nll_probes,
+        ids=part.ids,
+        seed=config.seed,
+    )
+    found = {"prior": -prior.nats.double().numpy(force=True) / inputs.prior.d}
+    for name, method in methods.densities.items():
+        normalised = -method.log_prob(part.z).double().numpy(force=True) / inputs.prior.d
+        found[name] = normalised - log_determinant_per_dim(inputs)
+    return found
+
+
+def log_determinant_per_dim(inputs: Inputs) -> float:
+    """The normaliser's ``log |dz/dx| / d``: the log-density per dimension that a row gains from z to x."""
+    return inputs.prior.normalizer.log_determinant(inputs.prior.layer_row(inputs.layer)) / inputs.prior.d

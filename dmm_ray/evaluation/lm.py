@@ -1,0 +1,112 @@
+"""The delta LM loss: how much worse the language model predicts once a layer was noised and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.methods import Methods
+from dmm_ray.prior.flow import interpolate
+from dmm_ray.prior.model import STREAM_PATH
+from dmm_ray.prior.noise import normal
+from dmm_ray.subject import SubjectModel
+
+BATCH_TOKENS = 4096
+Restore = Callable[[Tensor], Tensor]
+
+
+class Documents:
+    """Some documents under a subject: rows of a layer, and the loss of the token after each.
+
+    Rows are positions 1 on, document after document; the last one of a document has no next token (NaN).
+    """
+
+    def __init__(self, subject: SubjectModel, layer: int, tokens: Mapping[int, Sequence[int]]) -> None:
+        self.subject = subject
+        self.layer = layer
+        self.tokens = {doc: list(ids) for doc, ids in tokens.items() if len(ids) > 2}
+        lengths = [len(ids) - 1 for ids in self.tokens.values()]
+        self._start = dict(zip(self.tokens, np.cumsum([0, *lengths]).tolist(), strict=False))
+        pairs = [(doc, position) for doc, ids in self.tokens.items() for position in range(1, len(ids))]
+        self.ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+    def capture(self) -> Tensor:
+        """The layer's rows (n, d), float32, on the CPU."""
+        rows = torch.empty(len(self.ids), self.subject.d)
+        for docs, input_ids, mask in self._batches():
+            hidden = self.subject.capture(input_ids, mask, [self.layer])[self.layer].float().cpu()
+            for line, doc in enumerate(docs):
+                rows[self._slice(doc)] = hidden[line, 1 : len(self.tokens[doc])]
+        return rows
+
+    def losses(self, rows: Tensor | None = None) -> np.ndarray:
+        """Nats of the token after each row (n,), with the layer's rows replaced by ``rows`` (n, d) where given."""
+        found = np.full(len(self.ids), np.nan)
+        for docs, input_ids, mask in self._batches():
+            layer, edit = (None, None) if rows is None else (self.layer, self._replacing(docs, rows))
+            losses = (
+                self.subject.token_losses(input_ids, mask, layer=layer, edit=edit).double().numpy(force=True)
+            )
+            for line, doc in enumerate(docs):
+                length = len(self.tokens[doc])
+                found[self._slice(doc)][: length - 2] = losses[line, 1 : length - 1]
+        return found
+
+    def _replacing(self, docs: Sequence[int], rows: Tensor) -> Restore:
+        def edit(hidden: Tensor) -> Tensor:
+            hidden = hidden.clone()
+            for line, doc in enumerate(docs):
+                hidden[line, 1 : len(self.tokens[doc])] = rows[self._slice(doc)].to(hidden.device)
+            return hidden
+
+        return edit
+
+    def _slice(self, doc: int) -> slice:
+        start = self._start[doc]
+        return slice(start, start + len(self.tokens[doc]) - 1)
+
+    def _batches(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Documents of like lengths with their padded tokens and mask."""
+        batch: list[int] = []
+        for doc in sorted(self.tokens, key=lambda doc: -len(self.tokens[doc])):
+            if batch and (len(batch) + 1) * len(self.tokens[batch[0]]) > BATCH_TOKENS:
+                yield batch, *self.subject.pad([self.tokens[d] for d in batch])
+                batch = []
+            batch.append(doc)
+        if batch:
+            yield batch, *self.subject.pad([self.tokens[d] for d in batch])
+
+
+def draw(tokens: Mapping[int, Sequence[int]], n: int, seed: int) -> dict[int, Sequence[int]]:
+    """``n`` of the documents, drawn by ``seed``, in order of their numbers."""
+    docs = np.random.default_rng(seed).permutation(sorted(tokens))[:n]
+    return {int(doc): tokens[int(doc)] for doc in sorted(docs)}
+
+
+def restorations(
+    inputs: Inputs, methods: Methods, rows: Tensor, ids: Tensor, u: float, seed: int
+) -> Iterator:
+    """(name, restored raw rows (n, d)) of every method from the same rows noised to level u.
+
+    Each gives its posterior mean, ``prior_mean`` the prior's; ``prior`` is its default ``denoise``, which adds the very
+    same noise by itself.
+    """
+    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    z = prior.normalizer.normalize(rows.to(prior.device), row)
+    z_u = interpolate(z, normal(seed, ids.to(prior.device), prior.d, STREAM_PATH), u)
+    yield "prior", prior.denoise(rows, u=u, layer=inputs.layer, ids=ids, seed=seed).cpu()
+    for name, method in methods.denoisers.items():
+        restored = prior.normalizer.denormalize(method.posterior_mean(z_u, u), row).cpu()
+        yield "prior_mean" if name == "prior" else name, restored
+
+
+def plain(inputs: Inputs, methods: Methods, rows: Tensor) -> Iterator:
+    """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
+    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    z = prior.normalizer.normalize(rows.to(prior.device), row)
+    for name, z_hat in (("pca", methods.pca.reconstruct(z)), ("sae", methods.sae_plain.reconstruct(z))):
+        yield name, prior.normalizer.denormalize(z_hat, row).cpu()

@@ -1,0 +1,233 @@
+"""The self-contained HTML report: plain words first, then tables with every method, better or worse."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files as package_files
+from string import Template
+from typing import Any, NamedTuple
+
+from dmm_ray.evaluation.plots import NAMES, PICTURES
+from dmm_ray.files import exists, join, read_bytes, write_bytes
+
+REPORT = "report.html"
+COLUMNS = {
+    "flow_matching_loss": "flow-matching loss",
+    "delta_lm_loss": "delta LM loss",
+    "nll_nats_per_dim": "NLL, nats/dim",
+    "frechet_distance": "Frechet distance",
+    "two_sample_auc": "two-sample AUC",
+}
+
+
+class ScoredToken(NamedTuple):
+    """A token of a text and how surprising its activation is."""
+
+    text: str
+    nats_per_dim: float | None
+    """Log-probability in nats a dimension, higher is more natural; None where there is none (position 0)."""
+    percentile: float | None = None
+    """Share of natural activations less likely, in percent."""
+
+
+class ScoredText(NamedTuple):
+    """A text of which every token was scored."""
+
+    title: str
+    tokens: Sequence[ScoredToken]
+
+
+def write_report(out: str, summary: Mapping[str, Any], scored: Sequence[ScoredText] = ()) -> str:
+    """Write ``report.html`` into ``out`` with the pictures that are there, and return its path.
+
+    It needs nothing else to be read: no network, no other file. It may be written again, with ``scored`` texts.
+    """
+    template = Template(
+        package_files("dmm_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    inputs = summary["inputs"]
+    page = template.substitute(
+        title=escape(
+            f"A prior of layer {inputs['layer']} of {inputs['model'].rstrip('/').rsplit('/', 1)[-1]}"
+        ),
+        opening=_opening(summary),
+        headline=_headline(summary),
+        tables=_tables(summary),
+        scored=_scored(scored) if scored else "",
+        pictures="".join(_picture(out, name, caption) for name, caption in PICTURES.items()),
+        inputs=_inputs(summary),
+    )
+    path = join(out, REPORT)
+    write_bytes(path, page.encode())
+    return path
+
+
+def _opening(summary: Mapping[str, Any]) -> str:
+    rows = summary["rows"]
+    flow, delta = (summary["relative"][k] for k in _HEADLINES)
+    verdict = [
+        f"its flow-matching loss is {_compared(flow)} the full-covariance Gaussian's",
+        f"the loss it adds to the language model is {_compared(delta)} that of the best of Gaussian, PCA and SAE",
+        f"against the mixture, its flow-matching loss is {_compared(summary['relative']['flow_matching_loss_vs_mixture'])} it",
+    ]
+    return (
+        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a mixture of many Gaussians, "
+        f"a sparse autoencoder and an untrained network of its own shape, all fitted on up to {rows['train']:,} rows of training documents, "
+        f"on {rows['test']:,} rows of {rows['test_documents']:,} test documents. On these {'; '.join(verdict)}.</p>"
+    )
+
+
+_HEADLINES = ("flow_matching_loss_vs_gaussian", "delta_lm_loss_vs_best_of_gaussian_pca_sae")
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    labels = (
+        "flow-matching loss against the Gaussian",
+        "delta LM loss against the best of Gaussian, PCA and SAE",
+    )
+    cards = []
+    for relative, where in (
+        ("relative", "all test rows"),
+        ("relative_unseen_prefix", "unseen prefixes only"),
+    ):
+        for key, label in zip(_HEADLINES, labels, strict=True):
+            value = (summary[relative] or {}).get(key)
+            if value is not None:
+                kind = "good" if value < 0 else "bad"
+                cards.append(
+                    f'<div><b class="{kind}">{100 * value:+.0f} %</b>{label}<br><small>{where}</small></div>'
+                )
+    return "".join(cards)
+
+
+def _tables(summary: Mapping[str, Any]) -> str:
+    parts = [
+        "<h2>All test rows</h2>",
+        _table(summary, summary["fidelity"], summary["stderr"], with_size=True),
+    ]
+    if summary["fidelity_unseen_prefix"]:
+        share = summary["rows"]["unseen_prefix_share"]
+        parts.append(f"<h2>Rows with unseen prefixes ({100 * share:.1f} % of the test rows)</h2>")
+        parts.append(
+            _table(
+                summary, summary["fidelity_unseen_prefix"], summary["stderr_unseen_prefix"], with_size=False
+            )
+        )
+    return "".join(parts)
+
+
+def _table(
+    summary: Mapping[str, Any], figures: Mapping[str, Any], errors: Mapping[str, Any], with_size: bool
+) -> str:
+    columns = [k for k in COLUMNS if any(v is not None for v in (figures.get(k) or {}).values())]
+    heads = [COLUMNS[k] for k in columns]
+    if with_size:
+        heads[1:1] = ["restoration error"]
+        heads += ["parameters", "fit, s"]
+    lines = ["<tr><th></th>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>"]
+    restored = {k: summary["denoising_mse"].get(k) for k in NAMES}
+    for name, label in NAMES.items():
+        cells = [_cell(figures[k], errors.get(k) or {}, name, k) for k in columns]
+        if with_size:
+            about = _about(summary["methods"], name)
+            cells[1:1] = [_cell(restored, {}, name, "restoration")]
+            cells += [
+                f"<td>{_count(about.get('parameters'))}</td>",
+                f"<td>{_number(about.get('seconds'), 1)}</td>",
+            ]
+        lines.append(f'<tr class="{name}"><td>{_label(summary, name, label)}</td>{"".join(cells)}</tr>')
+    if any((figures.get(k) or {}).get("floor") is not None for k in columns):
+        cells = [f"<td>{_number(figures[k].get('floor'))}</td>" for k in columns]
+        if with_size:
+            cells[1:1] = ["<td>–</td>"]
+            cells += ["<td>–</td>", "<td>–</td>"]
+        lines.append(f"<tr><td>real rows (floor)</td>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _cell(row: Mapping[str, float | None], errors: Mapping[str, float | None], name: str, column: str) -> str:
+    value = row.get(name)
+    known = {k: v for k, v in row.items() if v is not None and k != "floor"}
+    if value is None:
+        return '<td class="rest">–</td>'
+    score = (lambda v: abs(v - 0.5)) if column == "two_sample_auc" else (lambda v: v)
+    best = score(value) <= min(map(score, known.values()))
+    error = errors.get(name)
+    small = f" <small>± {_number(error)}</small>" if error is not None else ""
+    return f'<td class="{"best" if best else "rest"}">{_number(value)}{small}</td>'
+
+
+def _about(methods: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A method's size and seconds; of the autoencoders, one's size and both's seconds."""
+    if name != "sae":
+        return methods.get(name, {})
+    plain, noised = methods["sae_plain"], methods["sae_noised"]
+    return {"parameters": plain["parameters"], "seconds": plain["seconds"] + noised["seconds"]}
+
+
+def _label(summary: Mapping[str, Any], name: str, label: str) -> str:
+    methods = summary["methods"]
+    if name == "mixture":
+        return f"mixture of {methods['mixture']['components']:,}"
+    if name == "pca":
+        return f"PCA, {methods['pca']['components']} components"
+    if name == "sae":
+        return f"SAE, {methods['sae_plain']['latents']:,} latents, k = {methods['sae_plain']['k']}"
+    return label
+
+
+def _scored(texts: Sequence[ScoredText]) -> str:
+    values = sorted(t.nats_per_dim for text in texts for t in text.tokens if t.nats_per_dim is not None)
+    parts = ["<h2>Text scored through the endpoint</h2>"]
+    for text in texts:
+        found = [t.nats_per_dim for t in text.tokens if t.nats_per_dim is not None]
+        mean = f", {sum(found) / len(found):.3f} nats/dim on average" if found else ""
+        spans = "".join(_span(token, values) for token in text.tokens)
+        parts.append(f'<h3>{escape(text.title)}{mean}</h3><p class="tokens">{spans}</p>')
+    parts.append(
+        '<p class="soft">The redder a token, the less natural the prior finds its activation, ranked among all '
+        "tokens shown; point at one for its log-probability.</p>"
+    )
+    return "".join(parts)
+
+
+def _span(token: ScoredToken, values: Sequence[float]) -> str:
+    if token.nats_per_dim is None:
+        return f'<span class="none" title="position 0 is not scored">{escape(token.text)}</span>'
+    share = sum(v < token.nats_per_dim for v in values) / max(len(values) - 1, 1)
+    tip = f"{token.nats_per_dim:.3f} nats/dim"
+    if token.percentile is not None:
+        tip += f", percentile {token.percentile:.1f}"
+    return f'<span style="background: hsl(8 85% {72 + 23 * share:.0f}%)" title="{tip}">{escape(token.text)}</span>'
+
+
+def _picture(out: str, name: str, caption: str) -> str:
+    path = join(out, f"{name}.png")
+    if not exists(path):
+        return ""
+    data = base64.b64encode(read_bytes(path)).decode()
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _inputs(summary: Mapping[str, Any]) -> str:
+    shown = {k: summary["inputs"][k] for k in ("prior", "activations", "model", "layer", "d")}
+    shown |= {"seconds": f"{summary['seconds']:.0f}", **summary["versions"]}
+    return "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in shown.items())
+
+
+def _compared(value: float | None) -> str:
+    if value is None:
+        return "not known beside"
+    return f"{abs(100 * value):.0f} % {'below' if value < 0 else 'above'}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits if abs(value) < 100 else 1}f}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

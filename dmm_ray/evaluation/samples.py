@@ -1,0 +1,72 @@
+"""How close each method's samples come to real rows: Frechet distance and a classifier two-sample test."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from torch import Tensor
+
+from dmm_ray.baselines.gaussian import moments
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.methods import Methods
+
+FOLDS = 3
+
+
+def draw(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> dict[str, Tensor]:
+    """``config.samples`` normalised rows (n, d) of every method that has samples, and as ``floor`` training rows."""
+    n, seed, row = config.samples, config.seed, inputs.prior.layer_row(inputs.layer)
+    found = {
+        name: method.prior.normalizer.normalize(
+            method.prior.sample(n, steps=config.sample_steps, layer=inputs.layer, seed=seed), row
+        )
+        for name, method in methods.priors.items()
+    }
+    for name in ("gaussian", "pca", "mixture"):
+        found[name] = getattr(methods, name).sample(n, seed)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs.train.z))[:n])
+    found["floor"] = inputs.train.z[order.to(inputs.train.z.device)]
+    return found
+
+
+def frechet_distance(a_nd: Tensor, b_nd: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to two sets of rows (Dowson and Landau 1982).
+
+    ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)``
+    """
+    (m_a, s_a), (m_b, s_b) = moments(a_nd), moments(b_nd)
+    values, vectors = torch.linalg.eigh(s_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
+    return max(float((m_a - m_b).square().sum() + s_a.trace() + s_b.trace() - 2 * cross), 0.0)
+
+
+def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int, seed: int) -> float:
+    """Cross-validated AUC of gradient-boosted trees telling real rows from others; 0.5 is indistinguishable.
+
+    Rows of one document stay in one fold.
+
+    Args:
+        real_nd: test rows (n, d).
+        docs: their documents (n,).
+        fake_nd: rows to tell from them.
+        rows: used of each side.
+        seed: of the draw of rows and the folds.
+    """
+    rng = np.random.default_rng(seed)
+    take = [rng.permutation(len(x))[:rows] for x in (real_nd, fake_nd)]
+    x = np.concatenate(
+        [side.numpy(force=True)[at] for side, at in zip((real_nd, fake_nd), take, strict=True)]
+    )
+    y = np.repeat([1, 0], [len(at) for at in take])
+    groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])
+    model = HistGradientBoostingClassifier(
+        max_iter=60, learning_rate=0.15, early_stopping=False, random_state=seed
+    )
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    scores = cross_val_predict(model, x, y, groups=groups, cv=folds, method="predict_proba")[:, 1]
+    return float(roc_auc_score(y, scores))

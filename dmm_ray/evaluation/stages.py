@@ -1,0 +1,102 @@
+"""The measurements of an evaluation, each a table of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmm_ray.evaluation import fidelity, likelihood, lm, samples
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.fidelity import FlowLoss
+from dmm_ray.evaluation.methods import SAE_VARIANTS, Methods, subset
+from dmm_ray.evaluation.statistics import clustered
+
+HEADLINE_LEVEL = 0.5
+Figures = dict[str, Any]
+
+
+def measure_flow(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+    """Flow-matching losses on all test rows, and on those with unseen prefixes."""
+    noised = fidelity.NoisedRows.assign(len(inputs.test.z), config.seed)
+    errors = fidelity.squared_errors(methods.denoisers, inputs.test, noised, config.seed)
+    docs, unseen = inputs.test.docs, inputs.is_unseen(inputs.test.ids)
+    found: Figures = {
+        "all": {k: fidelity.summarize(e, noised, docs) for k, e in errors.items()},
+        "unseen": None,
+    }
+    if unseen is not None:
+        found["unseen"] = {k: fidelity.summarize(e, noised, docs, unseen) for k, e in errors.items()}
+        found["unseen_share"] = float(unseen.mean())
+    for table in (found["all"], found["unseen"] or {}):
+        if table:
+            table["sae"] = min((table[name] for name in SAE_VARIANTS), key=_loss)
+    return found
+
+
+def measure_lm(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+    """Delta LM losses by level and method, of all tokens and of those after a row with an unseen prefix."""
+    documents = lm.Documents(
+        inputs.subject, inputs.layer, lm.draw(inputs.tokens, config.lm_documents, config.seed)
+    )
+    if not documents.tokens:
+        return {}
+    rows, base = documents.capture(), documents.losses()
+    unseen, docs = inputs.is_unseen(documents.ids), documents.ids[:, 0].numpy()
+    scored = ~np.isnan(base)
+
+    def deltas(restored: torch.Tensor) -> Figures:
+        delta = documents.losses(restored) - base
+        kept = {"all": scored} | ({} if unseen is None else {"unseen": scored & unseen})
+        return {key: clustered(delta[mask], docs[mask]) for key, mask in kept.items()}
+
+    levels = sorted({HEADLINE_LEVEL, *config.lm_levels})
+    found: Figures = {"levels": {}, "lm_loss": clustered(base[scored], docs[scored])}
+    for u in levels:
+        restored = lm.restorations(inputs, methods, rows, documents.ids, u, config.seed)
+        table = {name: deltas(x) for name, x in restored}
+        table["sae"] = min((table[name] for name in SAE_VARIANTS), key=lambda entry: entry["all"].mean)
+        found["levels"][u] = table
+    found["plain"] = {name: deltas(x) for name, x in lm.plain(inputs, methods, rows)}
+    found["tokens"], found["documents"] = int(scored.sum()), len(documents.tokens)
+    return found
+
+
+def measure_nll(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+    """Negative log-likelihoods in nats per dimension of raw rows."""
+    if not config.nll_rows:
+        return {}
+    part = subset(inputs.test, config.nll_rows)
+    unseen, docs = inputs.is_unseen(part.ids), part.docs
+    found = likelihood.nll(config, inputs, methods, part)
+    tables: Figures = {"all": {k: clustered(v, docs) for k, v in found.items()}, "rows": found}
+    if unseen is not None:
+        tables["unseen"] = {k: clustered(v[unseen], docs[unseen]) for k, v in found.items()}
+    return tables
+
+
+def measure_samples(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+    """Frechet distance to the test rows and two-sample AUC of every method's samples; ``floor``: of training rows."""
+    if not config.samples:
+        return {"rows": {}, "frechet": {}, "auc": {}}
+    drawn = samples.draw(config, inputs, methods)
+    test, docs = inputs.test.z, inputs.test.docs
+    auc = {
+        k: samples.two_sample_auc(test, docs, x, config.two_sample_rows, config.seed)
+        for k, x in drawn.items()
+    }
+    return {
+        "rows": drawn,
+        "frechet": {k: samples.frechet_distance(x, test) for k, x in drawn.items()},
+        "auc": auc,
+    }
+
+
+def _loss(entry: FlowLoss) -> float:
+    return entry.overall.mean if entry.overall else math.inf
+
+
+STAGES = {"flow": measure_flow, "lm": measure_lm, "nll": measure_nll, "samples": measure_samples}

@@ -1,0 +1,136 @@
+"""From tables of measurements to ``summary.json``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dmm_ray.config import versions
+from dmm_ray.evaluation import likelihood
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.methods import KEYS, Methods
+from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
+from dmm_ray.evaluation.statistics import Estimate
+from dmm_ray.files import absolute, exists, join, read_json
+
+DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
+
+
+def summarize(
+    config: EvaluateConfig, inputs: Inputs, methods: Methods, tables: dict[str, Figures]
+) -> Figures:
+    """``summary.json`` without the times."""
+    log_det = likelihood.log_determinant_per_dim(inputs)
+    fidelity_all, stderr_all = _fidelity(tables, "all", log_det)
+    fidelity_unseen, stderr_unseen = _fidelity(tables, "unseen", log_det)
+    sampled = tables["samples"]
+    for name, key in (("frechet_distance", "frechet"), ("two_sample_auc", "auc")):
+        fidelity_all[name] = {k: sampled[key].get(k) for k in (*KEYS, "floor")}
+    manifest = inputs.store.manifest
+    return {
+        "fidelity": fidelity_all,
+        "fidelity_unseen_prefix": fidelity_unseen if inputs.unseen is not None else None,
+        "relative": relative(fidelity_all),
+        "relative_unseen_prefix": relative(fidelity_unseen) if inputs.unseen is not None else None,
+        "stderr": stderr_all,
+        "stderr_unseen_prefix": stderr_unseen if inputs.unseen is not None else None,
+        "by_level": {k: v.by_decile for k, v in tables["flow"]["all"].items()},
+        "denoising_mse": {k: v.denoising for k, v in tables["flow"]["all"].items()},
+        "delta_lm": _delta_lm(tables["lm"]),
+        "nll_normalised_nats_per_dim": {
+            k: None if v is None else v + log_det for k, v in fidelity_all["nll_nats_per_dim"].items()
+        },
+        "methods": about(config, methods),
+        "rows": {
+            "train": len(inputs.train.z),
+            "validation": len(inputs.validation.z),
+            "test": len(inputs.test.z),
+            "test_documents": len(np.unique(inputs.test.docs)),
+            "unseen_prefix_share": tables["flow"].get("unseen_share"),
+            "nll": min(config.nll_rows, len(inputs.test.z)),
+            "lm_tokens": tables["lm"].get("tokens", 0),
+            "lm_documents": tables["lm"].get("documents", 0),
+            "samples": config.samples,
+        },
+        "inputs": {
+            "prior": absolute(config.prior),
+            "activations": inputs.store.uri,
+            "model": inputs.subject.model_id,
+            "layer": inputs.layer,
+            "d": inputs.prior.d,
+            "weights_hash": inputs.subject.weights_hash,
+            "store": manifest.config_hash,
+            "split": inputs.prior.config.split,
+            "config": config.model_dump(mode="json"),
+        },
+        "versions": versions(),
+    }
+
+
+def relative(figures: Figures) -> Figures:
+    """The prior's losses relative to its rivals': -0.4 is 40 % below. None where either is missing."""
+    flow, delta = figures["flow_matching_loss"], figures["delta_lm_loss"]
+    rivals = [delta[k] for k in DELTA_LM_RIVALS if delta.get(k) is not None]
+    return {
+        **{f"flow_matching_loss_vs_{k}": _ratio(flow["prior"], flow[k]) for k in KEYS if k != "prior"},
+        "delta_lm_loss_vs_best_of_gaussian_pca_sae": _ratio(delta["prior"], min(rivals, default=None)),
+        "delta_lm_loss_vs_mixture": _ratio(delta["prior"], delta["mixture"]),
+    }
+
+
+def about(config: EvaluateConfig, methods: Methods) -> Figures:
+    """Size and fitting seconds by method; the prior's seconds come from its folder's summary, if it has one."""
+    found: Figures = dict(methods.about())
+    path = join(absolute(config.prior), "summary.json")
+    trained = read_json(path).get("seconds") if exists(path) else None
+    found["prior"] |= {"seconds": trained, "samples": methods.prior.prior.config.training.get("samples")}
+    return found
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite as None: JSON has no other way to say that there is none."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fidelity(tables: dict[str, Figures], rows: str, log_det: float) -> tuple[Figures, Figures]:
+    """The figures on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
+    flow = tables["flow"][rows] or {}
+    delta = tables["lm"].get("levels", {}).get(HEADLINE_LEVEL, {})
+    nll = tables["nll"].get(rows, {})
+    estimates: dict[str, dict[str, Estimate | None]] = {
+        "flow_matching_loss": {k: flow[k].overall if k in flow else None for k in KEYS},
+        "delta_lm_loss": {k: delta.get(k, {}).get(rows) for k in KEYS},
+        "nll_nats_per_dim": {k: nll.get(k) for k in ("prior", "gaussian", "mixture")},
+    }
+    return (
+        {name: {k: e and e.mean for k, e in row.items()} for name, row in estimates.items()},
+        {name: {k: e and e.stderr for k, e in row.items()} for name, row in estimates.items()},
+    )
+
+
+def _delta_lm(table: Figures) -> Figures | None:
+    if not table:
+        return None
+
+    def means(methods: Figures, rows: str) -> Figures:
+        return {name: entry[rows].mean for name, entry in methods.items() if entry.get(rows)}
+
+    levels = {f"{u:g}": v for u, v in table["levels"].items()}
+    prior_sample = table["levels"][HEADLINE_LEVEL]["prior"]
+    return {
+        "lm_loss": table["lm_loss"].mean,
+        "by_level": {u: means(v, "all") for u, v in levels.items()},
+        "by_level_unseen_prefix": {u: means(v, "unseen") for u, v in levels.items()},
+        "published_protocol": means(table["plain"] | {"prior": prior_sample}, "all"),
+    }
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return None if value is None or not other or other <= 0 else value / other - 1
