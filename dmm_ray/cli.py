@@ -12,7 +12,13 @@ import sys
 from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from dmm_ray.cluster import quiet
 from dmm_ray.config import Config, load_yaml, one_line
@@ -32,12 +38,18 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("dmm_ray.demo.run", "DemoConfig", "demo", "text -> activations -> prior -> report -> endpoint"),
+    "demo": Verb(
+        "dmm_ray.demo.run", "DemoConfig", "demo", "text -> activations -> prior -> report -> endpoint"
+    ),
     "extract": Verb("dmm_ray.activations.extract", "ExtractConfig", "extract", "write an activation store"),
     "train": Verb("dmm_ray.training.train", "TrainConfig", "train", "train a prior on a store"),
-    "evaluate": Verb("dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"),
+    "evaluate": Verb(
+        "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
+    ),
     "serve": Verb("dmm_ray.serving.serve", "ServeConfig", "serve", "answer log_prob and denoise over HTTP"),
-    "verify": Verb("dmm_ray.activations.verify", "VerifyConfig", "verify", "check a store against its records", "store"),
+    "verify": Verb(
+        "dmm_ray.activations.verify", "VerifyConfig", "verify", "check a store against its records", "store"
+    ),
     "info": Verb("dmm_ray.activations.info", "InfoConfig", "info", "say what a store is", "store"),
 }
 
@@ -45,7 +57,11 @@ VERBS = {
 def usage() -> str:
     """What ``dmm --help`` prints."""
     lines = [f"  {name:<10} {verb.about}" for name, verb in VERBS.items()]
-    return "usage: dmm VERB [--config file.yaml] [--field value ...]\n\n" + "\n".join(lines) + "\n\ndmm VERB --help shows its fields\n"
+    return (
+        "usage: dmm VERB [--config file.yaml] [--field value ...]\n\n"
+        + "\n".join(lines)
+        + "\n\ndmm VERB --help shows its fields\n"
+    )
 
 
 def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
@@ -64,7 +80,9 @@ def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
     return verb, build(model, f"dmm {name}", rest, defaults)
 
 
-def build(model: type[Config], program: str, args: list[str], defaults: dict[str, Any] | None = None) -> Config:
+def build(
+    model: type[Config], program: str, args: list[str], defaults: dict[str, Any] | None = None
+) -> Config:
     """An instance of ``model`` from command-line flags over ``defaults``; ``--help`` prints its fields and exits.
 
     Raises:
@@ -73,11 +91,15 @@ def build(model: type[Config], program: str, args: list[str], defaults: dict[str
 
     class Flags(model, BaseSettings):  # type: ignore[misc, valid-type]
         model_config = SettingsConfigDict(
-            cli_prog_name=program, cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, cli_enforce_required=False
+            cli_prog_name=program,
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_avoid_json=True,
+            cli_enforce_required=False,
         )
 
         @classmethod
-        def settings_customise_sources(
+        def settings_customise_sources(  # type: ignore[override]
             cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (init_settings,)  # flags come first by themselves; the environment is not read
@@ -93,7 +115,9 @@ def build(model: type[Config], program: str, args: list[str], defaults: dict[str
         raise UserError(" ".join(str(e).split())) from e
     except SystemExit as e:
         if e.code:
-            raise UserError(complaint.getvalue().strip().rpartition("error: ")[2] + "; --help lists the fields") from e
+            raise UserError(
+                complaint.getvalue().strip().rpartition("error: ")[2] + "; --help lists the fields"
+            ) from e
         raise
     return model.model_validate(found.model_dump())
 
@@ -101,7 +125,9 @@ def build(model: type[Config], program: str, args: list[str], defaults: dict[str
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point: runs a verb, prints its folder as the last line on stdout, exits with the fixed codes."""
     args = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("dmm_ray").setLevel(os.environ.get("DMM_LOG_LEVEL", "INFO"))
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(usage())

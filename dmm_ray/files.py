@@ -22,7 +22,9 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(str(uri))
     except (ValueError, ImportError) as e:
-        raise UserError(f"{uri}: no filesystem for this address ({e}); use a local path or an fsspec URI") from e
+        raise UserError(
+            f"{uri}: no filesystem for this address ({e}); use a local path or an fsspec URI"
+        ) from e
     return fs, path
 
 
@@ -89,7 +91,9 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except PermissionError as e:
-        raise UserError(f"{uri}: no permission to write here; choose another --out or change its owner") from e
+        raise UserError(
+            f"{uri}: no permission to write here; choose another --out or change its owner"
+        ) from e
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -101,7 +105,9 @@ def make_folder(uri: str) -> None:
     try:
         fs.makedirs(path, exist_ok=True)
     except PermissionError as e:
-        raise UserError(f"{uri}: no permission to write here; choose another --out or change its owner") from e
+        raise UserError(
+            f"{uri}: no permission to write here; choose another --out or change its owner"
+        ) from e
     except (FileExistsError, NotADirectoryError) as e:
         raise UserError(f"{uri}: a file is in the way of this folder; choose another --out") from e
     except OSError as e:

@@ -16,6 +16,8 @@ import torch
 from texts import make_texts
 
 torch.set_num_threads(2)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One local Ray cluster with 4 logical CPUs for the whole session."""
@@ -74,7 +76,9 @@ def tiny_subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real small data kept beside the checkout; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("DMM_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+    folder = Path(
+        os.environ.get("DMM_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+    ).resolve()
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set DMM_TEST_DATA to a folder that holds it")
     return folder

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -53,7 +54,7 @@ class DemoConfig(Config):
     """Peak learning rate; default from the network's width."""
     window: int | None = Field(default=None, ge=2)
     """Tokens of a document that are used; default the model's context, at most 2048."""
-    evaluation: dict[str, object] = {}
+    evaluation: dict[str, object] = Field(default={})
     """Fields of `dmm evaluate` to override."""
     seed: int = 0
     """Of the stories, the training and the evaluation."""
@@ -107,8 +108,9 @@ def demo(config: DemoConfig) -> str:
 
 def _layer(config: DemoConfig, model: str) -> int:
     """The layer asked for, or the middle one (7 of 16 blocks, 15 of 32: as published)."""
-    n_layers = SubjectSource.resolve(model).n_layers
-    return config.layer if config.layer is not None else (n_layers - 1) // 2
+    if config.layer is not None:
+        return config.layer
+    return (SubjectSource.resolve(model).check([0]) - 1) // 2
 
 
 def _stories(config: DemoConfig, out: str) -> str:
@@ -142,10 +144,25 @@ def _test_text(store_uri: str, prior: str) -> str:
     corpus = Corpus.scan(entry.uris, entry.text_field, entry.separator)
     longest = ""
     for document in corpus.read(0, corpus.n_documents):
-        if document.text and split.of(_one(document.doc))[0] == TEST:
+        if document.text and split.of(np.array([document.doc]))[0] == TEST:
             longest = max(longest, document.text, key=len)
             if len(longest.split()) >= 30:
                 return longest
     if not longest.strip():
         raise UserError(f"{store_uri}: no test document holds text; give more --text")
     return longest
+
+
+def _score_text(subject: SubjectModel, text: str, layer: int, url: str) -> list[ScoredToken]:
+    """Every token of a text with the log-probability of its activation, asked of the endpoint at ``url``."""
+    ids = subject.tokenize([text], SHOWN_TOKENS)
+    with torch.inference_mode():
+        states = subject.capture(*subject.pad(ids), [layer])[layer][0, 1:]
+    body = {"activations": states.float().tolist(), "layer": layer, "probes": 4}
+    answer = httpx.post(f"{url}/v1/log_prob", json=body, timeout=120)
+    if answer.status_code != 200:
+        raise CheckFailed(f"{url}/v1/log_prob answered {answer.status_code}: {answer.text[:200]}")
+    scores = [None, *answer.json()["nats_per_dim"]]
+    return [
+        ScoredToken(subject.tokenizer.decode([i]), score) for i, score in zip(ids[0], scores, strict=True)
+    ]

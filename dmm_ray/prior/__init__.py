@@ -1,4 +1,7 @@
-"""The diffusion meta-model itself: network, flow, likelihood, denoising, sampling. Knows neither Ray nor language models."""
+"""The diffusion meta-model itself: network, flow, likelihood, denoising, sampling.
+
+Knows neither Ray nor language models.
+"""
 
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.model import ActivationPrior, LogProb

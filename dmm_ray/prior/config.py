@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dmm_ray.config import Config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 
 class PriorConfig(Config):
@@ -30,11 +30,11 @@ class PriorConfig(Config):
     """Number of denoiser blocks."""
     variance_floor: float = Field(gt=0)
     """Variances below this are raised to it by the normaliser, in squared activation units."""
-    subject: dict[str, Any] = {}
+    subject: dict[str, Any] = Field(default={})
     """Which language model the activations come from: id, revision, hashes."""
-    split: dict[str, Any] = {}
+    split: dict[str, Any] = Field(default={})
     """How documents were split into train, validation and test."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default={})
     """How the prior was trained: samples seen, seed, recipe, store."""
 
     @model_validator(mode="after")

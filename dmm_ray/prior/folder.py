@@ -65,4 +65,6 @@ def _resolve(source: str, revision: str | None) -> str:
     try:
         return snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise UserError(f"{source}: no such folder, and the Hub did not give it ({' '.join(str(e).split())[:200]})") from e
+        raise UserError(
+            f"{source}: no such folder, and the Hub did not give it ({' '.join(str(e).split())[:200]})"
+        ) from e

@@ -97,29 +97,37 @@ class ActivationPrior(nn.Module):
         return cls(config, denoiser, normalizer)
 
     @classmethod
-    def from_pretrained(cls, source: str, device: str = "cpu", revision: str | None = None) -> ActivationPrior:
+    def from_pretrained(
+        cls, source: str, device: str = "cpu", revision: str | None = None
+    ) -> ActivationPrior:
         """Load a prior from a folder or a Hugging Face Hub id.
 
         Raises:
             UserError: not a prior, a damaged file, or weights that do not fit the configuration.
         """
         config, tensors = folder.load(str(source), revision)
-        statistics = Normalizer(tensors.pop("normalizer.mean"), tensors.pop("normalizer.var"), config.variance_floor)
+        statistics = Normalizer(
+            tensors.pop("normalizer.mean"), tensors.pop("normalizer.var"), config.variance_floor
+        )
         with torch.device("meta"):
             denoiser = new_denoiser(config)
         weights = {name.removeprefix("denoiser."): t for name, t in tensors.items()}
         try:
             denoiser.load_state_dict(weights, assign=True)
         except RuntimeError as e:
-            raise UserError(f"{source}: weights do not fit config.json: {' '.join(str(e).split())[:300]}") from e
+            raise UserError(
+                f"{source}: weights do not fit config.json: {' '.join(str(e).split())[:300]}"
+            ) from e
         return cls(config, denoiser, statistics).to(device)
 
     def save_pretrained(self, path: str) -> None:
         """Write ``config.json`` and ``model.safetensors`` (weights and normaliser) into a folder."""
-        folder.save(path, self.config, {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()})
+        folder.save(
+            path, self.config, {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        )
 
     def velocity(self, z: Tensor, u: Tensor | float, layer: int | None = None) -> Tensor:
-        """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d) and u, a number or one per row (n,)."""
+        """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d), u one number or (n,)."""
         u_M = torch.as_tensor(u, dtype=torch.float32, device=self.device).reshape(-1)
         if len(u_M) not in (1, len(z)):
             raise UserError(f"u: one noise level or one a row is needed, got {len(u_M)} for {len(z)} rows")
@@ -129,7 +137,13 @@ class ActivationPrior(nn.Module):
 
     @torch.no_grad()
     def log_prob(
-        self, x: Tensor, layer: int | None = None, steps: int = 32, probes: int = 2, ids: Ids = None, seed: int = 0
+        self,
+        x: Tensor,
+        layer: int | None = None,
+        steps: int = 32,
+        probes: int = 2,
+        ids: Ids = None,
+        seed: int = 0,
     ) -> LogProb:
         """Log-likelihood of raw activations by the instantaneous change of variables (Chen et al. 2018).
 
@@ -143,18 +157,24 @@ class ActivationPrior(nn.Module):
             ids: see the class.
             seed: of the probes.
 
+        One call at a time in a process: torch keeps the state of forward-mode differentiation globally.
+
         Raises:
             UserError: wrong width, empty or non-finite rows, a layer not modelled, no steps, negative probes.
         """
         row = self.layer_row(layer)
         if probes < 0 or (probes == 0 and self.d > EXACT_TRACE_MAX_D):
-            raise UserError(f"probes: at least 1 is needed, or 0 (exact) up to width {EXACT_TRACE_MAX_D} (got {probes})")
+            raise UserError(
+                f"probes: at least 1 is needed, or 0 (exact) up to width {EXACT_TRACE_MAX_D} (got {probes})"
+            )
         grid = cosine_grid(0.0, 1.0, steps)
         parts = []
         for x_ND, ids_N2 in self._pieces(x, ids, self._trace_width(probes)):
             velocity = self._cached_velocity(row)
             trace = self._trace(velocity, ids_N2, seed, probes)
-            z_1, divergence, variance = integrate_with_trace(velocity, trace, self.normalizer.normalize(x_ND, row), grid)
+            z_1, divergence, variance = integrate_with_trace(
+                velocity, trace, self.normalizer.normalize(x_ND, row), grid
+            )
             base = -0.5 * (z_1.double().square().sum(1) + self.d * math.log(2 * math.pi))
             parts.append(torch.stack([base, divergence, variance.sqrt()]))
         base, divergence, stderr = torch.cat(parts, dim=1)
@@ -183,7 +203,7 @@ class ActivationPrior(nn.Module):
         ids: Ids = None,
         seed: int = 0,
     ) -> Tensor:
-        """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore. Gives (n, d).
+        """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore.
 
         Args:
             x: (n, d), finite.
@@ -207,12 +227,18 @@ class ActivationPrior(nn.Module):
             noise = normal(seed, ids_N2, self.d, STREAM_PATH)
             z_u = interpolate(self.normalizer.normalize(x_ND, row), noise, u)
             velocity = self._cached_velocity(row)
-            z = integrate(velocity, z_u, grid) if mode == "sample" else posterior_mean(z_u, velocity(z_u, u), u)
+            z = (
+                integrate(velocity, z_u, grid)
+                if mode == "sample"
+                else posterior_mean(z_u, velocity(z_u, u), u)
+            )
             found.append(self.normalizer.denormalize(z, row))
         return torch.cat(found)
 
     @torch.no_grad()
-    def sample(self, n: int, steps: int = 20, layer: int | None = None, ids: Ids = None, seed: int = 0) -> Tensor:
+    def sample(
+        self, n: int, steps: int = 20, layer: int | None = None, ids: Ids = None, seed: int = 0
+    ) -> Tensor:
         """Draw n raw activations (n, d) by following the flow from noise; ``steps`` midpoint intervals from 1 to 0.
 
         Raises:

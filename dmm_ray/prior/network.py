@@ -2,7 +2,8 @@
 
 The architecture of the published Generative Latent Prior (Luo et al. 2026), with its tensor names::
 
-    h = in_proj(z_u);  e = time_embed(sinusoid(1000 u));  multi-layer: e += layer_embed(sinusoid(layer / (n_layers - 1)))
+    h = in_proj(z_u);  e = time_embed(sinusoid(1000 u))
+    with several layers:  e += layer_embed(sinusoid(layer / (n_layers - 1)))
     per block:  y = ln(h);  h += down_proj(silu(gate_proj(y) * time_proj(e)) * up_proj(y))
     velocity = out_proj(ln(h))
 
@@ -12,6 +13,8 @@ Shapes: B rows, M distinct conditions (noise level, layer), D activation width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,9 @@ from dmm_ray.prior.flow import LEVELS
 def sinusoid(t_M: Tensor, width: int) -> Tensor:
     """``[cos(t f_i), sin(t f_i)]`` with ``f_i = exp(-ln(10000) i / (width / 2))``, (M, width), in float32."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t_M.device, dtype=torch.float32))
+    frequency = torch.exp(
+        -math.log(10000.0) / half * torch.arange(half, device=t_M.device, dtype=torch.float32)
+    )
     angle = t_M.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -70,6 +75,11 @@ class Denoiser(nn.Module):
         self.ln = nn.LayerNorm(d_model)
         self.out_proj = nn.Linear(d_model, d)
 
+    @property
+    def blocks(self) -> Iterable[Block]:
+        """``layers`` as what they are."""
+        return cast(Iterable[Block], self.layers)
+
     def gates(self, u_M: Tensor, depth_M: Tensor | None = None) -> list[Tensor]:
         """The time path: every block's gate (M, F) for M distinct conditions.
 
@@ -82,25 +92,27 @@ class Denoiser(nn.Module):
         if self.layer_embed is not None:
             assert depth_M is not None
             e_MH = e_MH + self.layer_embed(sinusoid(depth_M, self.d_model).to(dtype))
-        return [block.time_proj(e_MH) for block in self.layers]
+        return [block.time_proj(e_MH) for block in self.blocks]
 
     def velocity(self, z_BD: Tensor, gates: list[Tensor], index_B: Tensor | None = None) -> Tensor:
-        """The velocity (B, D), from gates for each row, or for each distinct condition and every row's index into them."""
+        """The velocity (B, D), from gates per row, or per distinct condition with each row's index."""
         h_BH = self.in_proj(z_BD)
-        for block, gate in zip(self.layers, gates, strict=True):
+        for block, gate in zip(self.blocks, gates, strict=True):
             h_BH = block(h_BH, gate if index_B is None else gate[index_B])
         return self.out_proj(self.ln(h_BH))
 
     def meta_neurons(self, z_BD: Tensor, gates: list[Tensor]) -> list[Tensor]:
         """Every block's hidden units (B, F)."""
         h_BH, found = self.in_proj(z_BD), []
-        for block, gate in zip(self.layers, gates, strict=True):
+        for block, gate in zip(self.blocks, gates, strict=True):
             hidden_BF = block.hidden(h_BH, gate)
             found.append(hidden_BF)
             h_BH = h_BH + block.down_proj(hidden_BF)
         return found
 
-    def forward(self, z_BD: Tensor, u_M: Tensor, index_B: Tensor | None = None, depth_M: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z_BD: Tensor, u_M: Tensor, index_B: Tensor | None = None, depth_M: Tensor | None = None
+    ) -> Tensor:
         """:meth:`gates` then :meth:`velocity`."""
         return self.velocity(z_BD, self.gates(u_M, depth_M), index_B)
 

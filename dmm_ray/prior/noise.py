@@ -28,7 +28,7 @@ def _mix(x: int) -> int:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four broadcastable int64 tensors that hold 32-bit words; returns four words of 32 random bits."""
+    """Philox4x32-10 of four broadcastable int64 tensors that hold 32-bit words; returns four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -57,7 +57,9 @@ def row_ids(ids: Tensor | np.ndarray | None, n: int, device: torch.device | str 
     """
     ids_t = torch.arange(n) if ids is None else torch.as_tensor(ids)
     if ids_t.dtype.is_floating_point or ids_t.shape not in {(n,), (n, 2)}:
-        raise ValueError(f"ids: expected {n} integers or {n} pairs, got {ids_t.dtype} of shape {tuple(ids_t.shape)}")
+        raise ValueError(
+            f"ids: expected {n} integers or {n} pairs, got {ids_t.dtype} of shape {tuple(ids_t.shape)}"
+        )
     ids_t = ids_t.to(device=device, dtype=torch.int64)
     return ids_t if ids_t.ndim == 2 else torch.stack([ids_t, torch.zeros_like(ids_t)], dim=1)
 

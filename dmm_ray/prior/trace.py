@@ -1,4 +1,4 @@
-"""The divergence of a velocity field: exact by forward mode, or by Hutchinson's estimator with fresh Rademacher probes."""
+"""The divergence of a velocity field: exact by forward mode, or by Hutchinson's estimator with fresh probes."""
 
 from __future__ import annotations
 

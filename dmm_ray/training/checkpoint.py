@@ -38,7 +38,9 @@ def load_tensors(
         for name, p in denoiser.named_parameters():
             p.copy_(tensors[f"model.{name}"])
             state = {key: tensors[f"{key}.{name}"] for key in ADAM}
-            optimizer.state[p] = {k: t.to(p.device) if k != "step" or p.is_cuda else t for k, t in state.items()}
+            optimizer.state[p] = {
+                k: t.to(p.device) if k != "step" or p.is_cuda else t for k, t in state.items()
+            }
         ema.load({name: tensors[f"ema.{name}"] for name, _ in denoiser.named_parameters()})
 
 

@@ -91,7 +91,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
         if self.batch % min(self.levels_per_batch, self.batch):
-            raise ValueError(f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does")
+            raise ValueError(
+                f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does"
+            )
         return self
 
     @property
@@ -142,5 +144,5 @@ def check_same(saved: TrainConfig, asked: TrainConfig) -> None:
         old, new = getattr(saved, field), getattr(asked, field)
         if field not in FREE_FIELDS and old != new:
             raise UserError(
-                f"{asked.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same {field}"
+                f"{asked.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same value"
             )

@@ -42,9 +42,13 @@ class Loader:
     def __init__(self, store: ActivationStore, layer: int, split: Split, window_rows: int, seed: int) -> None:
         self.store, self.layer, self.split = store, layer, split
         self.groups = store.row_groups(layer)
-        counts = np.array([self._is_train(store.documents(layer, g)).sum() for g in self.groups], dtype=np.int64)
+        counts = np.array(
+            [self._is_train(store.documents(layer, g)).sum() for g in self.groups], dtype=np.int64
+        )
         if counts.sum() == 0:
-            raise UserError(f"{store.uri}: no document falls into the train part; extract more text or change --split")
+            raise UserError(
+                f"{store.uri}: no document falls into the train part; extract more text or change --split"
+            )
         self.order = Order(counts, window_rows, seed)
         self._loaded: tuple[tuple[int, ...], Tensor] | None = None
 

@@ -49,7 +49,9 @@ class Run:
         wrap: makes the module that is called in the forward pass, DDP where there are several workers.
     """
 
-    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: Place, wrap: Any = None) -> None:
+    def __init__(
+        self, config: TrainConfig, prior_config: PriorConfig, place: Place, wrap: Any = None
+    ) -> None:
         self.config, self.prior_config, self.place = config, prior_config, place
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
@@ -61,7 +63,11 @@ class Run:
         self.denoiser: Denoiser = new_denoiser(prior_config).to(place.device)
         self.ema = Ema(self.denoiser, config.ema)
         self.optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+            self.denoiser.parameters(),
+            lr=1.0,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.batch = self._resume()
         self.model: nn.Module = wrap(self.denoiser) if wrap else self.denoiser
@@ -101,7 +107,9 @@ class Run:
         config = self.config
         z_BD = self.normalizer.normalize(rows.to(self.place.device, non_blocking=True))
         data = FlowBatch(config, self.batch, share, z_BD)
-        losses = flow_loss(self.model, data.z_u, data.target, data.u_M, data.index, config.precision == "bfloat16")
+        losses = flow_loss(
+            self.model, data.z_u, data.target, data.u_M, data.index, config.precision == "bfloat16"
+        )
         # DDP averages gradients over workers, whose shares may be uneven: scale to the mean over the global batch.
         loss = losses.sum() / config.batch
         (loss * self.place.world).backward()
@@ -141,7 +149,9 @@ class Run:
     def _validation(self, store: ActivationStore) -> Validation | None:
         if self.place.rank != 0:
             return None
-        rows = store.select(self.layer, self.config.split, VALIDATION, self.config.validation_rows, self.config.seed)
+        rows = store.select(
+            self.layer, self.config.split, VALIDATION, self.config.validation_rows, self.config.seed
+        )
         if len(rows.doc) == 0:
             logger.warning("no document falls into the validation part: no validation loss")
             return None

@@ -75,7 +75,9 @@ class FlowBatch:
         self.target = noise - z_BD
 
 
-def flow_loss(model: nn.Module, z_u: Tensor, target: Tensor, u_M: Tensor, index: Tensor, bf16: bool) -> Tensor:
+def flow_loss(
+    model: nn.Module, z_u: Tensor, target: Tensor, u_M: Tensor, index: Tensor, bf16: bool
+) -> Tensor:
     """Squared error of the velocity for every row (B,), averaged over dimensions, summed in float32."""
     with torch.autocast(z_u.device.type, dtype=torch.bfloat16, enabled=bf16):
         velocity = model(z_u, u_M, index)

@@ -18,8 +18,8 @@ STATS = "stats.jsonl"
 class Tracker:
     """Writes one record per logging interval; only the first worker has one.
 
-    ``stats.jsonl`` is rewritten whole each time, so that it is never half a line and works on object stores. A resumed run
-    drops the records after its checkpoint and goes on.
+    ``stats.jsonl`` is rewritten whole each time, so that it is never half a line and works on object stores. A
+    resumed run drops the records after its checkpoint and goes on.
     """
 
     def __init__(self, config: TrainConfig, samples: int, about: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def read_stats(out: str) -> list[dict[str, Any]]:
 
 
 def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
-    mode = os.environ.get("WANDB_MODE") or config.wandb
+    mode: Any = os.environ.get("WANDB_MODE") or config.wandb
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode == "disabled":

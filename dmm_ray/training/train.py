@@ -40,7 +40,9 @@ def train(config: TrainConfig) -> str:
         CheckFailed: the loss became NaN, or workers crashed more often than allowed.
     """
     started = time.perf_counter()
-    config = config.model_copy(update={"out": absolute(config.out), "activations": absolute(config.activations)})
+    config = config.model_copy(
+        update={"out": absolute(config.out), "activations": absolute(config.activations)}
+    )
     store = ActivationStore.open(config.activations)
     prior_config = _prior_config(config, store)
     if _claim(config, prior_config):
@@ -63,7 +65,9 @@ def train(config: TrainConfig) -> str:
 def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
     layer = config.layer if config.layer is not None else store.layers[0]
     if layer not in store.layers or (config.layer is None and len(store.layers) > 1):
-        raise UserError(f"layer: {store.uri} holds layers {', '.join(map(str, store.layers))}; name one with --layer")
+        raise UserError(
+            f"layer: {store.uri} holds layers {', '.join(map(str, store.layers))}; name one with --layer"
+        )
     shape = config.shape(store.d)
     manifest = store.manifest
     return PriorConfig(
@@ -87,9 +91,13 @@ def _claim(config: TrainConfig, prior_config: PriorConfig) -> bool:
         fs, path = filesystem(config.out)
         found = {p.rstrip("/").split("/")[-1] for p in fs.ls(path, detail=False)} if fs.isdir(path) else set()
         if found:
-            raise UserError(f"{config.out}: holds {sorted(found)[0]}, not a run of ours; choose another --out")
+            raise UserError(
+                f"{config.out}: holds {sorted(found)[0]}, not a run of ours; choose another --out"
+            )
         make_folder(config.out)
-        write_json(marker, {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")})
+        write_json(
+            marker, {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
+        )
         return False
     saved = read_json(marker)
     try:
@@ -117,7 +125,9 @@ def _fit(config: TrainConfig, prior_config: PriorConfig) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     resources = ray.cluster_resources()
-    use_gpu = config.device == "cuda" or (config.device == "auto" and resources.get("GPU", 0) >= config.workers)
+    use_gpu = config.device == "cuda" or (
+        config.device == "auto" and resources.get("GPU", 0) >= config.workers
+    )
     cpus = config.cpus_per_worker or _default_cpus(config, resources.get("CPU", 1), use_gpu)
     if cpus * config.workers > resources.get("CPU", 0):
         raise UserError(
@@ -128,10 +138,14 @@ def _fit(config: TrainConfig, prior_config: PriorConfig) -> None:
         _worker,
         train_loop_config={"train": config, "prior": prior_config, "threads": max(1, int(cpus))},
         scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+            num_workers=config.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=RAY_FOLDER, storage_path=config.out, failure_config=FailureConfig(max_failures=config.max_failures)
+            name=RAY_FOLDER,
+            storage_path=config.out,
+            failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
     try:
@@ -172,7 +186,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
     config: TrainConfig = loop_config["train"]
     try:
         Run(config, loop_config["prior"], place, wrap if place.world > 1 else None).train()
-    except (UserError, CheckFailed) as e:  # every worker sees the same rows and losses, so all of them end here
+    except (
+        UserError,
+        CheckFailed,
+    ) as e:  # every worker sees the same rows and losses, so all of them end here
         refusal = {"message": str(e), "bad_input": isinstance(e, UserError)}
         write_json(join(config.out, RAY_FOLDER, REFUSAL), refusal)
 

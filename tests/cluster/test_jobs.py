@@ -39,8 +39,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--object-store-memory=268435456",
-        "--node-ip-address=127.0.0.1",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", 
+        "--object-store-memory=268435456", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
@@ -89,6 +89,8 @@ def test_extract_then_train_as_jobs(cluster, tiny_subject, tiny_text, tmp_path):
     assert ActivationPrior.from_pretrained(str(prior)).d == 32
     records = [json.loads(line) for line in (prior / "stats.jsonl").read_text().splitlines()]
     assert records[-1]["samples"] == 4096
-    failed = submit(cluster, "jobs/train.py", "--activations", str(tmp_path / "none"), "--out", str(tmp_path / "x"))
+    failed = submit(
+        cluster, "jobs/train.py", "--activations", str(tmp_path / "none"), "--out", str(tmp_path / "x")
+    )
     assert failed.returncode != 0
     assert "not an activation store" in failed.stdout + failed.stderr

@@ -41,7 +41,9 @@ def random_covariance(d: int, seed: int = 0) -> Tensor:
     return (vectors * values) @ vectors.T
 
 
-def gaussian_prior(covariance: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> ActivationPrior:
+def gaussian_prior(
+    covariance: Tensor, mean: Tensor | None = None, scale: Tensor | None = None
+) -> ActivationPrior:
     """The exact prior of x = mean + scale * z with z ~ N(0, covariance)."""
     d = len(covariance)
     mean = torch.zeros(d) if mean is None else mean

@@ -13,7 +13,9 @@ D = 12
 
 def gaussian_rows(n: int, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
-    return MultivariateNormal(torch.zeros(len(covariance), dtype=torch.float64), covariance).sample((n,)).float()
+    return (
+        MultivariateNormal(torch.zeros(len(covariance), dtype=torch.float64), covariance).sample((n,)).float()
+    )
 
 
 def trained_like_prior(d: int = 16) -> ActivationPrior:
@@ -112,7 +114,10 @@ def test_denoise_samples_keep_the_distribution():
     [
         (lambda p: p.log_prob(torch.zeros(2, 15)), r"expected shape \(n, 16\), got \(2, 15\)"),
         (lambda p: p.log_prob(torch.zeros(0, 16)), "at least one row"),
-        (lambda p: p.log_prob(torch.tensor([[0.0] * 16, [float("nan")] * 16])), "row 1 holds a value that is not finite"),
+        (
+            lambda p: p.log_prob(torch.tensor([[0.0] * 16, [float("nan")] * 16])),
+            "row 1 holds a value that is not finite",
+        ),
         (lambda p: p.log_prob(torch.zeros(1, 16), steps=0), "steps: at least 1"),
         (lambda p: p.log_prob(torch.zeros(1, 16), probes=-1), "probes: at least 1"),
         (lambda p: p.log_prob(torch.zeros(1, 16), layer=2), r"layer: this prior models 0 \(got 2\)"),

@@ -10,7 +10,14 @@ D = 16
 @pytest.fixture(scope="module")
 def prior() -> ActivationPrior:
     config = PriorConfig(
-        d=D, layers=(3, 5), subject_layers=8, d_model=32, d_mlp=48, n_blocks=2, variance_floor=1e-3, subject={"id": "x"}
+        d=D,
+        layers=(3, 5),
+        subject_layers=8,
+        d_model=32,
+        d_mlp=48,
+        n_blocks=2,
+        variance_floor=1e-3,
+        subject={"id": "x"},
     )
     mean, var = torch.randn(2, D), torch.rand(2, D) * 4
     var[:, 0] = 0
@@ -136,5 +143,5 @@ def test_import_loads_no_ray():
     import subprocess
     import sys
 
-    code = "import sys; from dmm_ray import ActivationPrior, ActivationStore, SubjectModel; assert 'ray' not in sys.modules"
+    code = "import sys\nfrom dmm_ray import ActivationPrior, ActivationStore, SubjectModel\nassert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 from dmm_ray.prior.network import Denoiser, sinusoid
 
 
-def plain_velocity(w: dict, z: torch.Tensor, t: torch.Tensor, depth: torch.Tensor | None, blocks: int) -> torch.Tensor:
+def plain_velocity(
+    w: dict, z: torch.Tensor, t: torch.Tensor, depth: torch.Tensor | None, blocks: int
+) -> torch.Tensor:
     """The published formula, row by row, from a state dict: an independent implementation."""
 
     def linear(name, x):

@@ -25,7 +25,9 @@ def test_philox_known_answer_of_pi():
     assert tuple(int(w) for w in words) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
-@given(st.integers(-(2**70), 2**70), st.lists(st.integers(-(2**62), 2**62), min_size=2, max_size=6, unique=True))
+@given(
+    st.integers(-(2**70), 2**70), st.lists(st.integers(-(2**62), 2**62), min_size=2, max_size=6, unique=True)
+)
 def test_a_row_depends_on_seed_and_id_alone(seed, ids):
     together = normal(seed, torch.tensor(ids), 7)
     for i, one in enumerate(ids):

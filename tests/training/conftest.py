@@ -18,6 +18,10 @@ def train_store(ray_local: None, tiny_subject: Path, tmp_path_factory: pytest.Te
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(300, seed=2)))
     config = ExtractConfig(
-        model=str(tiny_subject), text=str(text), layers=[1, 2], out=str(folder / "store"), rows_per_shard=64 * 63
+        model=str(tiny_subject),
+        text=str(text),
+        layers=[1, 2],
+        out=str(folder / "store"),
+        rows_per_shard=64 * 63,
     )
     return extract(config)

@@ -58,7 +58,10 @@ def test_a_run_learns_and_leaves_a_prior(finished, train_store):
     prior = ActivationPrior.from_pretrained(str(finished))
     assert prior.layers == (2,)
     assert prior.config.split["seed"] == 1
-    assert prior.config.subject["weights_hash"] == ActivationStore.open(train_store).manifest.subject.weights_hash
+    assert (
+        prior.config.subject["weights_hash"]
+        == ActivationStore.open(train_store).manifest.subject.weights_hash
+    )
     untrained = ActivationPrior.untrained(prior.config, prior.normalizer.mean, prior.normalizer.var)
     rows = ActivationStore.open(train_store).select(2, Split(seed=1), TEST).activation.float()
     z, noise = prior.normalizer.normalize(rows), torch.randn(rows.shape)
@@ -134,15 +137,17 @@ def test_only_training_documents_are_read(train_store):
     seen = torch.cat([next(batches) for _ in range(4)])
     every = {r.tobytes() for r in rows.view(torch.int16).numpy()}
     assert {r.tobytes() for r in seen.view(torch.int16).numpy()} <= every
-    assert len(torch.unique(seen.view(torch.int16), dim=0)) > 0.95 * len(torch.unique(rows.view(torch.int16), dim=0))
+    assert len(torch.unique(seen.view(torch.int16), dim=0)) > 0.95 * len(
+        torch.unique(rows.view(torch.int16), dim=0)
+    )
 
 
 def test_bad_input_is_named(train_store, tmp_path):
     with pytest.raises(UserError, match="not an activation store"):
         train(config(str(tmp_path), tmp_path / "out"))
-    with pytest.raises(UserError, match="layer: .* holds layers 1, 2; name one with --layer"):
+    with pytest.raises(UserError, match=r"layer: .* holds layers 1, 2; name one with --layer"):
         train(config(train_store, tmp_path / "out", layer=None))
-    with pytest.raises(UserError, match="layer: .* holds layers 1, 2"):
+    with pytest.raises(UserError, match=r"layer: .* holds layers 1, 2"):
         train(config(train_store, tmp_path / "out", layer=3))
     with pytest.raises(UserError, match="no document falls into the train part"):
         train(config(train_store, tmp_path / "none", split=Split(train=0.0, validation=0.5, test=0.5)))
@@ -156,8 +161,9 @@ def test_bad_input_is_named(train_store, tmp_path):
 
 
 def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local, tmp_path):
-    from dmm_ray.activations.extract import ExtractConfig, extract
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dmm_ray.activations.extract import ExtractConfig, extract
 
     model = AutoModelForCausalLM.from_pretrained(tiny_subject)
     tokenizer = AutoTokenizer.from_pretrained(tiny_subject)
@@ -167,14 +173,16 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
     tokenizer.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "the cat sat on the mat"}\n' * 20 + '{"text": "the cat saw a dog"}\n' * 20)
-    store = extract(ExtractConfig(model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store")))
+    store = extract(
+        ExtractConfig(model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store"))
+    )
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"not finite at document \d+, position \d+"):
             train(config(store, tmp_path / f"out{workers}", layer=1, workers=workers, cpus_per_worker=1))
 
 
 def test_a_diverging_run_stops(train_store, tmp_path):
-    with pytest.raises(CheckFailed, match="the loss is .* between samples"):
+    with pytest.raises(CheckFailed, match=r"the loss is .* between samples"):
         train(config(train_store, tmp_path / "nan", lr=1e30, clip=1e30))
 
 
