@@ -46,7 +46,7 @@ class TrainConfig(Config):
     levels_per_batch: int = Field(default=256, ge=1, le=LEVELS)
     """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; default 0.5 / d_model."""
+    """Peak learning rate; default 16 / d_model^1.5."""
     warmup: float = Field(default=0.01, ge=0, lt=1)
     """Share of the run with linearly rising learning rate, from 1 % of the peak."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
@@ -116,8 +116,8 @@ class TrainConfig(Config):
         return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
 
     def peak_lr(self, d: int) -> float:
-        """The peak learning rate for activations of width d."""
-        return self.lr or 0.5 / self.shape(d).d_model
+        """The peak learning rate for activations of width d: measured at d_model 256, as published at 4096."""
+        return self.lr or 16 * self.shape(d).d_model ** -1.5
 
 
 def preset_shape(preset: Preset, d: int) -> Shape:

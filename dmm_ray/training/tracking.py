@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 from typing import Any
 
 from dmm_ray.files import exists, filesystem, is_local, join, read_bytes, write_bytes
@@ -13,6 +14,7 @@ from dmm_ray.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 STATS = "stats.jsonl"
+SHOW_EVERY_S = 5.0
 
 
 class Tracker:
@@ -68,13 +70,13 @@ def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
 
 
 class StatusLines(threading.Thread):
-    """Repeats new records of ``stats.jsonl`` as log lines with a rate and the time left, on the driver."""
+    """Repeats the newest record of ``stats.jsonl`` as a log line every few seconds, with a rate and the time left, on the driver."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(daemon=True, name="dmm-status")
         self.config = config
         self.stopped = threading.Event()
-        self.seen = len(read_stats(config.out))
+        self.seen, self.shown = len(read_stats(config.out)), 0.0
 
     def run(self) -> None:
         """Poll until stopped."""
@@ -85,13 +87,13 @@ class StatusLines(threading.Thread):
         """Show the last lines and end."""
         self.stopped.set()
         self.join()
-        self._show()
+        self._show(last=True)
 
-    def _show(self) -> None:
+    def _show(self, last: bool = False) -> None:
         records = read_stats(self.config.out)
-        for record in records[self.seen :]:
-            logger.info("%s", status_line(record, self.config.total_samples))
-        self.seen = max(self.seen, len(records))
+        if len(records) > self.seen and (last or time.monotonic() - self.shown >= SHOW_EVERY_S):
+            logger.info("%s", status_line(records[-1], self.config.total_samples))
+            self.seen, self.shown = len(records), time.monotonic()
 
 
 def status_line(record: dict[str, Any], total: int) -> str:

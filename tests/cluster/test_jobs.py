@@ -39,7 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", 
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
         "--object-store-memory=268435456", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
