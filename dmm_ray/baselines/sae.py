@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from dmm_ray.baselines.base import levels_of, velocity_from_mean
 
-BATCH = 2048
-PEAK_LR = 3e-3
+BATCH = 512
+PEAK_LR = 5e-3
 WARMUP = 0.05
-HIGHEST_LEVEL = 0.9
+HIGHEST_LEVEL = 0.7
 """Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
-REVIVE_EVERY = 40
-"""Batches after which latents that fired for no row are pointed at badly restored rows, in the first half of training."""
+REVIVE_EVERY = 100
+"""Batches after which, in the first half of training, latents that never fired are pointed at badly restored rows."""
 CHUNK = 16384
 
 
@@ -51,7 +51,7 @@ class SAE:
     ) -> Self:
         """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
 
-        With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.9] and the target is z; else both are z.
+        With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
         """
         start = time.perf_counter()
         model = cls(z_nd.mean(0), latents, k, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,18 +30,18 @@ class EvaluateConfig(Config):
     """Training rows that the baselines are fitted on, in whole documents."""
     validation_rows: int = Field(default=4_000, ge=1)
     """Validation rows that choose the mixture's size."""
-    mixture_sizes: tuple[int, ...] = Field(default=(128, 512, 1024, 2048), min_length=1)
+    mixture_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128, 512, 2048), min_length=1)
     """Numbers of components tried; the best on validation rows is reported."""
     sae_latents: int | None = Field(default=None, ge=1)
     """Latents of the sparse autoencoders; default 16 for each dimension."""
     sae_k: int = Field(default=16, ge=1)
     """Latents that may be active in a row."""
-    sae_samples: int = Field(default=1_000_000, ge=1)
+    sae_samples: int = Field(default=600_000, ge=1)
     """Rows each of the two sparse autoencoders is trained on, repeats counted."""
     lm_documents: int = Field(default=100, ge=0)
     """Test documents for the delta LM loss; 0 leaves it out."""
-    lm_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
-    """Noise levels for the delta LM loss; 0.5, the headline's, is always there."""
+    lm_levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.5, 0.7)
+    """Noise levels for the delta LM loss of posterior means; 0.5, the headline's, is always there, with samples too."""
     nll_rows: int = Field(default=512, ge=0)
     """Test rows for the likelihood; 0 leaves it out."""
     nll_steps: int = Field(default=32, ge=1)

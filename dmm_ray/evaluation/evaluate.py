@@ -38,8 +38,8 @@ def evaluate(config: EvaluateConfig) -> str:
     logger.info(
         "%d training and %d test rows read in %.1f s", len(inputs.train.z), len(inputs.test.z), _since(start)
     )
+    seconds = {"load": _since(start)}
     methods = fit(config, inputs)
-    seconds = {"load": _since(start), "fit": 0.0}
     seconds["fit"] = _since(start) - seconds["load"]
     tables: dict[str, Figures] = {}
     for name, stage in STAGES.items():

@@ -38,7 +38,7 @@ class NoisedRows:
 
     @classmethod
     def assign(cls, n: int, seed: int) -> NoisedRows:
-        """Use n rows in turn until every level has the same number, n / LEVELS rounded up; which gets which is drawn."""
+        """Use n rows in turn until every level has as many, n / LEVELS rounded up; which gets which is drawn."""
         m = -(-n // LEVELS) * LEVELS
         level = torch.arange(m) // (m // LEVELS) + 1
         place = torch.from_numpy(np.random.default_rng(seed).permutation(m))
@@ -76,14 +76,12 @@ class FlowLoss:
 
     overall: Estimate | None
     by_decile: list[float | None]
-    denoising: float | None
-    """Mean squared error of the restored row, ``u^2`` times the loss, over all levels: what dividing by u hides."""
 
 
 def summarize(
     errors: np.ndarray, noised: NoisedRows, docs: np.ndarray, mask: np.ndarray | None = None
 ) -> FlowLoss:
-    """The loss over all levels, by decile of u, and as a restoration error.
+    """The loss over all levels, and by decile of u.
 
     Args:
         errors: (m,) of :func:`squared_errors`.
@@ -94,6 +92,4 @@ def summarize(
     row = noised.row.numpy(force=True)
     kept = np.ones(len(row), dtype=bool) if mask is None else mask[row]
     decile, docs_m = noised.decile[kept], docs[row][kept]
-    restored = errors * np.square(noised.level.numpy(force=True) / LEVELS)
-    overall, denoising = (over_levels(e[kept], decile, docs_m) for e in (errors, restored))
-    return FlowLoss(overall, by_decile(errors[kept], decile), denoising.mean if denoising else None)
+    return FlowLoss(over_levels(errors[kept], decile, docs_m), by_decile(errors[kept], decile))

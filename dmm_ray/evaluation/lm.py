@@ -92,16 +92,19 @@ def restorations(
 ) -> Iterator:
     """(name, restored raw rows (n, d)) of every method from the same rows noised to level u.
 
-    Each gives its posterior mean, ``prior_mean`` the prior's; ``prior`` is its default ``denoise``, which adds the very
-    same noise by itself.
+    Each gives its posterior mean, the prior under the name ``prior_mean``.
     """
     prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     z_u = interpolate(z, normal(seed, ids.to(prior.device), prior.d, STREAM_PATH), u)
-    yield "prior", prior.denoise(rows, u=u, layer=inputs.layer, ids=ids, seed=seed).cpu()
     for name, method in methods.denoisers.items():
         restored = prior.normalizer.denormalize(method.posterior_mean(z_u, u), row).cpu()
         yield "prior_mean" if name == "prior" else name, restored
+
+
+def sampled(inputs: Inputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> Tensor:
+    """Raw rows (n, d) restored by the prior's default ``denoise``, which adds the noise of :func:`restorations`."""
+    return inputs.prior.denoise(rows, u=u, layer=inputs.layer, ids=ids, seed=seed).cpu()
 
 
 def plain(inputs: Inputs, methods: Methods, rows: Tensor) -> Iterator:

@@ -65,17 +65,16 @@ def write_report(out: str, summary: Mapping[str, Any], scored: Sequence[ScoredTe
 
 
 def _opening(summary: Mapping[str, Any]) -> str:
-    rows = summary["rows"]
-    flow, delta = (summary["relative"][k] for k in _HEADLINES)
-    verdict = [
-        f"its flow-matching loss is {_compared(flow)} the full-covariance Gaussian's",
-        f"the loss it adds to the language model is {_compared(delta)} that of the best of Gaussian, PCA and SAE",
-        f"against the mixture, its flow-matching loss is {_compared(summary['relative']['flow_matching_loss_vs_mixture'])} it",
-    ]
+    rows, relative = summary["rows"], summary["relative"]
+    flow, delta = (_compared(relative[k]) for k in _HEADLINES)
     return (
-        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a mixture of many Gaussians, "
-        f"a sparse autoencoder and an untrained network of its own shape, all fitted on up to {rows['train']:,} rows of training documents, "
-        f"on {rows['test']:,} rows of {rows['test_documents']:,} test documents. On these {'; '.join(verdict)}.</p>"
+        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a mixture "
+        "of many Gaussians, a sparse autoencoder and an untrained network of its own shape, all fitted on "
+        f"{rows['train']:,} rows of training documents. On {rows['test']:,} rows of {rows['test_documents']:,} test "
+        f"documents its flow-matching loss is {flow} the full-covariance Gaussian's and "
+        f"{_compared(relative['flow_matching_loss_vs_mixture'])} the mixture's; what it costs the language model to "
+        f"have the layer noised half-way and restored is {delta} the best of Gaussian, PCA and SAE and "
+        f"{_compared(relative['delta_lm_loss_vs_mixture'])} the mixture.</p>"
     )
 
 
@@ -124,15 +123,15 @@ def _table(
     columns = [k for k in COLUMNS if any(v is not None for v in (figures.get(k) or {}).values())]
     heads = [COLUMNS[k] for k in columns]
     if with_size:
-        heads[1:1] = ["restoration error"]
+        heads[1:1] = ["at u = 0.4 to 0.6"]
         heads += ["parameters", "fit, s"]
     lines = ["<tr><th></th>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>"]
-    restored = {k: summary["denoising_mse"].get(k) for k in NAMES}
+    middle = {k: _middle(summary["by_level"][k]) for k in NAMES}
     for name, label in NAMES.items():
         cells = [_cell(figures[k], errors.get(k) or {}, name, k) for k in columns]
         if with_size:
             about = _about(summary["methods"], name)
-            cells[1:1] = [_cell(restored, {}, name, "restoration")]
+            cells[1:1] = [_cell(middle, {}, name, "middle")]
             cells += [
                 f"<td>{_count(about.get('parameters'))}</td>",
                 f"<td>{_number(about.get('seconds'), 1)}</td>",
@@ -157,6 +156,12 @@ def _cell(row: Mapping[str, float | None], errors: Mapping[str, float | None], n
     error = errors.get(name)
     small = f" <small>± {_number(error)}</small>" if error is not None else ""
     return f'<td class="{"best" if best else "rest"}">{_number(value)}{small}</td>'
+
+
+def _middle(deciles: Sequence[float | None]) -> float | None:
+    """The mean of the two deciles around u = 0.5."""
+    low, high = deciles[4], deciles[5]
+    return None if low is None or high is None else (low + high) / 2
 
 
 def _about(methods: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -208,7 +213,8 @@ def _picture(out: str, name: str, caption: str) -> str:
     if not exists(path):
         return ""
     data = base64.b64encode(read_bytes(path)).decode()
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _inputs(summary: Mapping[str, Any]) -> str:

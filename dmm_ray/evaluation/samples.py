@@ -14,7 +14,7 @@ from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.methods import Methods
 
-FOLDS = 3
+FOLDS = 2
 
 
 def draw(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.fidelity import FlowLoss
 from dmm_ray.evaluation.methods import SAE_VARIANTS, Methods, subset
-from dmm_ray.evaluation.statistics import clustered
+from dmm_ray.evaluation.statistics import Estimate, clustered
 
 HEADLINE_LEVEL = 0.5
 Figures = dict[str, Any]
@@ -56,10 +56,14 @@ def measure_lm(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figu
     levels = sorted({HEADLINE_LEVEL, *config.lm_levels})
     found: Figures = {"levels": {}, "lm_loss": clustered(base[scored], docs[scored])}
     for u in levels:
-        restored = lm.restorations(inputs, methods, rows, documents.ids, u, config.seed)
-        table = {name: deltas(x) for name, x in restored}
-        table["sae"] = min((table[name] for name in SAE_VARIANTS), key=lambda entry: entry["all"].mean)
+        noised = lm.restorations(inputs, methods, rows, documents.ids, u, config.seed)
+        table = {name: deltas(restored) for name, restored in noised}
+        table["sae"] = {
+            part: _least(*(table[name][part] for name in SAE_VARIANTS)) for part in table["gaussian"]
+        }
         found["levels"][u] = table
+    restored = lm.sampled(inputs, rows, documents.ids, HEADLINE_LEVEL, config.seed)
+    found["levels"][HEADLINE_LEVEL]["prior"] = deltas(restored)
     found["plain"] = {name: deltas(x) for name, x in lm.plain(inputs, methods, rows)}
     found["tokens"], found["documents"] = int(scored.sum()), len(documents.tokens)
     return found
@@ -97,6 +101,10 @@ def measure_samples(config: EvaluateConfig, inputs: Inputs, methods: Methods) ->
 
 def _loss(entry: FlowLoss) -> float:
     return entry.overall.mean if entry.overall else math.inf
+
+
+def _least(*estimates: Estimate | None) -> Estimate | None:
+    return min((e for e in estimates if e is not None), key=lambda e: e.mean, default=None)
 
 
 STAGES = {"flow": measure_flow, "lm": measure_lm, "nll": measure_nll, "samples": measure_samples}

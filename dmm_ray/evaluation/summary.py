@@ -38,7 +38,6 @@ def summarize(
         "stderr": stderr_all,
         "stderr_unseen_prefix": stderr_unseen if inputs.unseen is not None else None,
         "by_level": {k: v.by_decile for k, v in tables["flow"]["all"].items()},
-        "denoising_mse": {k: v.denoising for k, v in tables["flow"]["all"].items()},
         "delta_lm": _delta_lm(tables["lm"]),
         "nll_normalised_nats_per_dim": {
             k: None if v is None else v + log_det for k, v in fidelity_all["nll_nats_per_dim"].items()

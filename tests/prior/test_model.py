@@ -143,5 +143,7 @@ def test_import_loads_no_ray():
     import subprocess
     import sys
 
-    code = "import sys, dmm_ray\nfor n in dmm_ray.__all__: getattr(dmm_ray, n)\nassert 'ray' not in sys.modules"
+    code = (
+        "import sys, dmm_ray\nfor n in dmm_ray.__all__: getattr(dmm_ray, n)\nassert 'ray' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,52 @@
+"""The flow on a real trained model and real text, where they lie beside the checkout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dmm_ray import ActivationPrior
+from dmm_ray.activations.extract import ExtractConfig, extract
+from dmm_ray.activations.verify import VerifyConfig, verify
+from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
+from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.train import train
+
+
+@pytest.mark.slow
+def test_extract_train_evaluate(ray_local, shared_data, tmp_path):
+    model = str(shared_data / "models" / "stories260K")
+    stories = (shared_data / "text" / "tinystories_1000_clean.txt").read_text().split("<|endoftext|>")
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories[:250]))
+    with open(shared_data / "text" / "stories260k_sampled.jsonl") as f:
+        (tmp_path / "sampled.jsonl").write_text("".join(next(f) for _ in range(400)))
+    text = [str(tmp_path / "stories.txt"), str(tmp_path / "sampled.jsonl")]
+    store = extract(
+        ExtractConfig(model=model, text=text, layers=[2], rows_per_shard=1 << 15, out=str(tmp_path / "store"))
+    )
+    assert verify(VerifyConfig(store=store)) == store
+    prior = train(
+        TrainConfig(activations=store, out=str(tmp_path / "prior"), samples=300_000, batch=512, workers=0)
+    )
+    assert ActivationPrior.from_pretrained(prior).d == 64
+    report = evaluate(
+        EvaluateConfig(
+            prior=prior,
+            activations=store,
+            model=model,
+            out=str(tmp_path / "report"),
+            mixture_sizes=(128,),
+            sae_samples=100_000,
+            lm_documents=20,
+            nll_rows=64,
+            samples=1000,
+            two_sample_rows=500,
+        )
+    )
+    summary = json.loads((Path(report) / "summary.json").read_text())
+    for key in ("fidelity", "fidelity_unseen_prefix"):
+        loss, delta = summary[key]["flow_matching_loss"], summary[key]["delta_lm_loss"]
+        assert loss["prior"] < 0.75 * loss["gaussian"]
+        assert delta["prior"] < 0.53 * min(delta[name] for name in ("gaussian", "pca", "sae"))
+        assert summary[key]["nll_nats_per_dim"]["prior"] < summary[key]["nll_nats_per_dim"]["gaussian"] - 0.5
+    assert summary["delta_lm"]["lm_loss"] == pytest.approx(1.45, abs=0.1)
