@@ -23,7 +23,7 @@ from dmm_ray.prior.network import Denoiser
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
 from dmm_ray.training.config import TrainConfig, preset_shape
-from dmm_ray.training.step import Ema, FlowBatch, flow_loss
+from dmm_ray.training.step import Ema, FlowBatch
 
 BATCH = 1024
 
@@ -56,8 +56,7 @@ def our_step(d: int, z: Tensor) -> Callable[[], object]:
 
     def step() -> None:
         data = FlowBatch(config, state["batch"], slice(0, BATCH), z)
-        losses = flow_loss(denoiser, data.z_u, data.target, data.u_M, data.index, True)
-        (losses.sum() / BATCH).backward()
+        (data.loss(denoiser, True).sum() / BATCH).backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

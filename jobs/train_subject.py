@@ -46,7 +46,7 @@ demo and the tests have a real language model without a model hub; it knows noth
 
 The stories carry labels (sentiment, the hero's gender and number, tense, place, weather, animal, harm),
 character spans and facts, drawn independently of each other. The 64 residents of a fixed world live, own
-and work as the same in every story, so the model knows these facts by heart.
+and work as the same in every story, for the model to learn by heart.
 
 ## Training
 `{command}`: {minutes:.0f} minutes on {threads} CPU thread(s) of a busy machine, {when}, torch {torch},

@@ -68,8 +68,8 @@ def _opening(summary: Mapping[str, Any]) -> str:
     rows, relative = summary["rows"], summary["relative"]
     flow, delta = (_compared(relative[k]) for k in _HEADLINES)
     return (
-        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a mixture "
-        "of many Gaussians, a sparse autoencoder and an untrained network of its own shape, all fitted on "
+        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a "
+        "mixture of many Gaussians, a sparse autoencoder and an untrained network of its own shape, all fitted on "
         f"{rows['train']:,} rows of training documents. On {rows['test']:,} rows of {rows['test_documents']:,} test "
         f"documents its flow-matching loss is {flow} the full-covariance Gaussian's and "
         f"{_compared(relative['flow_matching_loss_vs_mixture'])} the mixture's; what it costs the language model to "

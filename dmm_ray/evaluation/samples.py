@@ -45,10 +45,10 @@ def frechet_distance(a_nd: Tensor, b_nd: Tensor) -> float:
     return max(float((m_a - m_b).square().sum() + s_a.trace() + s_b.trace() - 2 * cross), 0.0)
 
 
-def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int, seed: int) -> float:
+def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int, seed: int) -> float | None:
     """Cross-validated AUC of gradient-boosted trees telling real rows from others; 0.5 is indistinguishable.
 
-    Rows of one document stay in one fold.
+    Rows of one document stay in one fold; None with fewer documents than folds.
 
     Args:
         real_nd: test rows (n, d).
@@ -62,6 +62,8 @@ def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int
     x = np.concatenate(
         [side.numpy(force=True)[at] for side, at in zip((real_nd, fake_nd), take, strict=True)]
     )
+    if len(np.unique(docs[take[0]])) < FOLDS:
+        return None
     y = np.repeat([1, 0], [len(at) for at in take])
     groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])
     model = HistGradientBoostingClassifier(

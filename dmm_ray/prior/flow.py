@@ -28,23 +28,20 @@ def posterior_mean(z_u: Tensor, velocity: Tensor, u: Tensor | float) -> Tensor:
     return z_u - u * velocity
 
 
-def batch_levels(seed: int, batch: int, size: int, distinct: int) -> tuple[Tensor, Tensor]:
+def batch_levels(seed: int, batch: int, distinct: int) -> Tensor:
     """The noise levels of one global batch: stratified over 1..LEVELS, uniform for every sample.
 
-    One level is drawn in each of ``distinct`` equal strata and shared by ``size / distinct`` samples, so that the
-    network's time path, a quarter of its cost, runs once per distinct level; which sample gets which is shuffled.
+    One level is drawn in each of ``distinct`` equal strata and shared by an equal run of samples (which are rows in
+    random order), so that the network's time path, a quarter of its cost, runs once per distinct level.
 
     Args:
         seed: the run's seed.
         batch: index of the global batch.
-        size: samples in a global batch, a multiple of ``distinct``.
         distinct: number of strata, at most LEVELS.
 
     Returns:
-        u (distinct,) float32 in (0, 1], and for each sample the index of its level (size,) int64.
+        u (distinct,) float32 in (0, 1], rising.
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, batch], dtype=np.uint64)))
     strata = (np.arange(distinct) + rng.random(distinct)) * (LEVELS / distinct)
-    u = (np.floor(strata) + 1) / LEVELS
-    index = rng.permutation(np.arange(size) % distinct)
-    return torch.from_numpy(u.astype(np.float32)), torch.from_numpy(index)
+    return torch.from_numpy(((np.floor(strata) + 1) / LEVELS).astype(np.float32))

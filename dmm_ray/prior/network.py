@@ -44,14 +44,18 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(d_mlp, d_model)
         self.time_proj = nn.Linear(d_model, d_mlp)
 
-    def hidden(self, h_BH: Tensor, gate_BF: Tensor) -> Tensor:
-        """The block's hidden units (B, F), the inputs of ``down_proj``: the prior's meta-neurons."""
-        y_BH = self.ln(h_BH)
-        return F.silu(self.gate_proj(y_BH) * gate_BF) * self.up_proj(y_BH)
+    def hidden(self, h_BH: Tensor, gate_MF: Tensor) -> Tensor:
+        """The block's hidden units (B, F), the inputs of ``down_proj``: the prior's meta-neurons.
 
-    def forward(self, h_BH: Tensor, gate_BF: Tensor) -> Tensor:
+        Rows come in M equal runs, one for each gate.
+        """
+        y_BH = self.ln(h_BH)
+        gated_MkF = self.gate_proj(y_BH).unflatten(0, (len(gate_MF), -1)) * gate_MF[:, None]
+        return F.silu(gated_MkF.flatten(0, 1)) * self.up_proj(y_BH)
+
+    def forward(self, h_BH: Tensor, gate_MF: Tensor) -> Tensor:
         """The next residual state (B, H)."""
-        return h_BH + self.down_proj(self.hidden(h_BH, gate_BF))
+        return h_BH + self.down_proj(self.hidden(h_BH, gate_MF))
 
 
 class Denoiser(nn.Module):
@@ -95,7 +99,7 @@ class Denoiser(nn.Module):
         return [block.time_proj(e_MH) for block in self.blocks]
 
     def velocity(self, z_BD: Tensor, gates: list[Tensor], index_B: Tensor | None = None) -> Tensor:
-        """The velocity (B, D), from gates per row, or per distinct condition with each row's index."""
+        """The velocity (B, D) of rows in M equal runs, one a condition, or with each row's ``index`` of its own."""
         h_BH = self.in_proj(z_BD)
         for block, gate in zip(self.blocks, gates, strict=True):
             h_BH = block(h_BH, gate if index_B is None else gate[index_B])

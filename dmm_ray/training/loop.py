@@ -21,7 +21,7 @@ from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loader import Loader, check_finite
-from dmm_ray.training.step import Ema, FlowBatch, Validation, flow_loss, learning_rate
+from dmm_ray.training.step import Ema, FlowBatch, Validation, learning_rate
 from dmm_ray.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,7 @@ class Run:
         config = self.config
         z_BD = self.normalizer.normalize(rows.to(self.place.device, non_blocking=True))
         data = FlowBatch(config, self.batch, share, z_BD)
-        losses = flow_loss(
-            self.model, data.z_u, data.target, data.u_M, data.index, config.precision == "bfloat16"
-        )
+        losses = data.loss(self.model, config.precision == "bfloat16")
         # DDP averages gradients over workers, whose shares may be uneven: scale to the mean over the global batch.
         loss = losses.sum() / config.batch
         (loss * self.place.world).backward()

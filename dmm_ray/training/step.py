@@ -61,24 +61,34 @@ class Ema:
 
 
 class FlowBatch:
-    """A share of a global batch on the path: what the network sees and what it should say."""
+    """A share of a global batch on the path: what the network sees and what it should say.
+
+    Sample i of a batch has level ``i // run`` of it; a share that does not cut a run needs no index per row.
+    """
 
     def __init__(self, config: TrainConfig, batch: int, share: slice, z_BD: Tensor) -> None:
-        device = z_BD.device
-        levels = min(config.levels_per_batch, config.batch)
-        u_M, index = batch_levels(config.seed, batch, config.batch, levels)
-        self.u_M, self.index = u_M.to(device), index[share].to(device)
+        device, levels = z_BD.device, min(config.levels_per_batch, config.batch)
+        run = config.batch // levels
+        u_M = batch_levels(config.seed, batch, levels).to(device)
+        self.u_M, self.index = u_M[share.start // run : -(-share.stop // run)], None
+        level = torch.arange(share.start, share.stop, device=device) // run - share.start // run
+        if share.start % run or share.stop % run:
+            self.index = level
         first = batch * config.batch
         ids = torch.arange(first + share.start, first + share.stop, device=device)
         noise = normal(config.seed, ids, z_BD.shape[1], STREAM_TRAIN)
-        self.z_u = interpolate(z_BD, noise, self.u_M[self.index])
+        self.z_u = interpolate(z_BD, noise, self.u_M[level])
         self.target = noise - z_BD
+
+    def loss(self, model: nn.Module, bf16: bool) -> Tensor:
+        """As :func:`flow_loss`."""
+        return flow_loss(model, self.z_u, self.target, self.u_M, self.index, bf16)
 
 
 def flow_loss(
-    model: nn.Module, z_u: Tensor, target: Tensor, u_M: Tensor, index: Tensor, bf16: bool
+    model: nn.Module, z_u: Tensor, target: Tensor, u_M: Tensor, index: Tensor | None, bf16: bool
 ) -> Tensor:
-    """Squared error of the velocity for every row (B,), averaged over dimensions, summed in float32."""
+    """Squared error of the velocity for every row (B,), averaged over dimensions, in float32."""
     with torch.autocast(z_u.device.type, dtype=torch.bfloat16, enabled=bf16):
         velocity = model(z_u, u_M, index)
     return (velocity.float() - target).square().mean(1)

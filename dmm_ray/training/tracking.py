@@ -70,7 +70,7 @@ def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
 
 
 class StatusLines(threading.Thread):
-    """Repeats the newest record of ``stats.jsonl`` as a log line every few seconds, with a rate and the time left, on the driver."""
+    """Repeats the newest record of ``stats.jsonl`` as a log line every few seconds, on the driver."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(daemon=True, name="dmm-status")

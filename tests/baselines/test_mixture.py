@@ -34,7 +34,7 @@ def test_one_component_is_the_diagonal_gaussian() -> None:
 def test_planted_clusters_are_found_and_give_the_loss_of_the_truth() -> None:
     mixture = Mixture.fit(planted(20_000), 12, em_steps=5)
     fresh = planted(20_000, seed=9)
-    assert (torch.cdist(CENTRES, mixture.means).min(1).values < 0.5).all()
+    assert (torch.cdist(CENTRES, mixture.means).min(1).values < 0.8).all()
     truth = true_mixture()
     assert validation_loss(mixture, fresh) == pytest.approx(validation_loss(truth, fresh), rel=0.03)
     assert float(mixture.log_prob(fresh).mean()) == pytest.approx(
@@ -91,7 +91,7 @@ def test_validation_rows_choose_the_size() -> None:
     best, losses = fit_best(planted(3_000), planted(1_500, seed=5), [1, 8, 64])
     assert set(losses) == {1, 8, 64}
     assert losses[best.components if best.components in losses else 8] == min(losses.values())
-    assert losses[1] > 1.5 * losses[8]
+    assert losses[1] > 1.2 * losses[8]
     assert best.seconds > 0
 
 

@@ -19,7 +19,7 @@ def sparse_rows(n: int, seed: int = 0) -> torch.Tensor:
 def models() -> tuple[SAE, SAE]:
     z = sparse_rows(8_000)
     plain, noised = (
-        SAE.fit(z, latents=64, k=4, samples=200_000, noised=noised, seed=0) for noised in (False, True)
+        SAE.fit(z, latents=64, k=4, samples=100_000, noised=noised, seed=0) for noised in (False, True)
     )
     return plain, noised
 

@@ -49,6 +49,7 @@ def test_distinct_levels_gathered_equal_levels_per_row():
     u, index, z = torch.tensor([0.1, 0.5, 0.9]), torch.randint(3, (30,)), torch.randn(30, 6)
     shared, per_row = net(z, u, index), net(z, u[index])
     assert torch.allclose(shared, per_row, atol=1e-6)
+    assert torch.allclose(net(z, u), net(z, u, torch.arange(30) // 10), atol=1e-6)
     grads = []
     for out in (shared, per_row):
         grads.append(torch.autograd.grad(out.square().sum(), list(net.parameters())))

@@ -5,7 +5,7 @@ import torch
 
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.step import Ema, FlowBatch, ema_exponent, flow_loss, learning_rate
+from dmm_ray.training.step import Ema, FlowBatch, ema_exponent, learning_rate
 
 CONFIG = TrainConfig(activations="a", out="b", samples=1000 * 64, batch=64, levels_per_batch=16, warmup=0.1)
 
@@ -54,7 +54,7 @@ def test_gradient_of_shares_adds_up_to_the_whole():
 
     def gradient(share: slice) -> list[torch.Tensor]:
         data = FlowBatch(CONFIG, 0, share, z[share])
-        loss = flow_loss(net, data.z_u, data.target, data.u_M, data.index, False).sum() / 64
+        loss = data.loss(net, False).sum() / 64
         return list(torch.autograd.grad(loss, list(net.parameters())))
 
     parts = [gradient(slice(0, 10)), gradient(slice(10, 64))]
