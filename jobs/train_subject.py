@@ -76,8 +76,9 @@ Gaussian and under 256 diagonal components.
 {rows}
 
 ## Limits
-Trained on generated text only. About 15 % of stories tell of a theft, a poisoning, a fire or a threat,
-mildly worded, for experiments with safety interventions.
+Trained on generated text only, and briefly: where the recall of a story's own facts is low, the model does not
+carry names along, and the stories it samples change their people midway. About 15 % of stories tell of a
+theft, a poisoning, a fire or a threat, mildly worded, for experiments with safety interventions.
 """
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

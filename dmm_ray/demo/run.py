@@ -46,7 +46,7 @@ class DemoConfig(Config):
     """Layer to model; default the middle one."""
     documents: int = Field(default=3000, ge=100)
     """Stories to generate where no text is given."""
-    samples: int = Field(default=2_500_000, ge=1)
+    samples: int = Field(default=4_000_000, ge=1)
     """Training samples."""
     batch: int = Field(default=1024, ge=1)
     """Samples in a training batch."""
@@ -115,9 +115,9 @@ def _layer(config: DemoConfig, model: str) -> int:
 
 def _stories(config: DemoConfig, out: str) -> str:
     """The generated text, written once."""
-    path = join(out, f"stories-{config.documents}-{config.seed}.jsonl")
+    path = join(out, f"stories-{config.documents}-{config.seed + 1}.jsonl")
     if not exists(path):
-        write_corpus(path, config.documents, seed=config.seed)
+        write_corpus(path, config.documents, seed=config.seed + 1)
     return path
 
 

@@ -20,7 +20,7 @@ class EvaluateConfig(Config):
     """Folder for summary.json, report.html and plots; results there are replaced."""
     model: str | None = None
     """Subject model, a folder or hub id; default the one the store was made with."""
-    text: tuple[str, ...] | None = None
+    text: str | list[str] | None = None
     """Text of the store, if it has moved; default the places in the store's manifest."""
     layer: int | None = None
     """Which layer; needed for a prior of several."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.activations.corpus import Corpus
+from dmm_ray.activations.manifest import DTYPES
 from dmm_ray.activations.split import PARTS, TEST, TRAIN, VALIDATION, Split
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
@@ -77,7 +78,12 @@ def load(config: EvaluateConfig) -> Inputs:
     model = config.model or manifest.subject.id
     revision = manifest.subject.revision if model == manifest.subject.id else None
     subject = SubjectModel.from_pretrained(
-        model, head=True, device=device, revision=revision, block_path=manifest.subject.block_path
+        model,
+        head=True,
+        device=device,
+        dtype=torch.float32 if device == "cpu" else DTYPES[manifest.compute_dtype],
+        revision=revision,
+        block_path=manifest.subject.block_path,
     )
     if subject.weights_hash != manifest.subject.weights_hash:
         raise UserError(
@@ -132,10 +138,11 @@ def check_match(prior: ActivationPrior, store: ActivationStore, config: Evaluate
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:
     """The text that the store was extracted from. Raises UserError if it is missing or another."""
     entry = store.manifest.corpus
-    corpus = Corpus.scan(config.text or entry.uris, entry.text_field, entry.separator)
+    uris = [config.text] if isinstance(config.text, str) else config.text or list(entry.uris)
+    corpus = Corpus.scan(uris, entry.text_field, entry.separator)
     if corpus.hash != entry.hash:
         raise UserError(
-            f"text: {', '.join(config.text or entry.uris)} is not the text that {store.uri} was extracted from; "
+            f"text: {', '.join(uris)} is not the text that {store.uri} was extracted from; "
             "give --text the same files"
         )
     return corpus

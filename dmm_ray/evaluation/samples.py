@@ -7,6 +7,7 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dmm_ray.baselines.gaussian import moments
@@ -70,5 +71,6 @@ def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int
         max_iter=60, learning_rate=0.15, early_stopping=False, random_state=seed
     )
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    scores = cross_val_predict(model, x, y, groups=groups, cv=folds, method="predict_proba")[:, 1]
+    with threadpool_limits(limits=1, user_api="openmp"):  # on so few rows threads only wait for one another
+        scores = cross_val_predict(model, x, y, groups=groups, cv=folds, method="predict_proba")[:, 1]
     return float(roc_auc_score(y, scores))

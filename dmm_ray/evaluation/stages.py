@@ -76,7 +76,7 @@ def measure_nll(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Fig
     part = subset(inputs.test, config.nll_rows)
     unseen, docs = inputs.is_unseen(part.ids), part.docs
     found = likelihood.nll(config, inputs, methods, part)
-    tables: Figures = {"all": {k: clustered(v, docs) for k, v in found.items()}, "rows": found}
+    tables: Figures = {"all": {k: clustered(v, docs) for k, v in found.items()}}
     if unseen is not None:
         tables["unseen"] = {k: clustered(v[unseen], docs[unseen]) for k, v in found.items()}
     return tables

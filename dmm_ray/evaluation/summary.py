@@ -24,8 +24,8 @@ def summarize(
 ) -> Figures:
     """``summary.json`` without the times."""
     log_det = likelihood.log_determinant_per_dim(inputs)
-    fidelity_all, stderr_all = _fidelity(tables, "all", log_det)
-    fidelity_unseen, stderr_unseen = _fidelity(tables, "unseen", log_det)
+    fidelity_all, stderr_all = _fidelity(tables, "all")
+    fidelity_unseen, stderr_unseen = _fidelity(tables, "unseen")
     sampled = tables["samples"]
     for name, key in (("frechet_distance", "frechet"), ("two_sample_auc", "auc")):
         fidelity_all[name] = {k: sampled[key].get(k) for k in (*KEYS, "floor")}
@@ -55,7 +55,7 @@ def summarize(
             "samples": config.samples,
         },
         "inputs": {
-            "prior": absolute(config.prior),
+            "prior": absolute(config.prior) if exists(config.prior) else config.prior,
             "activations": inputs.store.uri,
             "model": inputs.subject.model_id,
             "layer": inputs.layer,
@@ -98,7 +98,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fidelity(tables: dict[str, Figures], rows: str, log_det: float) -> tuple[Figures, Figures]:
+def _fidelity(tables: dict[str, Figures], rows: str) -> tuple[Figures, Figures]:
     """The figures on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
     flow = tables["flow"][rows] or {}
     delta = tables["lm"].get("levels", {}).get(HEADLINE_LEVEL, {})

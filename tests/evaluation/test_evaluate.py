@@ -185,10 +185,10 @@ def test_model_with_other_weights(options, tiny_subject, tmp_path):
 
 
 def test_missing_and_other_text(options, tmp_path):
-    refused(options, "text: .*no such file", text=(str(tmp_path / "none.jsonl"),))
+    refused(options, "text: .*no such file", text=str(tmp_path / "none.jsonl"))
     other = tmp_path / "text.jsonl"
     other.write_text('{"text": "something else"}\n')
-    refused(options, "is not the text that", text=(str(other),))
+    refused(options, "is not the text that", text=[str(other)])
 
 
 def test_no_test_documents(options, eval_prior, tmp_path):
