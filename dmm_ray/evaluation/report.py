@@ -114,6 +114,13 @@ def _tables(summary: Mapping[str, Any]) -> str:
                 summary, summary["fidelity_unseen_prefix"], summary["stderr_unseen_prefix"], with_size=False
             )
         )
+    if summary["delta_lm"]:
+        found = summary["delta_lm"]["published_protocol"]
+        parts.append(
+            '<p class="soft">Delta LM loss by the published protocol, in which only the prior has noise to remove '
+            f"(u = 0.5) and the baselines reconstruct clean rows: prior {_number(found.get('prior'))}, PCA "
+            f"{_number(found.get('pca'))}, SAE {_number(found.get('sae'))}.</p>"
+        )
     return "".join(parts)
 
 
@@ -236,4 +243,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
+    if value is None:
+        return "–"
+    if value < 1000:
+        return str(value)
+    return f"{value / 1e6:,.2f} M" if value >= 1_000_000 else f"{value / 1e3:.1f} k"

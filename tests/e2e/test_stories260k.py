@@ -49,4 +49,4 @@ def test_extract_train_evaluate(ray_local, shared_data, tmp_path):
         assert loss["prior"] < 0.75 * loss["gaussian"]
         assert delta["prior"] < 0.53 * min(delta[name] for name in ("gaussian", "pca", "sae"))
         assert summary[key]["nll_nats_per_dim"]["prior"] < summary[key]["nll_nats_per_dim"]["gaussian"] - 0.5
-    assert summary["delta_lm"]["lm_loss"] == pytest.approx(1.45, abs=0.1)
+    assert 1.2 < summary["delta_lm"]["lm_loss"] < 1.6

@@ -42,6 +42,7 @@ def summary():
         "methods": {
             k: size | {"components": 7, "latents": 9, "k": 2} for k in (*KEYS, "sae_plain", "sae_noised")
         },
+        "delta_lm": {"published_protocol": {"prior": 0.7, "pca": 0.04, "sae": 0.1}},
         "rows": {"train": 1000, "test": 100, "test_documents": 10, "unseen_prefix_share": None},
         "inputs": {"prior": "/p", "activations": "/a", "model": "/models/<llm>", "layer": 3, "d": 64},
         "versions": {"torch": "x"},
@@ -54,6 +55,7 @@ def test_says_plainly_what_is_better_and_what_is_worse(tmp_path, summary):
     assert "40 % below the full-covariance Gaussian" in page
     assert "10 % above the mixture" in page
     assert "-60 %" in page
+    assert "prior 0.700, PCA 0.040, SAE 0.100" in page
     assert "Text scored" not in page
     assert "&lt;llm&gt;" in page
 
