@@ -105,7 +105,7 @@ def bench_train() -> None:
 
 def small_prior() -> ActivationPrior:
     """An untrained prior of the demo's size: its cost is that of a trained one."""
-    config = PriorConfig(d=64, layers=(2,), d_model=256, d_mlp=512, n_blocks=3, variance_floor=1e-6)
+    config = PriorConfig(d=64, layers=(2,), d_model=256, d_mlp=512, n_blocks=6, variance_floor=1e-6)
     return ActivationPrior.untrained(config, torch.zeros(64), torch.ones(64))
 
 

@@ -46,7 +46,7 @@ class DemoConfig(Config):
     """Layer to model; default the middle one."""
     documents: int = Field(default=3000, ge=100)
     """Stories to generate where no text is given."""
-    samples: int = Field(default=4_000_000, ge=1)
+    samples: int = Field(default=3_000_000, ge=1)
     """Training samples."""
     batch: int = Field(default=1024, ge=1)
     """Samples in a training batch."""

@@ -123,11 +123,11 @@ class TrainConfig(Config):
 def preset_shape(preset: Preset, d: int) -> Shape:
     """The size that a preset name stands for.
 
-    ``auto`` is the published width (2d, 4d) at depth 6, wider and shallower for small d, where a denoiser of twice the
-    width is starved (d = 64: 256, 512, 3).
+    ``auto`` is the published width (2d, 4d) at depth 6, wider for small d, where a denoiser of twice the width is
+    starved (d = 64: 256, 512). At equal training time depth 6 beat depths 2, 3 and 4 there (docs/benchmarks.md).
     """
     if preset == "auto":
-        return Shape(max(2 * d, min(4 * d, 512)), max(4 * d, min(8 * d, 1024)), 3 if d <= 256 else 6)
+        return Shape(max(2 * d, min(4 * d, 512)), max(4 * d, min(8 * d, 1024)), 6)
     return Shape(2 * d, 4 * d, int(preset.removeprefix("glp-d")))
 
 

@@ -189,5 +189,5 @@ def test_a_diverging_run_stops(train_store, tmp_path):
 
 def test_presets():
     assert preset_shape("glp-d6", 2048) == (4096, 8192, 6)
-    assert preset_shape("auto", 64) == (256, 512, 3)
+    assert preset_shape("auto", 64) == (256, 512, 6)
     assert preset_shape("auto", 2048) == (4096, 8192, 6)
