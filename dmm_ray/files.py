@@ -30,11 +30,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def is_local(uri: str) -> bool:
     """Whether ``uri`` is on this machine's own file system."""
-    return "local" in _protocols(filesystem(uri)[0]) or "file" in _protocols(filesystem(uri)[0])
-
-
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    protocol = filesystem(uri)[0].protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def absolute(uri: str | Path) -> str:

@@ -90,6 +90,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
+        if self.batch < self.workers:
+            raise ValueError(
+                f"batch: {self.workers} workers need a sample each; raise --batch or lower --workers"
+            )
         if self.batch % min(self.levels_per_batch, self.batch):
             raise ValueError(
                 f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does"

@@ -54,9 +54,7 @@ class Loader:
 
     def batches(self, first: int, size: int, share: slice) -> Iterator[Tensor]:
         """Rows ``share`` of every global batch of ``size`` from batch number ``first`` on, without end, (n, d)."""
-        samples = self._samples(first * size + share.start, share.stop - share.start, size)
-        while True:
-            yield next(samples)
+        return self._samples(first * size + share.start, share.stop - share.start, size)
 
     def _samples(self, sample: int, n: int, stride: int) -> Iterator[Tensor]:
         """``n`` rows from sample index ``sample``, then from ``sample + stride``, and so on."""

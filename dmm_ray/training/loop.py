@@ -171,7 +171,6 @@ class Run:
             return 0
         samples, tensors = found
         checkpoint.load_tensors(tensors, self.denoiser, self.optimizer, self.ema)
-        logger.info("resuming after %d samples", samples)
         return samples // self.config.batch
 
     def _tracker(self) -> Tracker | None:

@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> str:
     if _claim(config, prior_config):
         logger.info("%s: this run is finished already", config.out)
         return config.out
+    if done := checkpoint.complete(config.out):  # said here: the workers' own log does not reach the user
+        logger.info("resuming after %d samples", done[-1])
     status = StatusLines(config)
     status.start()
     try:

@@ -65,3 +65,8 @@ def test_gradient_of_shares_adds_up_to_the_whole():
 def test_levels_must_divide_the_batch():
     with pytest.raises(ValueError, match="levels_per_batch: must divide batch 100"):
         TrainConfig(activations="a", out="b", batch=100, levels_per_batch=64)
+
+
+def test_every_worker_needs_a_sample():
+    with pytest.raises(ValueError, match="batch: 4 workers need a sample each"):
+        TrainConfig(activations="a", out="b", batch=3, levels_per_batch=3, workers=4)
