@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,59 @@ import fsspec
 from dmm_ray.errors import UserError
 
 CHUNK_BYTES = 8 << 20
+OBJECT_STORES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": None, "abfss": None, "az": None}
+"""Protocols without real folders and with a cache of listings, and the extra of this package that brings them."""
+CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("aiohttp", "ClientError"),
+)
+"""What clients of stores raise that is no OSError."""
+MEND = (
+    "check the address, the credentials and the endpoint "
+    "(for S3: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+)
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of ``uri`` (a local path or an fsspec URI) and the path on it."""
+    """The filesystem of ``uri`` (a local path or an fsspec URI) and the path on it.
+
+    Object stores are listed anew each time: a cached listing hides what other processes have written.
+    """
+    options = {"use_listings_cache": False} if _protocol(uri) in OBJECT_STORES else {}
     try:
-        fs, path = fsspec.core.url_to_fs(str(uri))
+        fs, path = fsspec.core.url_to_fs(str(uri), **options)
     except (ValueError, ImportError) as e:
-        raise UserError(
-            f"{uri}: no filesystem for this address ({e}); use a local path or an fsspec URI"
-        ) from e
+        extra = OBJECT_STORES.get(_protocol(uri)) if isinstance(e, ImportError) else None
+        mend = f"pip install 'dmm-ray[{extra}]'" if extra else "use a local path or an fsspec URI"
+        raise UserError(f"{uri}: no filesystem for this address ({e}); {mend}") from e
     return fs, path
+
+
+@contextmanager
+def plain_errors(uri: str) -> Iterator[None]:
+    """Make what a store elsewhere raises (credentials, permission, bucket, network) a UserError that names ``uri``.
+
+    Errors of this machine's own file system pass unchanged.
+    """
+    try:
+        yield
+    except _store_errors() as e:
+        if is_local(uri):
+            raise
+        raise UserError(f"{uri}: {' '.join(str(e).split()) or type(e).__name__}; {MEND}") from e
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """OSError and those of CLIENT_ERRORS whose module is loaded."""
+    loaded = [(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules]
+    return (OSError, *(getattr(module, name) for module, name in loaded))
+
+
+def _protocol(uri: str) -> str:
+    protocol, colon, _ = str(uri).partition("://")
+    return protocol if colon else ""
 
 
 def is_local(uri: str) -> bool:
@@ -48,36 +92,40 @@ def join(uri: str | Path, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is at ``uri``."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    with plain_errors(uri):
+        return bool(fs.exists(path))
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """Every file below ``uri`` (or ``uri`` itself when it is a file, or a glob's matches), sorted by path."""
     fs, path = filesystem(uri)
-    if any(c in path for c in "*?["):
-        found = [p for p in fs.glob(path) if fs.isfile(p)]
-    elif fs.isfile(path):
-        return [str(uri)]
-    else:
-        found = fs.find(path)
-    kept = sorted(p for p in found if p.endswith(suffixes))
+    with plain_errors(uri):
+        if any(c in path for c in "*?["):
+            found = [p for p in fs.glob(path) if fs.isfile(p)]
+        elif fs.isfile(path):
+            return [str(uri)]
+        else:
+            found = fs.find(path)
+    kept = sorted(p for p in found if p.endswith(suffixes) and not p.endswith("/"))
     return [fs.unstrip_protocol(p) if not is_local(uri) else p for p in kept]
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises UserError if it is missing."""
     fs, path = filesystem(uri)
-    try:
-        return fs.cat_file(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise UserError(f"{uri}: no such file") from e
+    with plain_errors(uri):
+        try:
+            return fs.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+            raise UserError(f"{uri}: no such file") from e
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all: under a temporary name then renamed (local), or by one put."""
     fs, path = filesystem(uri)
     if not is_local(uri):
-        fs.pipe_file(path, data)
+        with plain_errors(uri):
+            fs.pipe_file(path, data)
         return
     make_folder(os.path.dirname(path) or ".")
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
@@ -97,8 +145,14 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def make_folder(uri: str) -> None:
-    """Create a folder and its parents. Raises UserError where that is not permitted or a file is in the way."""
+    """Create a folder and its parents; on an object store nothing, where only buckets could be created.
+
+    Raises:
+        UserError: that is not permitted, or a file is in the way.
+    """
     fs, path = filesystem(uri)
+    if _protocol(uri) in OBJECT_STORES:
+        return
     try:
         fs.makedirs(path, exist_ok=True)
     except PermissionError as e:
@@ -130,7 +184,7 @@ def iter_chunks(uri: str, start: int = 0, stop: int | None = None) -> Iterator[b
     """The bytes of a file from ``start`` to ``stop`` in chunks of at most 8 MiB."""
     fs, path = filesystem(uri)
     left = float("inf") if stop is None else stop - start
-    with fs.open(path, "rb") as f:
+    with plain_errors(uri), fs.open(path, "rb") as f:
         f.seek(start)
         while left > 0 and (chunk := f.read(int(min(CHUNK_BYTES, left)))):
             left -= len(chunk)

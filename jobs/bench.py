@@ -1,4 +1,4 @@
-"""Measurements a user can repeat: ``python jobs/bench.py [train | prior | serve]``, all of them by default.
+"""Measurements a user can repeat: ``python jobs/bench.py [extract | train | prior | serve]``, all of them by default.
 
 Each times its baseline in the same run, in turns, and prints medians: compare ratios, machines are noisy.
 """
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import bench_extract
 import httpx
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,13 @@ def bench_serve() -> None:
             )
 
 
-BENCHES = {"train": bench_train, "prior": bench_prior, "serve": bench_serve}
+def bench_extraction() -> None:
+    """Tokens per second of an extraction against a plain loop, and of the writer."""
+    bench_extract.writer(say)
+    bench_extract.compare(say)
+
+
+BENCHES = {"extract": bench_extraction, "train": bench_train, "prior": bench_prior, "serve": bench_serve}
 
 if __name__ == "__main__":
     quiet()

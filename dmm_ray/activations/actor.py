@@ -28,11 +28,13 @@ class Extractor:
         self.engine = Engine(task, corpus)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Do the one unit of ``batch``: JSON with its ``rows`` and ``failed``, or an ``error``."""
+        """Do the one unit of ``batch``: JSON with its ``rows``, how many documents ``failed`` and the last ``failure``,
+        or an ``error``."""
         unit = Unit(*(int(batch[name][0]) for name in Unit._fields))
         try:
             record = self.engine.extract(unit)
-            result: dict[str, Any] = {"rows": record.rows, "failed": record.failed}
+            failure = record.failed[-1][1] if record.failed else None
+            result: dict[str, Any] = {"rows": record.rows, "failed": len(record.failed), "failure": failure}
         except UserError as e:
             result = {"error": str(e)}
         except OSError as e:

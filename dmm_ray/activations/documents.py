@@ -1,105 +1,99 @@
-"""How bytes of a text file become documents.
-
-A document is a line of jsonl; in .txt what stands between separators: a given one, else ``<|endoftext|>``
-where the file has any, else blank lines.
-"""
+"""What a record of a corpus says: a text, a chat, or what is wrong with it."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import NamedTuple
 
-END_OF_TEXT = "<|endoftext|>"
-SUFFIXES = (".jsonl", ".txt")
-_SPACE = b" \t\r\n"
+MESSAGES = "messages"
+"""The field of a chat, read where a record has no text field."""
 
 
 class Document(NamedTuple):
-    """One document of a corpus: its text, or what is wrong with it."""
+    """One document of a corpus: exactly one of ``text``, ``error`` and ``messages`` is not None."""
 
     doc: int
     text: str | None
     error: str | None
+    messages: tuple[dict[str, str], ...] | None = None
+    """A chat: at least one message of a ``role`` and a ``content``."""
+
+    @property
+    def content(self) -> str | tuple[dict[str, str], ...]:
+        """Its text or its messages; empty for a failed one."""
+        return self.text or self.messages or ""
 
 
-class Format(NamedTuple):
-    """A rule that cuts a byte stream into documents."""
+class Content(NamedTuple):
+    """A document that is not numbered yet: exactly one field is not None."""
 
-    separator: bytes
-    """A regular expression over bytes."""
-    is_json: bool = False
-    keeps_blank: bool = True
-    """Whether a blank stretch between two separators counts as a document."""
-    open_ended: bool = False
-    """Whether more bytes could lengthen a match that ends in white space."""
+    text: str | None = None
+    error: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
 
-
-LINES = Format(rb"\n", is_json=True)
-MARKED = Format(re.escape(END_OF_TEXT.encode()))
-PARAGRAPHS = Format(rb"\n(?:[ \t\r]*\n)+", keeps_blank=False, open_ended=True)
+    @property
+    def is_blank(self) -> bool:
+        """Whether it is a text of white space alone."""
+        return self.text is not None and not self.text.strip()
 
 
-def separated_by(separator: str) -> Format:
-    """Text cut at every ``separator``."""
-    return Format(re.escape(separator.encode()))
-
-
-class Splitter:
-    """Cuts a stream, fed in chunks of any size, into documents with the byte offset each starts at.
-
-    A blank stretch after the last separator is no document. Cutting may start at any document's offset.
-    """
-
-    def __init__(self, rule: Format, start: int = 0) -> None:
-        self._rule = rule
-        self._separator = re.compile(rule.separator)
-        self._buffer = b""
-        self._start = start
-
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
-        """The documents that are complete after ``chunk``, as (offset, bytes)."""
-        buffer, at = self._buffer + chunk, 0
-        limit = len(buffer.rstrip(_SPACE)) if self._rule.open_ended else len(buffer) + 1
-        for match in self._separator.finditer(buffer):
-            if match.end() >= limit:
-                break
-            piece = buffer[at : match.start()]
-            if self._rule.keeps_blank or piece.strip():
-                yield self._start + at, piece
-            at = match.end()
-        self._start += at
-        self._buffer = buffer[at:]
-
-    def finish(self) -> Iterator[tuple[int, bytes]]:
-        """The last document, which no separator follows."""
-        if self._buffer.strip():
-            yield self._start, self._buffer
-        self._buffer = b""
-
-
-def parse(raw: bytes, rule: Format, text_field: str) -> tuple[str | None, str | None]:
-    """A document's ``(text, None)``, or ``(None, problem)``. A blank line of jsonl is a blank document."""
+def plain_content(raw: bytes) -> Content:
+    """The text that ``raw`` encodes, without the white space around it."""
     try:
-        text = raw.decode().removeprefix("\ufeff").strip()
+        return Content(text=raw.decode().removeprefix("\ufeff").strip())
     except UnicodeDecodeError:
-        return None, "not valid UTF-8"
-    return _json_text(text, text_field) if rule.is_json and text else (text, None)
+        return Content(error="not valid UTF-8")
 
 
-def _json_text(line: str, text_field: str) -> tuple[str | None, str | None]:
+def json_content(raw: bytes, text_field: str) -> Content:
+    """A line of jsonl. A blank line is a blank document."""
+    content = plain_content(raw)
+    if not content.text:
+        return content
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        return None, "not valid JSON"
-    if not isinstance(record, dict) or text_field not in record:
-        return None, f"no field {text_field!r}; name the one that holds the text with --text-field"
-    text = record[text_field]
-    if not isinstance(text, str):
-        return None, f"field {text_field!r} is not a string"
+        record = json.loads(content.text)
+    except (ValueError, RecursionError):
+        return Content(error="not valid JSON")
+    return record_content(record if isinstance(record, dict) else {}, text_field)
+
+
+def record_content(record: Mapping[str, object], text_field: str) -> Content:
+    """A record with the text field, or else with ``messages``."""
+    if text_field in record:
+        return _text_content(record[text_field], text_field)
+    if MESSAGES in record:
+        return _chat_content(record[MESSAGES])
+    return Content(error=f"no field {text_field!r}; name the one that holds the text with --text-field")
+
+
+def _text_content(value: object, text_field: str) -> Content:
+    problem = _problem(value, f"field {text_field!r}")
+    return Content(error=problem) if problem else Content(text=str(value))
+
+
+def _chat_content(value: object) -> Content:
+    """``[{"role": str, "content": str}, ...]``; other keys of a message are left out."""
+    if not isinstance(value, list) or not value:
+        kind = "null" if value is None else "an empty list" if value == [] else "not a list"
+        return Content(error=f"field {MESSAGES!r} is {kind}")
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            return Content(error=f"message {number} is not an object with role and content")
+        for key in ("role", "content"):
+            if key not in message:
+                return Content(error=f"message {number} has no {key!r}")
+            if problem := _problem(message[key], f"{key!r} of message {number}"):
+                return Content(error=problem)
+    return Content(messages=tuple({key: message[key] for key in ("role", "content")} for message in value))
+
+
+def _problem(value: object, what: str) -> str | None:
+    """Why ``value`` is no text, if it is none."""
+    if not isinstance(value, str):
+        return f"{what} is null" if value is None else f"{what} is not a string"
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
-        return None, f"field {text_field!r} holds half a surrogate pair"
-    return text, None
+        return f"{what} holds half a surrogate pair"
+    return None

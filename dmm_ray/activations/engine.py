@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,22 +14,41 @@ from torch import Tensor
 
 from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.documents import Document
+from dmm_ray.activations.forward import Forward, Outputs
+from dmm_ray.activations.kept import Kept
 from dmm_ray.activations.manifest import (
     DTYPES,
+    OUTLIER_NORM,
     FileEntry,
     Manifest,
     Record,
     moments_name,
+    read_record,
     record_name,
     shard_name,
     write_moments,
 )
 from dmm_ray.activations.moments import Moments
-from dmm_ray.activations.units import Unit, batches
+from dmm_ray.activations.pieces import Piece, RowTable, pieces
+from dmm_ray.activations.units import Unit
 from dmm_ray.activations.writer import write_shard
 from dmm_ray.errors import UserError
-from dmm_ray.files import join, write_bytes
+from dmm_ray.files import exists, join, write_bytes
 from dmm_ray.subject import SubjectModel
+from dmm_ray.subject.encoding import ChatRefusedError, encode, render_chat
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How an engine holds the model; nothing here changes what it computes."""
+
+    batch_tokens: int
+    threads: int
+    device: str
+    trust_remote_code: bool = False
+    device_map: str | None = None
+    max_memory: dict[str, str] | None = None
+    offload_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,138 +57,183 @@ class Task:
 
     out: str
     manifest: Manifest
-    batch_tokens: int
     max_failed: int
-    threads: int
-    device: str
-    trust_remote_code: bool
+    loading: Loading
 
 
 class Engine:
-    """Extracts units with a truncated subject that it loads at the first one."""
+    """Extracts units with a truncated subject that it loads at the first one.
+
+    ``extract`` may be called from several threads: one runs the model while the others read, tokenise and write.
+    """
 
     def __init__(self, task: Task, corpus: Corpus) -> None:
-        torch.set_num_threads(task.threads)
         self.task = task
         self.corpus = corpus
+        self._model = threading.Lock()
 
     @cached_property
-    def subject(self) -> SubjectModel:
-        """The model, loaded at the first unit."""
-        m = self.task.manifest
-        if self.task.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0"
-            )
-        return SubjectModel.from_pretrained(
-            m.subject.id,
-            layers=m.layers,
-            device=self.task.device,
-            dtype=DTYPES[m.compute_dtype],
-            revision=m.subject.revision,
-            block_path=m.subject.block_path,
-            trust_remote_code=self.task.trust_remote_code,
-        )
+    def forward(self) -> Forward:
+        """The model and how rows are taken from it, loaded at the first unit."""
+        return load_forward(self.task.manifest, self.task.loading)
 
     def extract(self, unit: Unit) -> Record:
-        """Extract, write the shards, then the moments, then the record."""
-        m = self.task.manifest
+        """Extract, write the shards, then the moments, then the record; a unit that has its record is done.
+
+        Raises:
+            UserError: more documents failed than are to be skipped.
+            OSError: the store cannot be written.
+        """
+        name = join(self.task.out, record_name(unit.unit))
+        if exists(name):
+            return read_record(self.task.out, unit.unit)
         documents = list(self.corpus.read(unit.first, unit.stop))
-        failed = [d for d in documents if d.error]
+        with self._model:
+            forward = self.forward
+        m = self.task.manifest
+        read = read_pieces(documents, m.window, m.kept, m.seed, forward.subject.tokenizer)
+        with self._model:
+            outputs = forward(read.pieces)
+            result = Result.of(m, read.pieces, outputs)
+        failed = read.failed + sorted(outputs.failed.items())
         if len(failed) > self.task.max_failed:
-            raise UserError(too_many_failed(failed, self.task.max_failed))
-        ids, cut = self._tokenize(documents)
-        table = _row_table(ids, unit.first, 0 if m.keep_first else 1)
-        activations, padding = self._forward(ids, table.starts, table.rows)
-        files: dict[str, FileEntry] = {}
-        moments: dict[int, Moments] = {}
-        nonfinite: dict[str, int] = {}
-        for layer in m.layers:
-            name = shard_name(layer, unit.unit)
-            rows = activations.pop(layer)
-            files[name] = write_shard(
-                join(self.task.out, name), rows, table.doc, table.position, table.token_id
-            )
-            moments[layer], nonfinite[str(layer)] = Moments.of(rows)
-        name = moments_name(unit.unit)
-        files[name] = write_moments(self.task.out, name, moments)
+            raise UserError(too_many_failed([error for _, error in failed], self.task.max_failed))
         record = Record(
             unit=unit.unit,
             first_document=unit.first,
             documents=len(documents),
-            failed=tuple((d.doc, d.error or "") for d in failed),
-            cut=cut,
-            tokens=sum(map(len, ids)),
-            padding=padding,
-            rows=table.rows,
-            nonfinite=nonfinite,
-            files=files,
+            failed=tuple(failed),
+            long=read.long,
+            tokens=sum(len(piece.ids) for piece in read.pieces),
+            padding=outputs.padding,
+            rows=result.table.rows,
+            excluded=result.excluded,
+            nonfinite=result.nonfinite,
+            outliers=result.outliers,
+            files=self._write(unit.unit, result),
         )
-        write_bytes(
-            join(self.task.out, record_name(unit.unit)), record.model_dump_json(indent=2).encode() + b"\n"
-        )
+        write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return record
 
-    def _tokenize(self, documents: Sequence[Document]) -> tuple[list[list[int]], int]:
-        """Token ids per document, none for blank and failed ones; how many were longer than the window."""
-        window = self.task.manifest.window
-        ids: list[list[int]] = [[] for _ in documents]
-        filled = [i for i, d in enumerate(documents) if d.text and d.text.strip()]
-        for i, tokens in zip(
-            filled, self.subject.tokenize([documents[i].text or "" for i in filled], window + 1), strict=True
-        ):
-            ids[i] = tokens
-        cut = sum(len(tokens) > window for tokens in ids)
-        return [tokens[:window] for tokens in ids], cut
-
-    def _forward(self, ids: list[list[int]], starts: np.ndarray, rows: int) -> tuple[dict[int, Tensor], int]:
-        """Every row's activation by layer, (rows, d) in the stored dtype on the CPU; padding tokens run."""
-        m, skip, padding = self.task.manifest, 0 if self.task.manifest.keep_first else 1, 0
-        out = {layer: torch.empty(rows, m.d, dtype=m.torch_dtype) for layer in m.layers}
-        lengths = [len(tokens) if len(tokens) > skip else 0 for tokens in ids]
-        for group in batches(lengths, self.task.batch_tokens):
-            input_ids, mask = self.subject.pad([ids[i] for i in group])
-            captured = self.subject.capture(input_ids, mask, m.layers)
-            padding += int(mask.numel() - mask.sum())
-            kept = mask[:, skip:].bool()
-            target = torch.from_numpy(starts[group])[:, None] + torch.arange(kept.shape[1])
-            target = target[kept.cpu()]
-            for layer, hidden in captured.items():
-                out[layer][target] = hidden[:, skip:][kept].to(m.torch_dtype).cpu()
-        return out, padding
+    def _write(self, unit: int, result: Result) -> dict[str, FileEntry]:
+        files: dict[str, FileEntry] = {}
+        table = result.table
+        for layer in self.task.manifest.layers:
+            name, rows = shard_name(layer, unit), result.rows.pop(layer).cpu()
+            files[name] = write_shard(
+                join(self.task.out, name), rows, table.doc, table.position, table.token_id
+            )
+        name = moments_name(unit)
+        files[name] = write_moments(self.task.out, name, result.moments)
+        return files
 
 
-@dataclass(frozen=True)
-class RowTable:
-    """Where the rows of a unit's documents lie, and their identity columns."""
-
-    starts: np.ndarray
-    """(documents,) int64: each document's first row."""
-    doc: np.ndarray
-    position: np.ndarray
-    token_id: np.ndarray
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return len(self.doc)
-
-
-def _row_table(ids: list[list[int]], first: int, skip: int) -> RowTable:
-    """The rows of documents ``first``, ``first`` + 1, ... with tokens ``ids``, from position ``skip`` on."""
-    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-    counts = np.maximum(lengths - skip, 0)
-    starts = np.cumsum(counts) - counts
-    doc = np.repeat(np.arange(first, first + len(ids), dtype=np.int64), counts)
-    position = np.arange(len(doc), dtype=np.int64) - np.repeat(starts, counts) + skip
-    flat = np.concatenate(
-        [np.empty(0, np.int32), *(np.asarray(tokens[skip:], dtype=np.int32) for tokens in ids)]
+def load_forward(manifest: Manifest, loading: Loading) -> Forward:
+    """The truncated subject on its device. Raises UserError where there is no such device or model."""
+    if loading.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0")
+    torch.set_num_threads(loading.threads)
+    subject = SubjectModel.from_pretrained(
+        manifest.subject.id,
+        layers=manifest.layers,
+        device=loading.device,
+        dtype=DTYPES[manifest.compute_dtype],
+        revision=manifest.subject.revision,
+        block_path=manifest.subject.block_path,
+        trust_remote_code=loading.trust_remote_code,
+        device_map=loading.device_map,
+        max_memory=loading.max_memory,
+        offload_folder=loading.offload_folder,
     )
-    return RowTable(starts, doc, position.astype(np.int32), flat)
+    return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens)
 
 
-def too_many_failed(failed: Sequence[Document], limit: int) -> str:
-    """One line on documents without text, naming the first."""
-    more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+class Read(NamedTuple):
+    """Documents as pieces."""
+
+    pieces: list[Piece]
+    """In the order of the documents."""
+    long: int
+    """Documents longer than the window."""
+    failed: list[tuple[int, str]]
+    """Documents without text, and chats that the template refuses: number and reason."""
+
+
+def read_pieces(documents: Sequence[Document], window: int, kept: Kept, seed: int, tokenizer: Any) -> Read:
+    """The pieces of every document that has text."""
+    failed = [(d.doc, error) for d in documents if (error := d.error or _refused(d, tokenizer))]
+    without = {doc for doc, _ in failed}
+    filled = [d for d in documents if d.doc not in without]
+    split = kept.long_documents == "split"
+    encoded = encode(tokenizer, [d.content for d in filled], None if split else window)
+    bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    found: list[Piece] = []
+    for document, tokens in zip(filled, encoded, strict=True):
+        if tokens.ids:
+            found += pieces(tokens, document.doc, window, kept, seed, bos)
+    return Read(found, sum(tokens.length > window for tokens in encoded), failed)
+
+
+def _refused(document: Document, tokenizer: Any) -> str | None:
+    """Why the chat template does not take a chat."""
+    if document.messages is None:
+        return None
+    try:
+        render_chat(tokenizer, document.messages)
+    except ChatRefusedError as e:
+        return f"document {document.doc}: {e}"
+    return None
+
+
+@dataclass
+class Result:
+    """A unit's rows, ready to be written."""
+
+    table: RowTable
+    rows: dict[int, Tensor]
+    """(rows, d) by layer in the stored dtype."""
+    moments: dict[int, Moments]
+    nonfinite: dict[str, int]
+    outliers: dict[str, int]
+    excluded: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, found: Sequence[Piece], outputs: Outputs) -> Result:
+        """Leave out the rows that are to be excluded; moments of the others."""
+        table, rows = RowTable.of(found), dict(outputs.rows)
+        good = np.array([piece.doc not in outputs.failed for piece in found], dtype=bool)
+        keep = torch.from_numpy(np.repeat(good, [len(piece.kept) for piece in found]))
+        flags = {layer: _flags(x, keep) for layer, x in rows.items()}
+        excluded = torch.zeros_like(keep)
+        for bad, far in flags.values():
+            excluded |= bad if "nonfinite" in manifest.exclude else False
+            excluded |= far if "outliers" in manifest.exclude else False
+        mask = keep & ~excluded
+        if not mask.all():
+            table = table.only(mask.numpy())
+            rows = {layer: x[mask.to(x.device)] for layer, x in rows.items()}
+        return cls(
+            table,
+            rows,
+            {layer: Moments.of(x, manifest.covariance)[0] for layer, x in rows.items()},
+            {str(layer): int(bad.sum()) for layer, (bad, _) in flags.items()},
+            {str(layer): int(far.sum()) for layer, (_, far) in flags.items()},
+            int(excluded.sum()),
+        )
+
+
+def _flags(rows: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the rows (n, d) to keep hold a value that is not finite; which have a norm far over the median."""
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
+    finite = torch.isfinite(norm)
+    if not finite.all():
+        finite = torch.isfinite(rows).all(1).cpu()
+    median = norm[finite & keep].median() if (finite & keep).any() else norm.new_tensor(float("inf"))
+    return ~finite & keep, finite & keep & (norm > OUTLIER_NORM * median)
+
+
+def too_many_failed(errors: Sequence[str], limit: int) -> str:
+    """One line on documents that failed, quoting the first."""
+    more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
     skip = f"skip up to N such documents with --max-failed-documents N (now {limit})"
-    return f"text: {failed[0].error}{more}; mend it, or {skip}"
+    return f"text: {errors[0]}{more}; mend it, or {skip}"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
-
 from dmm_ray.activations.figures import Figures
-from dmm_ray.activations.manifest import read_manifest, read_record, record_name
+from dmm_ray.activations.kept import Kept
+from dmm_ray.activations.manifest import OUTLIER_NORM, Manifest, read_manifest, read_record, record_name
+from dmm_ray.activations.resume import in_order
 from dmm_ray.activations.store import ActivationStore, file_sizes
 from dmm_ray.config import Config
 from dmm_ray.errors import UserError
 from dmm_ray.files import absolute
 
 logger = logging.getLogger(__name__)
+SHOWN_FAILURES = 5
 
 
 class InfoConfig(Config):
@@ -34,12 +35,12 @@ def info(config: InfoConfig) -> str:
 def describe(uri: str) -> list[str]:
     """The description, a line per fact."""
     m, sizes = read_manifest(uri), file_sizes(uri)
-    records = [read_record(uri, unit) for unit in range(m.units) if record_name(unit) in sizes]
+    done = [unit for unit in range(m.units) if record_name(unit) in sizes]
     figures = Figures(m)
-    for record in records:
+    for record in in_order(lambda unit: read_record(uri, unit), iter(done)):
         figures.add(record)
     try:
-        state = _moments(ActivationStore.open(uri))
+        state = moments_lines(ActivationStore.open(uri))
     except UserError as e:
         state = [f"state      {e}"]
     return [
@@ -49,22 +50,40 @@ def describe(uri: str) -> list[str]:
         f"layers     {', '.join(map(str, m.layers))} of {m.subject.n_layers} ({m.hook}), d {m.d}",
         f"numbers    {m.dtype}, computed in {m.compute_dtype}",
         f"text       {', '.join(m.corpus.uris)}: {m.corpus.documents:,} documents",
-        f"window     {m.window} tokens, position 0 {'kept' if m.keep_first else 'left out'}",
+        f"window     {m.window} tokens; kept: {_kept_line(m)}",
         f"rows       {figures.rows:,} per layer, {figures.bytes / 1e6:,.1f} MB",
-        f"units      {len(records)} of {m.units} done",
-        f"documents  {len(figures.failed)} failed, {figures.cut} cut at the window",
-        f"not finite {sum(figures.nonfinite.values())} rows",
+        f"units      {len(done)} of {m.units} done, {m.documents_per_unit} documents each",
+        f"documents  {figures.failed} failed, {figures.long} longer than the window",
+        *(f"failed     {error}" for _, error in figures.failures[:SHOWN_FAILURES]),
+        f"tokens     {figures.tokens:,} through the model, {figures.padding:,} of padding beside them",
+        *(_strange_line(figures, layer) for layer in m.layers),
         *state,
     ]
 
 
-def _moments(store: ActivationStore) -> list[str]:
-    """Mean norm and spread of each layer."""
+def _kept_line(m: Manifest) -> str:
+    """What was asked for beyond the defaults."""
+    kept = m.kept.model_dump()
+    asked = [f"{name} {value}" for name, value in kept.items() if value != Kept().model_dump()[name]]
+    asked += [f"exclude {name}" for name in m.exclude]
+    return ", ".join(asked) or "every position but the first"
+
+
+def _strange_line(figures: Figures, layer: int) -> str:
+    counts = figures.nonfinite[str(layer)], figures.outliers[str(layer)]
+    far = f"with a norm over {OUTLIER_NORM:g} times the median"
+    return f"layer {layer:<4} {counts[0]} rows not finite, {counts[1]} {far}"
+
+
+def moments_lines(store: ActivationStore) -> list[str]:
+    """Mean, spread and massive dimensions of each layer."""
     lines = []
     for layer in store.layers:
         moments = store.statistics(layer)
-        spread, mean = float(np.sqrt(moments.var.mean())), float(np.sqrt((moments.mean**2).mean()))
-        largest = int(np.argmax(moments.var + moments.mean**2))
-        figures = f"rms of the mean {mean:.4g}, of the spread {spread:.4g}; largest dimension {largest}"
-        lines.append(f"layer {layer:<4} {figures}")
+        spread, mean = float(moments.var.mean() ** 0.5), float((moments.mean**2).mean() ** 0.5)
+        massive = ", ".join(f"{i} ({ratio:g} x)" for i, ratio in moments.massive().items())
+        lines.append(
+            f"layer {layer:<4} {moments.count:,} rows; rms of the mean {mean:.4g}, of the spread {spread:.4g}; "
+            f"massive dimensions (times the median rms): {massive or 'none'}"
+        )
     return lines

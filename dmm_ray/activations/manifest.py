@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from dmm_ray.activations.kept import Kept
 from dmm_ray.activations.moments import Moments
 from dmm_ray.config import Config, one_line
 from dmm_ray.errors import UserError
@@ -23,6 +24,10 @@ FORMAT_VERSION = 1
 ROW_GROUP_ROWS = 4096
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DtypeName = Literal["bfloat16", "float32"]
+Excluded = Literal["nonfinite", "outliers"]
+"""Rows that may be left out, in every layer where they are so in one: with a value that is not finite, or with a
+norm over ``OUTLIER_NORM`` times the median of their unit."""
+OUTLIER_NORM = 10.0
 
 
 class SubjectEntry(Config):
@@ -31,6 +36,8 @@ class SubjectEntry(Config):
     id: str
     revision: str | None
     weights_hash: str
+    files: dict[str, str]
+    """SHA-256 of config.json and the weight files, which ``weights_hash`` is made of."""
     block_path: str | None
     n_layers: int
     context: int
@@ -59,9 +66,10 @@ class Manifest(Config):
     d: int
     corpus: CorpusEntry
     window: int
-    keep_first: bool
+    kept: Kept
+    exclude: tuple[Excluded, ...]
+    covariance: bool
     seed: int
-    rows_per_shard: int
     documents_per_unit: int
     row_group_rows: int = ROW_GROUP_ROWS
     units: int
@@ -84,9 +92,11 @@ class Manifest(Config):
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
             "window": self.window,
-            "keep_first": self.keep_first,
+            **self.kept.model_dump(),
+            "exclude": sorted(self.exclude),
+            "covariance": self.covariance,
             "seed": self.seed,
-            "rows_per_shard": self.rows_per_shard,
+            "rows_per_shard": f"{self.documents_per_unit} documents a unit",
         }
 
     @property
@@ -114,16 +124,20 @@ class Record(Config):
     first_document: int
     documents: int
     failed: tuple[tuple[int, str], ...]
-    """Documents without text: number and reason."""
-    cut: int
-    """Documents longer than the window."""
+    """Documents without text or whose forward pass failed: number and reason."""
+    long: int
+    """Documents longer than the window, cut or split there."""
     tokens: int
-    """Tokens of its documents, cut at the window."""
+    """Tokens that went through the model."""
     padding: int
-    """Padding tokens that went through the model beside them."""
+    """Padding tokens that went through it beside them."""
     rows: int
+    excluded: int
+    """Rows left out by ``exclude``."""
     nonfinite: dict[str, int]
-    """Rows with a value that is not finite, by layer; the moments leave them out."""
+    """Rows with a value that is not finite, by layer, before any are left out; the moments leave them out."""
+    outliers: dict[str, int]
+    """Rows with a norm over ``OUTLIER_NORM`` times the unit's median, by layer, before any are left out."""
     files: dict[str, FileEntry]
 
 

@@ -1,9 +1,9 @@
-"""Count, mean and sum of squared deviations per coordinate, in float64, mergeable."""
+"""Count, mean and squared deviations per coordinate (all pairs of coordinates on request), in float64, mergeable."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 CHUNK_VALUES = 1 << 18
 """Values per step: few enough for the cache."""
+PRODUCT_ROWS = 4096
+MASSIVE_RMS = 20.0
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,20 @@ class Moments:
     """(d,) float64."""
     m2: np.ndarray
     """(d,) float64: sum over rows of (x - mean)^2."""
+    co: np.ndarray | None = None
+    """(d, d) float64: sum over rows of (x - mean)(x - mean)^T, where asked for."""
 
     @classmethod
-    def empty(cls, d: int) -> Moments:
+    def empty(cls, d: int, covariance: bool = False) -> Moments:
         """The moments of no rows."""
-        return cls(0, np.zeros(d), np.zeros(d))
+        return cls(0, np.zeros(d), np.zeros(d), np.zeros((d, d)) if covariance else None)
 
     @classmethod
-    def of(cls, rows: Tensor) -> tuple[Moments, int]:
-        """The moments of the rows (n, d) that are finite, and how many are not."""
+    def of(cls, rows: Tensor, covariance: bool = False) -> tuple[Moments, int]:
+        """The moments of the rows (n, d) that are finite, on any device, and how many are not.
+
+        Products of the covariance are in float32 of centred values, summed in float64 over chunks of rows.
+        """
         total, bad = cls.empty(rows.shape[1]), 0
         for chunk in rows.split(max(1, CHUNK_VALUES // rows.shape[1])):
             part = cls._of_finite(chunk.double())
@@ -39,19 +46,40 @@ class Moments:
                 bad += int((~finite).sum())
                 part = cls._of_finite(chunk[finite].double())
             total = total.merge(part)
-        return total, bad
+        return (total._with_products(rows) if covariance else total), bad
 
     @classmethod
     def _of_finite(cls, rows: Tensor) -> Moments:
         if not len(rows):
             return cls.empty(rows.shape[1])
         mean = rows.mean(0)
-        return cls(len(rows), mean.numpy(), (rows - mean).square_().sum(0).numpy())
+        return cls(len(rows), mean.cpu().numpy(), (rows - mean).square_().sum(0).cpu().numpy())
+
+    def _with_products(self, rows: Tensor) -> Moments:
+        mean = torch.from_numpy(self.mean).to(rows.device)
+        total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
+        for chunk in rows.split(PRODUCT_ROWS):
+            centred = (chunk.double() - mean).float()
+            centred = centred[torch.isfinite(centred).all(1)]
+            total += centred.T @ centred
+        return replace(self, co=total.cpu().numpy())
 
     @property
     def var(self) -> np.ndarray:
         """(d,) population variance."""
         return self.m2 / max(self.count, 1)
+
+    @property
+    def covariance(self) -> np.ndarray | None:
+        """(d, d) population covariance, where it was asked for."""
+        return None if self.co is None else self.co / max(self.count, 1)
+
+    def massive(self) -> dict[int, float]:
+        """Dimensions whose root mean square is over 20 times the median dimension's, and how many times, largest
+        first, at most 8: the massive activations of Sun et al. 2024 (arXiv 2402.17762)."""
+        rms = np.sqrt(self.var + self.mean**2)
+        ratio = rms / max(float(np.median(rms)), 1e-30)
+        return {int(i): round(float(ratio[i]), 1) for i in np.argsort(-ratio)[:8] if ratio[i] > MASSIVE_RMS}
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of rows together (Chan, Golub and LeVeque 1979)."""
@@ -60,17 +88,29 @@ class Moments:
             return self
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
-        return Moments(count, mean, self.m2 + other.m2 + delta**2 * (self.count * other.count / count))
+        weight = self.count * other.count / count
+        co = None
+        if self.co is not None and other.co is not None:
+            co = self.co + other.co + np.outer(delta, delta) * weight
+        return Moments(count, mean, self.m2 + other.m2 + delta**2 * weight, co)
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
-        """As named arrays: ``prefix.count`` (1,) int64, ``prefix.mean`` and ``prefix.m2`` (d,) float64."""
+        """As named arrays: ``prefix.count`` (1,) int64, ``prefix.mean`` and ``prefix.m2`` (d,) float64;
+        ``prefix.co`` (d, d) float64 where it is there."""
+        products = {} if self.co is None else {f"{prefix}.co": self.co}
         return {
             f"{prefix}.count": np.array([self.count], dtype=np.int64),
             f"{prefix}.mean": self.mean,
             f"{prefix}.m2": self.m2,
+            **products,
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
         """What ``arrays`` gave. Raises KeyError where the names are not there."""
-        return cls(int(arrays[f"{prefix}.count"][0]), arrays[f"{prefix}.mean"], arrays[f"{prefix}.m2"])
+        return cls(
+            int(arrays[f"{prefix}.count"][0]),
+            arrays[f"{prefix}.mean"],
+            arrays[f"{prefix}.m2"],
+            arrays.get(f"{prefix}.co"),
+        )

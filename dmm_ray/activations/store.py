@@ -26,7 +26,7 @@ from dmm_ray.activations.manifest import (
 from dmm_ray.activations.moments import Moments
 from dmm_ray.activations.split import Split, hash_documents
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, filesystem, is_local, join
+from dmm_ray.files import absolute, filesystem, is_local, join, plain_errors
 
 COLUMNS = ("activation", "doc", "position", "token_id")
 
@@ -160,7 +160,9 @@ def file_sizes(uri: str) -> dict[str, int]:
     """Every file of the store at ``uri``, by its path inside it, with its length in bytes."""
     fs, path = filesystem(uri)
     root = path.rstrip("/")
-    return {name[len(root) + 1 :]: int(entry["size"]) for name, entry in fs.find(root, detail=True).items()}
+    with plain_errors(uri):
+        found = fs.find(root, detail=True)
+    return {name[len(root) + 1 :]: int(e["size"]) for name, e in found.items() if not name.endswith("/")}
 
 
 def length_problem(record: Record, sizes: dict[str, int]) -> str | None:

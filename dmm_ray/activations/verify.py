@@ -11,6 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dmm_ray.activations.corpus import Corpus
+from dmm_ray.activations.documents import Document
+from dmm_ray.activations.engine import read_pieces
+from dmm_ray.activations.info import moments_lines
 from dmm_ray.activations.lock import LOCK
 from dmm_ray.activations.manifest import (
     DTYPES,
@@ -18,13 +21,17 @@ from dmm_ray.activations.manifest import (
     STATISTICS,
     SUMMARY,
     Manifest,
+    Record,
     moments_name,
     read_manifest,
     read_moments,
     read_record,
     record_name,
+    shard_name,
 )
 from dmm_ray.activations.moments import Moments
+from dmm_ray.activations.pieces import RowTable
+from dmm_ray.activations.resume import in_order
 from dmm_ray.activations.store import ActivationStore, file_sizes, length_problem
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
@@ -43,7 +50,7 @@ class VerifyConfig(Config):
 
     store: str
     """Folder or URI of the store."""
-    sample_documents: int = Field(default=4, ge=0)
+    sample_documents: int = Field(default=8, ge=0)
     """Documents, drawn by seed, whose rows are computed again where model and text are still there."""
     seed: int = 0
     """Of that draw."""
@@ -74,6 +81,8 @@ def verify(config: VerifyConfig) -> str:
     if problems:
         more = f" (and {len(problems) - 1} more findings, above)" if len(problems) > 1 else ""
         raise CheckFailed(f"{uri}: {problems[0]}{more}")
+    for line in moments_lines(ActivationStore.open(uri)):
+        logger.info("%s", line)
     logger.info("%s is whole: %d units, every file as recorded", uri, manifest.units)
     return uri
 
@@ -103,20 +112,41 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
         expected |= set(record.files)
         if problem := length_problem(record, sizes):
             problems.append(problem)
+        problems += _record_problems(record, manifest, unit)
         hashes |= {n: entry.sha256 for n, entry in record.files.items() if sizes.get(n) == entry.bytes}
     problems += [f"{name}: foreign: no record lists it" for name in sorted(sizes.keys() - expected)]
+    return problems + _check_hashes(uri, hashes)
+
+
+def _record_problems(record: Record, manifest: Manifest, unit: int) -> list[str]:
+    """Whether a record is the one of its unit, with the files and documents that it must have."""
+    files = {shard_name(layer, unit) for layer in manifest.layers} | {moments_name(unit)}
+    first = unit * manifest.documents_per_unit
+    if record.unit == unit and record.first_document == first and set(record.files) == files:
+        return []
+    return [
+        f"{record_name(unit)}: is the record of unit {record.unit}, from document {record.first_document}"
+    ]
+
+
+def _check_hashes(uri: str, hashes: dict[str, str]) -> list[str]:
+    """Files whose content is not what was written; copies of another file are named as such."""
+    problems, owner = [], {digest: name for name, digest in hashes.items()}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for name, found in zip(hashes, pool.map(lambda n: sha256(join(uri, n)), hashes), strict=True):
             if found != hashes[name]:
-                problems.append(f"{name}: its content is not what was written (SHA-256 differs)")
+                copy = f"; it is a copy of {owner[found]}" if found in owner else ""
+                problems.append(f"{name}: its content is not what was written (SHA-256 differs){copy}")
     return problems
 
 
 def check_statistics(uri: str, manifest: Manifest) -> list[str]:
     """Whether ``statistics.safetensors`` is the merge of the units' moments."""
-    total = {layer: Moments.empty(manifest.d) for layer in manifest.layers}
-    for unit in range(manifest.units):
-        part = read_moments(uri, moments_name(unit), manifest.layers)
+    total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
+    parts = in_order(
+        lambda u: read_moments(uri, moments_name(u), manifest.layers), iter(range(manifest.units))
+    )
+    for part in parts:
         total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
     stored = read_moments(uri, STATISTICS, manifest.layers)
     return [
@@ -126,8 +156,13 @@ def check_statistics(uri: str, manifest: Manifest) -> list[str]:
             stored[layer].count == total[layer].count
             and np.array_equal(stored[layer].mean, total[layer].mean)
             and np.array_equal(stored[layer].m2, total[layer].m2)
+            and _same(stored[layer].co, total[layer].co)
         )
     ]
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
@@ -144,8 +179,8 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     except UserError as e:
         logger.warning("no rows computed again: %s", e)
         return []
-    if source.weights_hash != m.subject.weights_hash or source.tokenizer_hash != m.tokenizer_hash:
-        return [f"{source.model_id}: its files are no longer those that the store was extracted with"]
+    if changed := _changed_files(source, m):
+        return [f"{source.model_id}: {changed} is no longer what the store was extracted with"]
     if corpus.hash != m.corpus.hash:
         return [f"{', '.join(m.corpus.uris)}: the text is no longer what the store was extracted from"]
     subject = SubjectModel.from_pretrained(
@@ -158,24 +193,40 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     )
     problems = []
     for doc in documents:
-        text = next(corpus.read(doc, doc + 1)).text or ""
-        problems += check_document(store, subject, doc, text)
+        problems += check_document(store, subject, next(corpus.read(doc, doc + 1)))
     logger.info("computed %d documents again: %d findings", len(documents), len(problems))
     return problems
 
 
-def check_document(store: ActivationStore, subject: SubjectModel, doc: int, text: str) -> list[str]:
-    """Compare the stored rows of one document, in every layer, with ``subject``'s."""
-    m, skip = store.manifest, 0 if store.manifest.keep_first else 1
-    ids = subject.tokenize([text], m.window)
-    captured = subject.capture(*subject.pad(ids), m.layers)
+def _changed_files(source: SubjectSource, m: Manifest) -> str | None:
+    """The first file of the model that is missing or another; None where all are the same."""
+    found = source.file_hashes
+    for name in sorted(found.keys() | m.subject.files.keys()):
+        if found.get(name) != m.subject.files.get(name):
+            return name
+    return "the tokenizer" if source.tokenizer_hash != m.tokenizer_hash else None
+
+
+def check_document(store: ActivationStore, subject: SubjectModel, document: Document) -> list[str]:
+    """Compare the stored rows of one document, in every layer, with ``subject``'s, run alone and unpacked; rows left
+    out by ``exclude`` are not missed."""
+    m = store.manifest
+    found = read_pieces([document], m.window, m.kept, m.seed, subject.tokenizer).pieces
+    captured = [subject.capture(*subject.pad([piece.ids]), m.layers) for piece in found]
+    table = RowTable.of(found)
     problems = []
     for layer in m.layers:
-        rows = store.document(layer, doc)
-        where = f"layer {layer}, document {doc}"
-        if not np.array_equal(rows.token_id, np.array(ids[0][skip:], dtype=np.int32)):
+        rows = store.document(layer, document.doc)
+        where = f"layer {layer}, document {document.doc}"
+        kept = np.isin(table.position, rows.position) if m.exclude else np.ones(table.rows, dtype=bool)
+        rows_of = [c[layer][0, torch.from_numpy(p.kept)] for c, p in zip(captured, found, strict=True)]
+        computed = torch.cat(rows_of)[torch.from_numpy(kept)]
+        same = np.array_equal(rows.token_id, table.token_id[kept]) and np.array_equal(
+            rows.position, table.position[kept]
+        )
+        if not same:
             problems.append(f"{where}: stored tokens are not those of its text")
-        elif (worst := _difference(rows.activation, captured[layer][0, skip:])) > TOLERANCE[m.dtype]:
+        elif (worst := _difference(rows.activation, computed)) > TOLERANCE[m.dtype]:
             problems.append(f"{where}: stored rows differ from the model's by {worst:.2g} of their size")
     return problems
 
@@ -190,8 +241,13 @@ def _difference(stored: Tensor, computed: Tensor) -> float:
 
 
 def _sample(store: ActivationStore, count: int, seed: int) -> list[int]:
-    """Documents that have rows, drawn by ``seed`` from as many row groups."""
+    """Documents that have rows, drawn by ``seed`` from as many row groups as possible."""
     groups = store.row_groups(store.layers[0])
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(groups), size=min(count, len(groups)), replace=False)
-    return sorted({int(rng.choice(store.documents(store.layers[0], groups[i]))) for i in chosen})
+    found: set[int] = set()
+    for number, i in enumerate(chosen):
+        docs = np.unique(store.documents(store.layers[0], groups[i]))
+        share = -(-(count - len(found)) // (len(chosen) - number))
+        found |= set(rng.choice(docs, size=min(share, len(docs)), replace=False).tolist())
+    return sorted(found)

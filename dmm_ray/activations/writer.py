@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -17,17 +19,19 @@ import torch
 from torch import Tensor
 
 from dmm_ray.activations.manifest import DTYPES, ROW_GROUP_ROWS, FileEntry
-from dmm_ray.files import filesystem, is_local, make_folder
+from dmm_ray.files import filesystem, is_local, make_folder, plain_errors
 
 TEMPORARY = ".tmp-"
 
 
 class HashingFile(io.RawIOBase):
-    """A write-only file that hashes and counts what passes through."""
+    """A write-only file that hashes, in a thread beside the writing, and counts what passes through."""
 
-    def __init__(self, target: IO[bytes]) -> None:
+    def __init__(self, target: IO[bytes], hasher: Executor) -> None:
         self._target = target
         self._digest = hashlib.sha256()
+        self._hasher = hasher
+        self._hashed: Future[None] = hasher.submit(self._digest.update, b"")
         self.bytes = 0
 
     def writable(self) -> bool:
@@ -36,7 +40,8 @@ class HashingFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of ``data``."""
-        self._digest.update(data)
+        self._hashed.result()
+        self._hashed = self._hasher.submit(self._digest.update, data)
         self._target.write(data)
         size = memoryview(data).nbytes
         self.bytes += size
@@ -49,6 +54,7 @@ class HashingFile(io.RawIOBase):
     @property
     def entry(self) -> FileEntry:
         """Length and hash of what was written."""
+        self._hashed.result()
         return FileEntry(bytes=self.bytes, sha256=self._digest.hexdigest())
 
 
@@ -57,14 +63,17 @@ def whole_file(uri: str) -> Iterator[HashingFile]:
     """A file that appears under its name only when the block ends well: rename (local) or a single put."""
     fs, path = filesystem(uri)
     if not is_local(uri):
-        with fs.open(path, "wb") as f:
-            yield HashingFile(f)
+        with tempfile.NamedTemporaryFile() as local, ThreadPoolExecutor(1) as hasher:
+            yield HashingFile(local, hasher)
+            local.flush()
+            with plain_errors(uri):
+                fs.put_file(local.name, path)
         return
     make_folder(os.path.dirname(path))
     temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
     try:
-        with open(temporary, "wb") as f:
-            yield HashingFile(f)
+        with ThreadPoolExecutor(1) as hasher, open(temporary, "wb") as f:
+            yield HashingFile(f, hasher)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

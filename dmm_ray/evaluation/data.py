@@ -157,10 +157,14 @@ def read_part(
     max_rows: int,
     seed: int,
 ) -> Part:
-    """Normalised rows of a part, position 0 left out. Raises UserError if there are none or one is not finite."""
+    """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
+
+    Raises:
+        UserError: there are none, or one is not finite.
+    """
     rows = store.select(layer, split, part, max_rows, seed)
     check_finite(store, layer, rows)
-    later = rows.position > 0
+    later = (rows.position > 0) & (rows.position < store.manifest.window)
     if not later.any():
         raise UserError(
             f"activations: {store.uri} has no {PARTS[part]} documents; extract more text (about 1 document in "
@@ -181,8 +185,8 @@ def training_tokens(corpus: Corpus, subject: SubjectModel, split: Split, window:
     for first in range(0, corpus.n_documents, TOKENIZE_DOCUMENTS):
         docs = np.arange(first, min(first + TOKENIZE_DOCUMENTS, corpus.n_documents))
         kept = set(docs[split.of(docs) == TRAIN].tolist())
-        texts = [d.text for d in corpus.read(first, first + TOKENIZE_DOCUMENTS) if d.doc in kept and d.text]
-        yield from subject.tokenize(texts, window)
+        read = [d for d in corpus.read(first, first + TOKENIZE_DOCUMENTS) if d.doc in kept]
+        yield from (ids for ids in subject.tokenize([d.content for d in read], window) if ids)
 
 
 def _tokenized(
@@ -191,5 +195,5 @@ def _tokenized(
     """Document number and token ids of each of ``docs`` that has text."""
     for doc in docs:
         (document,) = corpus.read(doc, doc + 1)
-        if document.text:
-            yield doc, subject.tokenize([document.text], window)[0]
+        if ids := subject.tokenize([document.content], window)[0]:
+            yield doc, ids

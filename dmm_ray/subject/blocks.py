@@ -1,36 +1,79 @@
-"""Where a causal language model keeps its decoder blocks."""
+"""Where a language model keeps its blocks: the text model inside it, and the list of blocks inside that."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from dmm_ray.errors import UserError
 
-BLOCK_PATHS = ("model.layers", "transformer.h")
-"""Dotted paths tried in this order: Llama, Qwen, Mistral and their kin; GPT-2 and its kin."""
+BLOCK_NAMES = (
+    "layers",
+    "h",
+    "blocks",
+    "layer",
+    "model.layers",
+    "decoder.layers",
+    "encoder.layers",
+    "encoder.layer",
+    "transformer.h",
+    "transformer.layer",
+    "transformer.layers",
+    "transformer.blocks",
+)
+"""Where the list of blocks may be inside a text model: Llama and its kin, GPT-2 and BLOOM, MPT, XLNet,
+Llama 4, OPT, encoders such as BERT and DistilBERT, and models that nest a ``transformer``."""
 
 
-def find_blocks(model: nn.Module, block_path: str | None = None) -> nn.ModuleList:
-    """The list of decoder blocks of ``model``.
+def text_model(model: Any) -> Any:
+    """The part of ``model`` that text alone runs through: no language-model head, no vision or audio tower."""
+    base = model.base_model
+    inner = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return getattr(inner, "base_model", inner)
+
+
+def stated_layers(config: Any) -> int | None:
+    """How many blocks the text configuration in ``config`` states."""
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
+
+
+def find_blocks(model: Any, block_path: str | None = None) -> str:
+    """The dotted path, inside ``text_model(model)``, of its list of blocks.
 
     Args:
-        model: a causal language model as transformers loads it (with its head).
-        block_path: dotted path of the list, for architectures that are not known here.
+        model: a language model as transformers loads it (with its head, if it has one).
+        block_path: dotted path of the list in ``model``, for architectures that are not known here.
 
     Raises:
-        UserError: the architecture is unknown, or ``block_path`` is not a list of modules.
+        UserError: the architecture is unknown, or ``block_path`` is not a list of modules in the text model.
     """
-    for path in (block_path,) if block_path else BLOCK_PATHS:
-        blocks = _descend(model, path)
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            return blocks
-    name, lists = type(model).__name__, _module_lists(model)
-    example = lists[0] if lists else "decoder.layers"
+    text, stated = text_model(model), stated_layers(model.config)
     if block_path:
-        there = ", ".join(lists) or "none"
-        raise UserError(f"block_path: {name} has no list of blocks at {block_path!r}; it has {there}")
+        return _named_blocks(model, text, block_path)
+    for name in BLOCK_NAMES:
+        blocks = _descend(text, name)
+        if isinstance(blocks, nn.ModuleList) and len(blocks) and stated in (None, len(blocks)):
+            return name
+    lists = _module_lists(model)
+    example = lists[0] if lists else "decoder.layers"
     raise UserError(
-        f"model: {name} is an unknown architecture; name its decoder blocks, e.g. --block-path {example}"
+        f"model: {type(model).__name__} is an unknown architecture; name its list of blocks, "
+        f"e.g. --block-path {example}"
+    )
+
+
+def _named_blocks(model: nn.Module, text: nn.Module, block_path: str) -> str:
+    """``block_path`` of ``model`` as a path inside ``text``."""
+    blocks = _descend(model, block_path)
+    if isinstance(blocks, nn.ModuleList) and len(blocks):
+        for path, module in text.named_modules():
+            if module is blocks:
+                return path
+    there = ", ".join(_module_lists(model)) or "none"
+    raise UserError(
+        f"block_path: the text model of {type(model).__name__} has no list of blocks at {block_path!r}; "
+        f"its lists are {there}"
     )
 
 

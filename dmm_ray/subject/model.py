@@ -1,45 +1,63 @@
-"""A frozen causal language model with its block outputs open to reading and editing.
+"""A frozen language model with its block outputs open to reading and editing.
 
-Layer k is the output of decoder block k counted from 0, before any final norm. Shapes: b sequences, t tokens
-(padded on the right), d the residual width.
+Layer k is the output of block k counted from 0, before any final norm. Shapes: b sequences, t tokens, d the
+residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject.blocks import find_blocks
-from dmm_ray.subject.source import SubjectSource, check_layers, quiet
+from dmm_ray.subject.blocks import find_blocks, text_model
+from dmm_ray.subject.encoding import Chat, encode
+from dmm_ray.subject.loading import Loaded, Placement, is_causal, position_offset
+from dmm_ray.subject.packing import CannotPackError, may_pack, packing
+from dmm_ray.subject.source import SubjectSource, check_layers
 
 Hook = Callable[[Tensor], Tensor | None]
 """Sees a block's output (b, t, d); returns its replacement, or None to leave it."""
+TRIAL_TOKENS, TRIAL_IDS = 24, 200
+"""Length and least vocabulary of the sequences with which packing is tried out."""
+TRIAL_TOLERANCE = 0.05
+"""Mean difference of a row relative to its norm; sequences that see each other differ by several times that."""
 
 
 class SubjectModel:
-    """A causal language model on one device, in evaluation mode, without gradients.
+    """A language model in evaluation mode, without gradients: causal, or an encoder such as BERT.
 
-    Loaded without a head, only the blocks up to the highest wanted layer are kept and run.
+    Loaded without a head, only its text model up to the highest wanted layer is read, kept and run.
     """
 
     def __init__(
-        self, source: SubjectSource, model: nn.Module, blocks: nn.ModuleList, n_layers: int, head: bool
+        self,
+        source: SubjectSource,
+        loaded: Loaded,
+        path: str,
+        n_layers: int,
+        head: bool,
+        device: torch.device,
     ) -> None:
         self.source = source
         self.tokenizer = source.tokenizer
         self.n_layers = n_layers
         self.head = head
-        self._model = model
-        self._blocks = blocks
-        attention = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-        self._causal = bool(attention) and all(attention)
+        self.device = device
+        self._model = loaded.model
+        self._blocks: nn.ModuleList = text_model(loaded.model).get_submodule(path)
+        self._causal = is_causal(loaded.model) is True
+        arguments = signature(type(loaded.model).forward).parameters
+        self._takes_positions = "position_ids" in arguments
+        self._no_cache = {"use_cache": False} if "use_cache" in arguments else {}
+        self._first_position = position_offset(loaded.model)
 
     @classmethod
     def from_pretrained(
@@ -53,33 +71,43 @@ class SubjectModel:
         revision: str | None = None,
         block_path: str | None = None,
         trust_remote_code: bool = False,
+        device_map: str | None = None,
+        max_memory: Mapping[str, str] | None = None,
+        offload_folder: str | None = None,
     ) -> SubjectModel:
         """Load a model folder or hub id.
 
         Args:
             model: a folder that holds config.json, or a hub id.
-            layers: the layers that will be captured; without a head, blocks above the highest are dropped
+            layers: the layers that will be captured; without a head, blocks above the highest are not read
                 (None keeps all).
-            head: keep the whole language model, for ``token_losses``.
-            device: a torch device.
+            head: keep the whole language model, for ``token_losses``. An encoder has no head that predicts
+                tokens; it is loaded without.
+            device: a torch device, for a model that fits on one.
             dtype: of the weights and the computation.
             revision: hub branch, tag or commit.
-            block_path: dotted path of the list of decoder blocks, for architectures not known here.
+            block_path: dotted path of the list of blocks in the whole model, for architectures not known here.
             trust_remote_code: run Python code that comes with the model.
+            device_map: spread the weights over devices as transformers does, e.g. "auto"; needs accelerate.
+            max_memory: for ``device_map``, the most to use by device, e.g. {"0": "70GiB", "cpu": "200GiB"}.
+            offload_folder: for ``device_map``, a folder for weights that fit nowhere else.
 
         Raises:
-            UserError: no model there, an unknown architecture, missing weights, or a layer the model lacks.
+            UserError: no model there, an unknown architecture, missing weights, a layer the model lacks, or a
+                library that it needs is not installed.
         """
         source = SubjectSource.resolve(model, revision, trust_remote_code)
-        lm = _load(source, dtype)
-        blocks = find_blocks(lm, block_path)
-        n_layers = len(blocks)
-        check_layers(layers or (), n_layers, model)
-        if head:
-            return cls(source, lm.to(device), blocks, n_layers, head)
-        if layers is not None:
-            del blocks[max(layers) + 1 :]
-        return cls(source, lm.base_model.to(device), blocks, n_layers, head)
+        n_layers = source.check(layers or (), block_path)
+        path = find_blocks(source.skeleton, block_path)
+        placement = Placement(device, device_map, max_memory, offload_folder)
+        loaded = source.load(
+            path,
+            max(layers) + 1 if layers else n_layers,
+            head=head and not source.bidirectional,
+            dtype=dtype,
+            placement=placement,
+        )
+        return cls(source, loaded, path, n_layers, head, loaded.input_device(placement))
 
     @property
     def d(self) -> int:
@@ -112,13 +140,13 @@ class SubjectModel:
         return self.source.tokenizer_hash
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self._model.parameters()).device
+    def bidirectional(self) -> bool:
+        """Whether it is an encoder, whose tokens see those after them."""
+        return self.source.bidirectional
 
-    def tokenize(self, texts: Sequence[str], window: int) -> list[list[int]]:
-        """Token ids of each text, with the tokenizer's own special tokens, cut at ``window``, not padded."""
-        return tokenize(self.tokenizer, texts, window)
+    def tokenize(self, texts: Sequence[str | Chat], window: int) -> list[list[int]]:
+        """Token ids of each text or chat, as ``encode`` makes them: with special tokens, cut at ``window``."""
+        return [encoded.ids for encoded in encode(self.tokenizer, texts, window)]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on its device."""
@@ -132,19 +160,61 @@ class SubjectModel:
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Outputs of blocks ``layers``: ``{layer: (b, t, d)}`` in the compute dtype."""
-        check_layers(layers, len(self._blocks), f"{self.model_id} as loaded")
-        captured: dict[int, Tensor] = {}
+        """Outputs of blocks ``layers``: ``{layer: (b, t, d)}`` in the compute dtype, on ``device``.
 
-        def keep(layer: int) -> Hook:
-            def hook(hidden: Tensor) -> None:
-                captured[layer] = hidden
+        Args:
+            input_ids: int64 (b, t).
+            attention_mask: int64 (b, t), 0 at padding, which may be on either side.
+            layers: block numbers.
 
-            return hook
-
-        with self._hooks({layer: keep(layer) for layer in layers}):
+        Raises:
+            UserError: a layer that is not loaded, or a block whose output is not (b, t, d).
+        """
+        with self._capturing(layers, input_ids.shape) as captured:
             self._forward(input_ids, attention_mask)
         return captured
+
+    @torch.no_grad()
+    def capture_packed(self, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, Tensor]:
+        """Outputs of blocks ``layers`` for sequences that do not see each other, without padding.
+
+        Args:
+            ids: token ids of each sequence, the longest first; t tokens in all.
+            layers: block numbers.
+
+        Returns:
+            ``{layer: (t, d)}`` in the compute dtype, on ``device``, the sequences end to end.
+
+        Raises:
+            CannotPackError: the model's attention is of another kind; ``packable`` says so beforehand.
+            UserError: a layer that is not loaded, or a block whose output is not (1, t, d).
+        """
+        tokens = torch.tensor([[token for sequence in ids for token in sequence]], device=self.device)
+        lengths = [len(sequence) for sequence in ids]
+        with (
+            self._capturing(layers, tokens.shape) as captured,
+            packing(self._model, lengths, self.device) as pack,
+        ):
+            positions = pack.positions() + self._first_position
+            self._model(input_ids=tokens, position_ids=positions, **self._no_cache)
+        if pack.calls < max(layers) + 1:
+            raise CannotPackError(f"{type(self._model).__name__} has attention of its own")
+        return {layer: hidden[0] for layer, hidden in captured.items()}
+
+    @cached_property
+    def packable(self) -> bool:
+        """Whether ``capture_packed`` can be used: by the kind of model, and by a trial with three short sequences."""
+        if not self._causal or not may_pack(self._model, self.source.config.get_text_config()):
+            return False
+        layer, length = len(self._blocks) - 1, min(TRIAL_TOKENS, self.context)
+        trial = [[(7 * i + n) % TRIAL_IDS for i in range(n)] for n in (length, length - 3, 2)]
+        alone = torch.cat([self.capture(*self.pad([ids]), [layer])[layer][0] for ids in trial]).float()
+        try:
+            packed = self.capture_packed(trial, [layer])[layer].float()
+        except CannotPackError:
+            return False
+        difference = (packed - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-12)
+        return float(difference.mean()) <= TRIAL_TOLERANCE
 
     @torch.no_grad()
     def token_losses(
@@ -161,8 +231,13 @@ class SubjectModel:
         never edited: what ``edit`` returns there is dropped.
 
         Raises:
+            UserError: an encoder, which predicts no next token.
             ValueError: loaded without ``head=True``, or one of ``layer`` and ``edit`` without the other.
         """
+        if self.bidirectional:
+            raise UserError(
+                f"model: {self.model_id} is an encoder, which predicts no next token; give a causal model"
+            )
         if not self.head:
             raise ValueError("token_losses needs SubjectModel.from_pretrained(..., head=True)")
         if (layer is None) != (edit is None):
@@ -170,7 +245,8 @@ class SubjectModel:
 
         def replace(hidden: Tensor) -> Tensor:
             assert edit is not None
-            return torch.cat([hidden[:, :1], edit(hidden.float())[:, 1:].to(hidden.dtype)], dim=1)
+            edited = edit(hidden.to(self.device).float()).to(hidden)
+            return torch.cat([hidden[:, :1], edited[:, 1:]], dim=1)
 
         with self._hooks({} if layer is None else {layer: replace}):
             logits = self._forward(input_ids, attention_mask).logits
@@ -184,10 +260,35 @@ class SubjectModel:
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """Run the model. Under causal attention nothing sees padding on the right: no mask is needed then,
-        which leaves the attention kernels their fast path."""
-        right_padded = bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all())
-        mask = None if right_padded and self._causal else attention_mask
-        return self._model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        which leaves the attention kernels their fast path. Other padding moves the tokens' positions."""
+        options: dict[str, Any] = {"attention_mask": attention_mask}
+        if bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
+            if self._causal:
+                options["attention_mask"] = None
+        elif self._takes_positions:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + self._first_position
+            options["position_ids"] = positions
+        return self._model(input_ids=input_ids, **self._no_cache, **options)
+
+    @contextmanager
+    def _capturing(self, layers: Sequence[int], shape: torch.Size) -> Iterator[dict[int, Tensor]]:
+        """Inside the block the model's outputs of ``layers`` for input ids of ``shape`` are put into what it gives."""
+        check_layers(layers, len(self._blocks), f"{self.model_id} as loaded")
+        captured: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Hook:
+            def hook(hidden: Tensor) -> None:
+                if hidden.shape[:-1] != shape:
+                    raise UserError(
+                        f"model: block {layer} of {self.model_id} puts out {tuple(hidden.shape)} for "
+                        f"{tuple(shape)} tokens; such models cannot be read"
+                    )
+                captured[layer] = hidden.to(self.device)
+
+            return hook
+
+        with self._hooks({layer: keep(layer) for layer in layers}):
+            yield captured
 
     @contextmanager
     def _hooks(self, hooks: dict[int, Hook]) -> Iterator[None]:
@@ -197,35 +298,6 @@ class SubjectModel:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str], window: int) -> list[list[int]]:
-    """Token ids of each text as ``tokenizer`` makes them by default, cut at ``window``."""
-    if not texts:
-        return []
-    with quiet():
-        ids = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False)[
-            "input_ids"
-        ]
-    return [tokens[:window] for tokens in ids]
-
-
-def _load(source: SubjectSource, dtype: torch.dtype) -> Any:
-    """The whole causal language model on the CPU; UserError where its files lack weights."""
-    with quiet(), source.loading():
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=source.config,
-            dtype=dtype,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model: the files of {source.model_id} lack {len(missing)} weights, e.g. {missing[0]}"
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _adapt(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +12,27 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers.utils import logging as hf_logging
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import hash_json, sha256
-from dmm_ray.subject.blocks import find_blocks
+from dmm_ray.subject.blocks import find_blocks, text_model
+from dmm_ray.subject.hub import download
+from dmm_ray.subject.loading import (
+    Loaded,
+    Placement,
+    build_skeleton,
+    is_bidirectional,
+    is_quantized,
+    load_blocks,
+    load_head,
+    position_offset,
+)
+from dmm_ray.subject.quiet import first_line, quiet
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose configuration states none."""
-
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-_UNWANTED = ["original/*", "consolidated*", "*/*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -55,36 +62,66 @@ class SubjectSource:
         elif local.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise UserError(f"model: no folder at {model}; give a folder that holds config.json, or a hub id")
         else:
-            folder, model_id = _download(model, revision), model
+            folder, model_id = download(model, revision), model
             commit = folder.name
         if not (folder / "config.json").is_file():
             raise UserError(f"model: {model} is not a model folder: it has no config.json")
         try:
             with quiet():
                 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as e:
+            _refuse_remote_code(model, e)
             raise UserError(
                 f"model: {model}: config.json is not one transformers can load ({first_line(e)})"
             ) from e
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"model: {model} ({config.model_type}) is an encoder-decoder; "
+                "give a causal language model or an encoder"
+            )
         return cls(model_id, folder, commit, config, trust_remote_code)
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The whole model, with its head if it has one, on the meta device: its shape without its weights.
+
+        Raises:
+            UserError: transformers cannot build it.
+        """
+        with self.loading():
+            return build_skeleton(self.config, self.trust_remote_code)
+
+    @cached_property
+    def bidirectional(self) -> bool:
+        """Whether it is an encoder, whose tokens see those after them; such a model predicts no next token."""
+        return is_bidirectional(self.skeleton)
 
     @property
     def d(self) -> int:
         """Width of the residual stream."""
         return int(self.config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def context(self) -> int:
         """The most tokens the model was made for."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        text = self.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len"):
+            if stated := getattr(text, name, None):
+                return int(stated) - position_offset(self.skeleton)
+        return DEFAULT_CONTEXT
 
     @cached_property
-    def weights_hash(self) -> str:
-        """SHA-256 over config.json and the weight files (safetensors where there are any), by sorted name."""
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of config.json and of each weight file (safetensors where there are any), by name."""
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
             raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")
-        return hash_json({f.name: sha256(str(f)) for f in [self.folder / "config.json", *files]})
+        return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files]}
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 over ``file_hashes``."""
+        return hash_json(self.file_hashes)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,15 +132,19 @@ class SubjectSource:
                     self.folder, trust_remote_code=self.trust_remote_code
                 )
         except (OSError, ValueError, KeyError, ImportError) as e:
+            _refuse_remote_code(self.model_id, e)
             raise UserError(f"model: {self.model_id} has no tokenizer that loads ({first_line(e)})") from e
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of all that decides how text becomes tokens."""
+        """SHA-256 of all that decides how text, and chats where it has a template for them, become tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            return hashlib.sha256(backend.to_str().encode()).hexdigest()
-        return hash_json([type(self.tokenizer).__name__, self.tokenizer.get_vocab()])
+            digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        else:
+            digest = hash_json([type(self.tokenizer).__name__, self.tokenizer.get_vocab()])
+        template = self.tokenizer.chat_template
+        return hash_json([digest, template]) if template else digest
 
     def check(self, layers: Sequence[int], block_path: str | None = None) -> int:
         """Check without loading weights that blocks ``layers`` exist; the number of blocks.
@@ -111,26 +152,63 @@ class SubjectSource:
         Raises:
             UserError: not a causal language model, unknown architecture, or a layer it lacks.
         """
-        with quiet(), torch.device("meta"), self.loading():
-            skeleton = transformers.AutoModelForCausalLM.from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
-        n_layers = len(find_blocks(skeleton, block_path))
+        n_layers = len(text_model(self.skeleton).get_submodule(find_blocks(self.skeleton, block_path)))
         check_layers(layers, n_layers, self.model_id)
         return n_layers
 
+    def load(
+        self, path: str, n_blocks: int, *, head: bool, dtype: torch.dtype, placement: Placement
+    ) -> Loaded:
+        """The model with its weights, in evaluation mode, without gradients.
+
+        Args:
+            path: of the blocks inside the text model (``find_blocks``).
+            n_blocks: how many blocks to keep, from the first on, without a head.
+            head: the whole model with its head; else its text model alone.
+            dtype: of the weights and the computation.
+            placement: where the weights go.
+
+        Raises:
+            UserError: its files lack weights, or do not load.
+        """
+        with self.loading():
+            spread = placement.spread(is_quantized(self.config))
+            loaded = (
+                load_head(self.folder, self.skeleton, dtype=dtype, **spread)
+                if head
+                else load_blocks(self.folder, self.skeleton, path, n_blocks, dtype=dtype, **spread)
+            )
+        if loaded.missing:
+            raise UserError(
+                f"model: the files of {self.model_id} lack {len(loaded.missing)} weights, "
+                f"e.g. {loaded.missing[0]}"
+            )
+        if not spread:
+            loaded.model.to(placement.device)
+        return loaded
+
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Turn transformers' refusals of this model into a UserError."""
+        """Keep transformers silent and turn its refusals of this model into a UserError."""
         try:
-            yield
+            with quiet():
+                yield
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
+            _refuse_remote_code(self.model_id, e)
             kind = getattr(self.config, "model_type", "unknown")
             raise UserError(
-                f"model: {self.model_id} ({kind}) does not load as a causal language model ({first_line(e)})"
+                f"model: {self.model_id} ({kind}) does not load as a language model ({first_line(e)})"
             ) from e
+
+
+def _refuse_remote_code(model: str, error: Exception) -> None:
+    """Raise UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"model: {model} comes with Python code of its own; if you trust it, give --trust-remote-code"
+        ) from error
 
 
 def check_layers(layers: Sequence[int], n_layers: int, model: str) -> None:
@@ -138,40 +216,3 @@ def check_layers(layers: Sequence[int], n_layers: int, model: str) -> None:
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise UserError(f"layers: {model} has no layer {layer}; choose from 0 to {n_layers - 1}")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside the block."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 160 characters."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """The folder of a hub model's snapshot, its name being the commit."""
-    try:
-        found = Path(
-            snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-        )
-        if not any(found.glob("*.safetensors")):
-            snapshot_download(model, revision=revision, allow_patterns=["*.bin"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UserError(
-            f"model: {model} is neither a folder here nor a model the hub gives{offline}; "
-            f"give a folder that holds config.json, or a hub id you may read ({type(e).__name__})"
-        ) from e
-    return found

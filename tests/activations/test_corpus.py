@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dmm_ray.activations import corpus as corpus_module
 from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.documents import LINES, MARKED, PARAGRAPHS, Format, Splitter, separated_by
+from dmm_ray.activations.sources import base, delimited
+from dmm_ray.activations.sources.splitting import LINES, MARKED, PARAGRAPHS, Format, Splitter, separated_by
 from dmm_ray.errors import UserError
 
 
@@ -96,7 +96,8 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
         ("a.jsonl", "", "no document holds any text"),
         ("a.txt", " \n\n ", "no document holds any text"),
         ("a.jsonl", '{"text": " "}\n\n', "no document holds any text"),
-        ("a.csv", "text\nx\n", "only .jsonl and .txt"),
+        ("a.csv", 'text\n" "\n', "no document holds any text"),
+        ("a.md", "x", "unknown kind of file; known are .jsonl, .jsonl.gz"),
     ],
 )
 def test_bad_text(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -146,7 +147,8 @@ def test_chunking_does_not_matter(rule: Format, pieces: list[str], cuts: list[in
 def test_random_access_equals_sequential(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[str], form: str, bounds: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(corpus_module, "STRIDE", 4)
+    for module in (base, delimited):
+        monkeypatch.setattr(module, "STRIDE", 4)
     half = len(pieces) // 2
     for number, part in enumerate((["start", *pieces[:half]], pieces[half:])):
         for old in tmp_path.glob(f"{number}.*"):

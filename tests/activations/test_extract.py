@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 from pydantic import ValidationError
 
 from dmm_ray.activations.extract import ExtractConfig, extract
-from dmm_ray.activations.lock import writer_lock
 from dmm_ray.activations.resources import plan_resources
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
@@ -93,6 +90,9 @@ def test_resume_makes_only_what_is_missing(
         ({"window": 32}, "window"),
         ({"rows_per_shard": 500}, "rows_per_shard"),
         ({"keep_first": True}, "keep_first"),
+        ({"tokens_per_doc": 3}, "tokens_per_doc"),
+        ({"exclude": ["outliers"]}, "exclude"),
+        ({"covariance": True}, "covariance"),
     ],
 )
 def test_another_configuration_is_refused(
@@ -131,7 +131,7 @@ def test_a_bad_record_beyond_the_scan_stops_the_job(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is found in an actor and must reach here as one line; then the mended text works."""
-    monkeypatch.setattr("dmm_ray.activations.corpus.CHECKED_BYTES", 0)
+    monkeypatch.setattr("dmm_ray.activations.sources.base.CHECKED_BYTES", 0)
     text = tmp_path / "t.jsonl"
     text.write_text('{"text": "the cat sat on a mat"}\n{"txt": "x"}\n')
     with pytest.raises(UserError, match=r"^text: .*t.jsonl: line 2: no field 'text'") as error:
@@ -181,20 +181,6 @@ def test_out_that_holds_something_else(run: Callable[..., Path], tmp_path: Path)
     with pytest.raises(UserError, match="a file is in the way"):
         run(out=str(tmp_path / "file" / "store"))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_second_writer_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    folder.mkdir()
-    with open(folder / ".lock", "w") as other:
-        other.write("4321")
-        other.flush()
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="being written by process 4321"):
-            run()
-    with writer_lock(str(folder)):  # a lock file whose holder is gone does not count
-        assert (folder / ".lock").read_text() == str(os.getpid())
-    assert not (folder / ".lock").exists()
 
 
 @pytest.mark.parametrize(

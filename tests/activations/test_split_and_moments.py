@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dmm_ray.activations.moments import Moments
 from dmm_ray.activations.split import TEST, TRAIN, VALIDATION, Split, hash_documents
-from dmm_ray.activations.units import batches, count_units, documents_per_unit, unit_at
+from dmm_ray.activations.units import count_units, documents_per_unit, packs, padded_batches, unit_at
 
 
 def test_fractions() -> None:
@@ -81,17 +81,60 @@ def test_moments_survive_arrays() -> None:
     np.testing.assert_array_equal(back.m2, moments.m2)
 
 
-@given(documents=st.integers(1, 500), rows=st.integers(1, 5000), window=st.integers(2, 100))
-def test_units_cover_every_document_once(documents: int, rows: int, window: int) -> None:
-    per_unit = documents_per_unit(rows, window)
-    assert per_unit * (window - 1) <= max(rows, window - 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_covariance_equals_numpy_and_merges(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.randn(6000, 12, generator=generator) @ torch.randn(12, 12, generator=generator) + 50).to(dtype)
+    x[7, 3] = float("inf")
+    finite = torch.cat([x[:7], x[8:]]).double().numpy()
+    whole, bad = Moments.of(x, covariance=True)
+    assert bad == 1
+    scale = np.sqrt(np.outer(finite.var(0), finite.var(0)))
+    np.testing.assert_allclose(whole.covariance / scale, np.cov(finite.T, bias=True) / scale, atol=2e-6)
+    merged = Moments.of(x[:4100], True)[0].merge(Moments.of(x[4100:], True)[0])
+    np.testing.assert_allclose(merged.covariance / scale, whole.covariance / scale, atol=2e-6)
+    assert Moments.of(x)[0].covariance is None
+    back = Moments.from_arrays(whole.arrays("layer_01"), "layer_01")
+    np.testing.assert_array_equal(back.co, whole.co)
+    assert Moments.empty(12, covariance=True).merge(whole).covariance is not None
+
+
+def test_massive_dimensions() -> None:
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    assert Moments.of(x)[0].massive() == {}
+    x[:, 5] = 300.0
+    x[:, 9] *= 100
+    massive = Moments.of(x)[0].massive()
+    assert list(massive) == [5, 9]
+    assert massive[5] == pytest.approx(300, rel=0.1)
+
+
+@given(documents=st.integers(1, 500), rows=st.integers(1, 5000), most=st.integers(1, 100))
+def test_units_cover_every_document_once(documents: int, rows: int, most: int) -> None:
+    per_unit = documents_per_unit(rows, most)
+    assert per_unit * most <= max(rows, most)
     units = [unit_at(u, documents, per_unit) for u in range(count_units(documents, per_unit))]
     assert [d for u in units for d in range(u.first, u.stop)] == list(range(documents))
 
 
-@given(lengths=st.lists(st.integers(0, 60), max_size=40), batch_tokens=st.integers(1, 200))
-def test_batches_hold_every_document_within_the_limit(lengths: list[int], batch_tokens: int) -> None:
-    groups = batches(lengths, batch_tokens)
+LENGTHS = st.lists(st.integers(0, 60), max_size=40)
+
+
+@given(lengths=LENGTHS, batch_tokens=st.integers(1, 200))
+def test_packs_hold_every_sequence_within_the_limit(lengths: list[int], batch_tokens: int) -> None:
+    groups = packs(lengths, batch_tokens)
     assert sorted(i for group in groups for i in group) == [i for i, n in enumerate(lengths) if n]
     for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= batch_tokens
+        held = [lengths[i] for i in group]
+        assert held == sorted(held, reverse=True)
+        assert len(group) == 1 or sum(held) <= batch_tokens
+
+
+@given(lengths=LENGTHS, batch_tokens=st.integers(1, 200))
+def test_batches_hold_every_sequence_with_little_padding(lengths: list[int], batch_tokens: int) -> None:
+    groups = padded_batches(lengths, batch_tokens)
+    assert sorted(i for group in groups for i in group) == [i for i, n in enumerate(lengths) if n]
+    for group in groups:
+        tokens = len(group) * max(lengths[i] for i in group)
+        assert len(group) == 1 or tokens <= batch_tokens
+        assert tokens - sum(lengths[i] for i in group) <= 0.05 * tokens

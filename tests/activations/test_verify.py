@@ -4,11 +4,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dmm_ray.activations.config import ExtractConfig
+from dmm_ray.activations.extract import extract
 from dmm_ray.activations.manifest import read_record
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.activations.verify import VerifyConfig, verify
@@ -58,6 +61,54 @@ def test_every_finding_is_logged(copy: Path, caplog: pytest.LogCaptureFixture) -
         assert finding in caplog.text
 
 
+def test_a_shard_twice_is_named_with_its_source(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Equal lengths: only the hash tells. And a record in the place of another's."""
+    shards = {p: p.stat().st_size for p in sorted((copy / "layer_01").iterdir())}
+    source = (copy / "layer_01" / "shard-000000.parquet").read_bytes()
+    target = copy / "layer_01" / "shard-000003.parquet"
+    target.write_bytes(source)
+    record = json.loads((copy / "shards" / "000003.json").read_text())
+    record["files"]["layer_01/shard-000003.parquet"]["bytes"] = len(source)
+    (copy / "shards" / "000003.json").write_text(json.dumps(record))
+    assert len(shards) == 6
+    with pytest.raises(
+        CheckFailed, match=r"shard-000003.parquet: .*it is a copy of layer_01/shard-000000.parquet"
+    ):
+        verify(VerifyConfig(store=str(copy)))
+    shutil.copy(copy / "shards" / "000001.json", copy / "shards" / "000002.json")
+    with pytest.raises(CheckFailed, match="more findings"):
+        verify(VerifyConfig(store=str(copy)))
+    assert "shards/000002.json: is the record of unit 1, from document" in caplog.text
+
+
+def test_moments_are_said_by_layer(tiny_store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        verify(VerifyConfig(store=str(tiny_store)))
+    for layer in (1, 2):
+        assert (
+            f"layer {layer}    {ActivationStore.open(str(tiny_store)).rows:,} rows; rms of the mean"
+            in caplog.text
+        )
+
+
+def test_a_store_of_chosen_rows_passes(
+    ray_local: None, tiny_options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen: dict[str, Any] = {
+        "window": 20, "long_documents": "split", "tokens_per_doc": 5, "min_position": 2, "covariance": True,
+        "exclude": ["outliers"], "rows_per_shard": None,
+    }  # fmt: skip
+    store = extract(ExtractConfig(**(tiny_options | chosen | {"out": str(tmp_path / "store")})))
+    with caplog.at_level(logging.INFO):
+        verify(VerifyConfig(store=store, sample_documents=20))
+    assert "computed 20 documents again: 0 findings" in caplog.text
+    opened = ActivationStore.open(store)
+    rows = [opened.document(1, doc) for doc in range(60)]
+    assert max(len(r.doc) for r in rows) == 5
+    assert min(r.position.min() for r in rows if len(r.doc)) >= 2
+    assert max(r.position.max() for r in rows if len(r.doc)) > 20
+
+
 def test_statistics_of_another_store(copy: Path) -> None:
     shutil.copy(copy / "shards" / "000000.safetensors", copy / "statistics.safetensors")
     with pytest.raises(CheckFailed, match="not the merge of the units' moments"):
@@ -90,7 +141,9 @@ def test_changed_model_text_or_absence(
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckFailed, match="no longer those that the store was extracted with"):
+    with pytest.raises(
+        CheckFailed, match=r"model.safetensors is no longer what the store was extracted with"
+    ):
         verify(VerifyConfig(store=str(copy), model=str(model)))
     verify(VerifyConfig(store=str(copy), model=str(tmp_path / "gone")))
     assert "no rows computed again: model: no folder at" in caplog.text

@@ -8,35 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-
-COMMON = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON),
-    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
-    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
-}
+from subject.families import new_model
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +20,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_subject: Path) -> 
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             torch.manual_seed(1)
-            model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+            model = new_model(family)
+            for parameter in model.parameters():  # as initialised, some blocks would all but copy their input
+                torch.nn.init.normal_(parameter, std=0.1)
             model.save_pretrained(folder)
             for file in tiny_subject.glob("*token*"):
                 shutil.copy(file, folder)

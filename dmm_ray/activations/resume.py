@@ -1,0 +1,164 @@
+"""A store's folder before and after its units are made: what is there, what may go on, what is left over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from dmm_ray.activations.figures import Figures
+from dmm_ray.activations.lock import LOCK
+from dmm_ray.activations.manifest import (
+    MANIFEST,
+    STATISTICS,
+    SUMMARY,
+    Manifest,
+    Record,
+    moments_name,
+    read_manifest,
+    read_moments,
+    read_record,
+    record_name,
+    write_moments,
+)
+from dmm_ray.activations.moments import Moments
+from dmm_ray.activations.store import file_sizes, length_problem
+from dmm_ray.activations.writer import TEMPORARY
+from dmm_ray.errors import UserError
+from dmm_ray.files import filesystem, join, plain_errors, write_json
+
+logger = logging.getLogger(__name__)
+THREADS = 16
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Done(NamedTuple):
+    """Units that are finished, and how many documents failed in them."""
+
+    units: set[int]
+    failed: int
+
+
+def in_order(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+    """``map`` by a few threads, a bounded number of results ahead: for many small files on far storage."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        while chunk := list(islice(items, 4 * THREADS)):
+            yield from pool.map(function, chunk)
+
+
+def check_target(out: str) -> None:
+    """Raise UserError where ``out`` is a file, or a folder that holds other things than a store."""
+    fs, path = filesystem(out)
+    with plain_errors(out):
+        if fs.isfile(path):
+            raise UserError(f"out: {out} is a file; choose another --out")
+        if not fs.isdir(path):
+            return
+        entries = {name.strip("/") for name in fs.ls(path, detail=False)} - {
+            path.strip("/")
+        }  # its own marker
+    names = {name.rsplit("/", 1)[-1] for name in entries} - {LOCK}
+    if names and MANIFEST not in names:
+        raise UserError(
+            f"out: {out} holds no store but other things ({sorted(names)[0]}); choose another --out"
+        )
+
+
+def prepare(out: str, manifest: Manifest) -> Done:
+    """Write the manifest, or compare it with the one there. Left-over files and damaged units go.
+
+    Raises:
+        UserError: the folder holds finished units of another configuration; the message names the option.
+    """
+    sizes = file_sizes(out)
+    there = read_manifest(out) if MANIFEST in sizes else None
+    records = {}
+    for unit, record in in_order(
+        lambda u: (u, _record(out, u, sizes)), iter(range(there.units if there else 0))
+    ):
+        if record is not None:
+            records[unit] = len(record.failed)
+    same = there is not None and there.config_hash == manifest.config_hash
+    if there and not same and (records or SUMMARY in sizes):
+        raise UserError(refusal(out, there, manifest))
+    kept = set(map(record_name, records)) if same else set()
+    fs, path = filesystem(out)
+    for name in sizes:
+        broken = name.startswith("shards/") and name.endswith(".json") and name not in kept
+        if TEMPORARY in name or broken or (not same and "/" in name):
+            with plain_errors(out):
+                fs.rm_file(join(path, name))
+    if not same:
+        write_json(join(out, MANIFEST), manifest.model_dump(mode="json"))
+    return Done(set(records) if same else set(), sum(records.values()) if same else 0)
+
+
+def _record(out: str, unit: int, sizes: dict[str, int]) -> Record | None:
+    """The record of a unit that is finished and all of whose files have their lengths."""
+    if record_name(unit) not in sizes:
+        return None
+    try:
+        record = read_record(out, unit)
+    except UserError as e:
+        logger.warning("%s; its unit is extracted again", e)
+        return None
+    if problem := length_problem(record, sizes):
+        logger.warning("%s: %s; its unit is extracted again", out, problem)
+        return None
+    return record
+
+
+def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
+    """Which option differs from what the store at ``out`` was extracted with."""
+    theirs, ours = there.identity(), manifest.identity()
+    option = next((name for name in ours if theirs[name] != ours[name]), MANIFEST)
+    return (
+        f"{option}: {out} was extracted with {_short(theirs.get(option))}, not {_short(ours.get(option))}; "
+        "choose another --out, or give the same configuration to resume"
+    )
+
+
+def finish(out: str, manifest: Manifest) -> dict[str, Any]:
+    """Merge the moments in shard order and write them; the figures of all records.
+
+    Raises:
+        UserError: the corpus gave not one row.
+    """
+    total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
+    figures = Figures(manifest)
+
+    def read(unit: int) -> tuple[Record, dict[int, Moments]]:
+        return read_record(out, unit), read_moments(out, moments_name(unit), manifest.layers)
+
+    for record, part in in_order(read, iter(range(manifest.units))):
+        figures.add(record)
+        total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
+    if figures.rows == 0:
+        raise UserError(
+            f"text: {', '.join(manifest.corpus.uris)}: no document has a token that is to be kept; "
+            "see --keep-first, --min-position and --max-position"
+        )
+    write_moments(out, STATISTICS, total)
+    remove_temporary(out)
+    figures.massive = {layer: moments.massive() for layer, moments in total.items()}
+    logger.info("%s", figures.line())
+    return figures.summary()
+
+
+def remove_temporary(out: str) -> None:
+    """Delete what a killed process was writing."""
+    fs, path = filesystem(out)
+    for name in file_sizes(out):
+        if TEMPORARY in name:
+            with plain_errors(out):
+                fs.rm_file(join(path, name))
+
+
+def _short(value: object) -> str:
+    """A value for an error line; hashes cut."""
+    parts = value if isinstance(value, list) else [value]
+    shown = [p[:12] if isinstance(p, str) and len(p) == 64 else str(p) for p in parts]
+    return f"[{', '.join(shown)}]" if isinstance(value, list) else shown[0]

@@ -1,0 +1,69 @@
+"""How bytes of a .jsonl or .txt file are cut into documents.
+
+A document is a line of jsonl; in .txt what stands between separators: a given one, else ``<|endoftext|>``
+where the file has any, else blank lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+END_OF_TEXT = "<|endoftext|>"
+_SPACE = b" \t\r\n"
+
+
+class Format(NamedTuple):
+    """A rule that cuts a byte stream into documents."""
+
+    separator: bytes
+    """A regular expression over bytes."""
+    is_json: bool = False
+    keeps_blank: bool = True
+    """Whether a blank stretch between two separators counts as a document."""
+    open_ended: bool = False
+    """Whether more bytes could lengthen a match that ends in white space."""
+
+
+LINES = Format(rb"\n", is_json=True)
+MARKED = Format(re.escape(END_OF_TEXT.encode()))
+PARAGRAPHS = Format(rb"\n(?:[ \t\r]*\n)+", keeps_blank=False, open_ended=True)
+
+
+def separated_by(separator: str) -> Format:
+    """Text cut at every ``separator``."""
+    return Format(re.escape(separator.encode()))
+
+
+class Splitter:
+    """Cuts a stream, fed in chunks of any size, into documents with the byte offset each starts at.
+
+    A blank stretch after the last separator is no document. Cutting may start at any document's offset.
+    """
+
+    def __init__(self, rule: Format, start: int = 0) -> None:
+        self._rule = rule
+        self._separator = re.compile(rule.separator)
+        self._buffer = b""
+        self._start = start
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """The documents that are complete after ``chunk``, as (offset, bytes)."""
+        buffer, at = self._buffer + chunk, 0
+        limit = len(buffer.rstrip(_SPACE)) if self._rule.open_ended else len(buffer) + 1
+        for match in self._separator.finditer(buffer):
+            if match.end() >= limit:
+                break
+            piece = buffer[at : match.start()]
+            if self._rule.keeps_blank or piece.strip():
+                yield self._start + at, piece
+            at = match.end()
+        self._start += at
+        self._buffer = buffer[at:]
+
+    def finish(self) -> Iterator[tuple[int, bytes]]:
+        """The last document, which no separator follows."""
+        if self._buffer.strip():
+            yield self._start, self._buffer
+        self._buffer = b""

@@ -1,0 +1,115 @@
+"""From documents to token ids: the one place where text is tokenised, for extraction, checks and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dmm_ray.errors import UserError
+from dmm_ray.subject.quiet import first_line, quiet
+
+Chat = Sequence[Mapping[str, str]]
+"""Messages: {"role": ..., "content": ...} each."""
+
+
+class ChatRefusedError(ValueError):
+    """The tokenizer's chat template does not take these messages."""
+
+
+class Encoded(NamedTuple):
+    """The tokens of one document."""
+
+    ids: list[int]
+    length: int
+    """Tokens of the whole document, before it was cut."""
+    suffix: int
+    """How many special tokens the tokenizer put at the end of ``ids``: 1 for BERT's [SEP], 0 for Llama."""
+
+
+def encode(tokenizer: Any, documents: Sequence[str | Chat], window: int | None) -> list[Encoded]:
+    """Token ids of each document, at most ``window`` of them, not padded.
+
+    A text gets the tokenizer's own special tokens; if it begins with the text of the first of them, as a rendered
+    chat does, it gets that token once. Messages go through the tokenizer's chat template, which writes all special
+    tokens itself. A cut text keeps its closing special tokens. Blank documents have no tokens.
+
+    Args:
+        tokenizer: of transformers.
+        documents: texts, or lists of messages.
+        window: most tokens of a document; None does not cut.
+
+    Raises:
+        UserError: messages, and the tokenizer has no chat template.
+        ChatRefusedError: its template refuses some messages.
+    """
+    chats = [i for i, document in enumerate(documents) if not isinstance(document, str) and document]
+    texts = [i for i, document in enumerate(documents) if isinstance(document, str) and document.strip()]
+    before, after = _special_tokens(tokenizer) if texts else ([], [])
+    encoded = [Encoded([], 0, 0)] * len(documents)
+    for i, ids in zip(texts, _tokenize(tokenizer, [documents[i] for i in texts], True), strict=True):
+        encoded[i] = _cut(_once(tokenizer, documents[i], ids, before), len(after), window)
+    rendered = [render_chat(tokenizer, documents[i]) for i in chats]
+    for i, ids in zip(chats, _tokenize(tokenizer, rendered, False), strict=True):
+        encoded[i] = _cut(ids, 0, window)
+    return encoded
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[Any], special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    with quiet():
+        return tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+        )["input_ids"]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that ``tokenizer`` puts before and after a text."""
+    [content], [whole] = _tokenize(tokenizer, ["a"], False), _tokenize(tokenizer, ["a"], True)
+    for start in range(len(whole) - len(content) + 1):
+        if whole[start : start + len(content)] == content:
+            return whole[:start], whole[start + len(content) :]
+    return [], []
+
+
+def _once(tokenizer: Any, text: Any, ids: list[int], before: list[int]) -> list[int]:
+    """``ids`` without a second of the opening special token, where ``text`` itself begins with it."""
+    n = len(before)
+    twice = n > 0 and ids[n - 1 : n + 1] == [before[-1]] * 2
+    if twice and text.startswith(tokenizer.convert_ids_to_tokens(before[-1])):
+        return ids[:n] + ids[n + 1 :]
+    return ids
+
+
+def _cut(ids: list[int], suffix: int, window: int | None) -> Encoded:
+    if window is None or len(ids) <= window:
+        return Encoded(ids, len(ids), suffix)
+    content = ids[: max(window - suffix, 0)]
+    return Encoded(content + ids[len(ids) - suffix :], len(ids), suffix)
+
+
+def render_chat(tokenizer: Any, messages: Any) -> str:
+    """``messages`` as the text that the model was trained on, special tokens included.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+        ChatRefusedError: its template refuses the messages.
+    """
+    from jinja2 import TemplateError  # only chats need it
+
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model: the tokenizer of {name} has no chat template, which documents with messages need; "
+            "give documents with text, or a model made for chat"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=False
+        )
+    except (TemplateError, ValueError) as e:
+        raise ChatRefusedError(f"the chat template of {name} refuses these messages ({first_line(e)})") from e

@@ -1,0 +1,61 @@
+"""Fetching a model from the Hugging Face hub, once for all processes of a machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dmm_ray.errors import UserError
+
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+_UNWANTED = ["original/*", "consolidated*", "*/*.safetensors"]
+
+
+def download(model: str, revision: str | None) -> Path:
+    """The folder of a hub model's snapshot in the hub's cache, its name being the commit.
+
+    Safetensors are taken where there are any. The cache locks each file: processes that ask at once share one
+    download.
+
+    Raises:
+        UserError: the hub does not give it; the message says why and what to do.
+    """
+    try:
+        found = Path(
+            snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(model, revision=found.name, allow_patterns=["*.bin"])
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
+        raise UserError(_refusal(model, revision, e)) from e
+    return found
+
+
+def _refusal(model: str, revision: str | None, error: Exception) -> str:
+    """One line that says why the hub gave no model, and the mend."""
+    if isinstance(error, GatedRepoError):
+        return (
+            f"model: {model} is gated; accept its terms on its page at the hub, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"revision: {model} has no branch, tag or commit {revision!r}; give one that its hub page lists"
+        )
+    what = f"model: {model} is neither a folder here nor a model the hub gives"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{what}; check its name, and if it is private log in with `hf auth login`"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return (
+        f"{what}{offline}; give a folder that holds config.json, or a hub id you may read "
+        f"({type(error).__name__})"
+    )

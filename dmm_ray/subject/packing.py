@@ -1,0 +1,152 @@
+"""Several sequences in one row without padding: attention stays inside each, positions start anew in each.
+
+Attention is replaced through transformers' ``AttentionInterface`` while a packed forward runs. A model that does
+not take its attention from there, or needs more of it than causal or sliding-window softmax, cannot be packed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "dmm_packed"
+SHARED_LENGTH = 512
+"""Sequences shorter than this share one attention call with others of alike length."""
+ALIKE = 0.75
+"""Shortest of a shared call, relative to its longest."""
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class CannotPackError(Exception):
+    """The model's attention is of a kind that packing does not know."""
+
+
+@dataclass
+class Pack:
+    """Sequences laid end to end, longest first: t tokens in one row."""
+
+    lengths: Sequence[int]
+    device: torch.device
+    calls: int = 0
+    """Attention layers that have seen this pack."""
+    groups: list[tuple[Tensor | slice, Tensor | None]] = field(init=False)
+    """Stretches of alike length: (n, longest) token indices and which of them are real, or a slice for one alone."""
+
+    def __post_init__(self) -> None:
+        self.groups = [self._group(*bounds) for bounds in _alike(self.lengths)]
+
+    def positions(self) -> Tensor:
+        """(1, t) int64: each token's position in its own sequence."""
+        lengths = torch.tensor(self.lengths)
+        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        return (torch.arange(len(starts)) - starts)[None].to(self.device)
+
+    def _group(self, low: int, high: int) -> tuple[Tensor | slice, Tensor | None]:
+        start = sum(self.lengths[:low])
+        if high - low == 1:
+            return slice(start, start + self.lengths[low]), None
+        lengths = torch.tensor(self.lengths[low:high])
+        column = torch.arange(int(lengths[0]))[None]
+        index = (start + lengths.cumsum(0) - lengths)[:, None] + column
+        last = start + int(lengths.sum()) - 1
+        return index.clamp(max=last).to(self.device), (column < lengths[:, None]).to(self.device)
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Bounds of runs of sequences of alike length; long ones stay alone."""
+    low = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or lengths[low] >= SHARED_LENGTH or lengths[i] < ALIKE * lengths[low]:
+            yield low, i
+            low = i
+
+
+_current: ContextVar[Pack | None] = ContextVar("pack", default=None)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a pack: query (1, heads, t, head width), key and value with as many heads or a divisor of it.
+
+    Returns (1, t, heads, head width), as transformers expects.
+
+    Raises:
+        CannotPackError: soft capping, sinks, a bias or a mask of the model's own.
+    """
+    pack = _current.get()
+    assert pack is not None, "packed attention outside of a packed forward"
+    wanted = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+    if wanted or attention_mask is not None or not causal or len(query) != 1:
+        raise CannotPackError(f"{type(module).__name__} wants {wanted or 'a mask of its own'}")
+    pack.calls += 1
+    out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    for where, real in pack.groups:
+        q, k, v = (_gather(x, where) for x in (query, key, value))
+        mask = _band(q.shape[2], sliding_window, q.device)
+        part = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        if isinstance(where, slice):
+            out[:, :, where] = part
+        else:
+            out[0][:, where[real]] = part.transpose(0, 1)[:, real]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def _gather(x: Tensor, where: Tensor | slice) -> Tensor:
+    """The group's tokens, (n, heads, length, width). Padding is on the right: causal attention never sees it."""
+    return x[:, :, where] if isinstance(where, slice) else x[0][:, where].transpose(0, 1)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask of sliding-window attention, (length, length), where the window is shorter than the sequences."""
+    if window is None or length <= window:
+        return None
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (behind >= 0) & (behind < window)
+
+
+@contextmanager
+def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> Iterator[Pack]:
+    """Inside the block ``model`` runs with packed attention over sequences of ``lengths``, longest first."""
+    pack = Pack(lengths, device)
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    token = _current.set(pack)
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME
+        yield pack
+    finally:
+        _current.reset(token)
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def may_pack(model: nn.Module, config: Any) -> bool:
+    """Whether nothing in ``config`` (of the text model) or the signature speaks against packing; a trial decides."""
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    known = set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS
+    biased = getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None)
+    return takes_positions and known and not biased

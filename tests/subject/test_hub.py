@@ -1,0 +1,92 @@
+"""Models by hub id, from a hub on this machine; a process of its own asks, since the address is read at import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from subject.hub import COMMIT, Hub
+
+PROGRAM = """
+import json, sys
+from dmm_ray.errors import UserError
+from dmm_ray.subject import SubjectModel
+
+model, revision = sys.argv[1], sys.argv[2] or None
+try:
+    subject = SubjectModel.from_pretrained(model, layers=[1], revision=revision)
+    shape = subject.capture(*subject.pad([[0, 5, 6]]), [1])[1].shape
+    found = {"id": subject.model_id, "revision": subject.revision, "hash": subject.weights_hash, "shape": shape}
+except UserError as e:
+    found = {"error": str(e)}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def hub(tiny_subject: Path) -> Iterator[Hub]:
+    hub = Hub({"some/model": tiny_subject, "some/gated": tiny_subject}, gated=frozenset({"some/gated"}))
+    with hub.running():
+        yield hub
+
+
+def start(hub: Hub, home: Path, model: str, revision: str = "", **environment: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", PROGRAM, model, revision]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_branch_becomes_its_commit_and_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
+    """Two processes of one machine want it at once; the weights come only when both are under way."""
+    hub.hold = frozenset({"model.safetensors"})
+    both = [start(hub, tmp_path, "some/model", revision) for revision in ("v1", "main")]
+    assert {hub.revisions.get(timeout=100) for _ in both} == {"v1", "main"}
+    assert hub.asked.wait(100)
+    hub.released.set()
+    found = [result(process) for process in both]
+    assert found[0] == found[1]
+    assert (found[0]["id"], found[0]["revision"]) == ("some/model", COMMIT)
+    assert found[0]["shape"] == [1, 3, 32]
+    assert hub.gets["model.safetensors"] == 1
+    assert set(hub.gets.values()) == {1}
+    third = result(start(hub, tmp_path, "some/model", COMMIT, HF_HUB_OFFLINE="1"))
+    assert third == found[0]
+    assert set(hub.gets.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        (
+            "some/gated",
+            "",
+            "model: some/gated is gated; accept its terms on its page at the hub, then log in",
+        ),
+        ("some/missing", "", "model: some/missing is neither a folder here nor a model the hub gives; check"),
+        ("some/model", "v9", "revision: some/model has no branch, tag or commit 'v9'"),
+    ],
+)
+def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path, model: str, revision: str, message: str) -> None:
+    error = str(result(start(hub, tmp_path, model, revision))["error"])
+    assert error.startswith(message)
+    assert "\n" not in error
+
+
+def test_no_hub_at_that_address(tmp_path: Path) -> None:
+    with Hub({}).running() as gone:
+        pass
+    error = str(result(start(gone, tmp_path, "some/model"))["error"])
+    assert error.startswith("model: some/model is neither a folder here nor a model the hub gives")
+    assert "\n" not in error
