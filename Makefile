@@ -7,7 +7,7 @@ OUT    ?= runs/demo
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: setup setup-dev demo test lint bench clean
+.PHONY: setup setup-dev demo test chaos lint bench clean
 
 setup: $(VENV)/.runtime
 setup-dev: $(VENV)/.dev
@@ -27,6 +27,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# Extraction stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
+chaos: setup-dev
+	DMM_CHAOS_TRIALS=$(or $(DMM_CHAOS_TRIALS),10) $(BIN)/python -m pytest -m fault --timeout=1800
 
 lint: setup-dev
 	$(BIN)/ruff check .

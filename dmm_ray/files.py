@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,14 @@ import fsspec
 from dmm_ray.errors import UserError
 
 CHUNK_BYTES = 8 << 20
+WRITE_MENDS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EACCES: "no permission to write here; choose another --out or change its owner",
+    errno.EPERM: "no permission to write here; choose another --out or change its owner",
+    errno.EROFS: "it cannot be written to; choose another --out",
+}
+"""What to do about a local file that cannot be written, by error number."""
 OBJECT_STORES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": None, "abfss": None, "az": None}
 """Protocols without real folders and with a cache of listings, and the extra of this package that brings them."""
 CLIENT_ERRORS = (
@@ -135,10 +144,10 @@ def write_bytes(uri: str, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except PermissionError as e:
-        raise UserError(
-            f"{uri}: no permission to write here; choose another --out or change its owner"
-        ) from e
+    except OSError as e:
+        if e.errno not in WRITE_MENDS:
+            raise
+        raise UserError(f"{uri}: {WRITE_MENDS[e.errno]}") from e
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

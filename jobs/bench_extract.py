@@ -29,6 +29,7 @@ from dmm_ray.activations.writer import write_shard
 
 LAYER, WINDOW, WORDS = 7, 2048, 4000
 PLAIN_BATCH = 8
+PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPE = {
     "vocab_size": 26_000,
     "hidden_size": 512,
@@ -67,11 +68,11 @@ def make_text(path: Path, documents: int) -> str:
     return str(path)
 
 
-def plain_loop(model: str, text: str, documents: int) -> float:
-    """Useful tokens per second of the usual loop over the first documents: the full model in bfloat16, batches of 8
-    documents padded to the longest, ``output_hidden_states``; nothing is written."""
+def plain_loop(model: str, text: str, documents: int, dtype: torch.dtype) -> float:
+    """Useful tokens per second of the usual loop over the first documents: the full model, batches of 8 documents
+    padded to the longest, ``output_hidden_states``; nothing is written."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, pad_token="</s>")
-    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     with open(text) as f:
         texts = [json.loads(line)["text"] for line in f][:documents]
     kept, tokens, started = [], 0, time.perf_counter()
@@ -112,12 +113,14 @@ def bare_engine(store: str, out: str, text: str, threads: int) -> float:
     return store_rate(out)
 
 
-def compare(say: Callable[[str], None], documents: int = 2000, rounds: int = 3) -> None:
+def compare(say: Callable[[str], None], documents: int = 1000, rounds: int = 3) -> None:
     """Tokens per second of each way, in turns; medians."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         model, text = make_model(Path(folder, "model")), make_text(Path(folder, "text.jsonl"), documents)
-        rates: dict[str, list[float]] = {"ours": [], "bare engine": [], "plain loop": []}
+        rates: dict[str, list[float]] = {"ours": [], "bare engine": []} | {
+            f"plain {name}": [] for name in PLAIN
+        }
         for i in range(rounds):
             out = f"{folder}/ours{i}"
             extract(
@@ -127,11 +130,12 @@ def compare(say: Callable[[str], None], documents: int = 2000, rounds: int = 3) 
             )
             rates["ours"].append(store_rate(out))
             rates["bare engine"].append(bare_engine(out, f"{folder}/bare{i}", text, threads))
-            rates["plain loop"].append(plain_loop(model, text, documents // 4))
+            for name, dtype in PLAIN.items():
+                rates[f"plain {name}"].append(plain_loop(model, text, documents // 10, dtype))
         medians = {name: float(np.median(found)) for name, found in rates.items()}
         figures = json.loads(Path(folder, "ours0", "summary.json").read_text())["figures"]
     for name, rate in medians.items():
-        say(f"extract {name:12} {rate:10,.0f} tokens/s   ours is {medians['ours'] / rate:.2f}x")
+        say(f"extract {name:14} {rate:10,.0f} tokens/s   ours is {medians['ours'] / rate:.2f}x")
     say(
         f"extract padding {figures['padding_share']:.1%}, {figures['tokens']:,} tokens, {figures['units']} units"
     )

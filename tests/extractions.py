@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,11 +51,6 @@ class Run:
         """Its Ray: every process below it."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def actor(self) -> psutil.Process:
-        """The one extraction actor."""
-        [found] = [child for child in self.children() if "MapWorker" in " ".join(child.cmdline())]
-        return found
-
 
 @dataclass(frozen=True)
 class Job:
@@ -66,8 +61,6 @@ class Job:
     logs: Path
     options: Mapping[str, object] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    prefix: Sequence[str] = ()
-    """Stands before the command."""
 
     def start(self, out: Path, **more: object) -> Run:
         """Start the command, in a process group of its own as a terminal does."""
@@ -78,11 +71,16 @@ class Job:
         log_file = self.logs / f"{len(list(self.logs.iterdir()))}.log"
         with log_file.open("w") as log:
             process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", "dmm_ray", "extract", *flags],
+                [sys.executable, "-m", "dmm_ray", "extract", *flags],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True,
                 env={**os.environ, **self.env}, process_group=0,
             )  # fmt: skip
         return Run(process, log_file)
+
+
+def extraction_actors(process: psutil.Process) -> list[psutil.Process]:
+    """Those among the processes below one that are at work."""
+    return [child for child in process.children(recursive=True) if "MapWorker" in child.name()]
 
 
 def write_text(path: Path, documents: int) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from typing import Any
 
@@ -12,13 +11,7 @@ from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.engine import Engine, Task
 from dmm_ray.activations.units import Unit
 from dmm_ray.errors import UserError
-
-MENDS = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EACCES: "no permission to write here; choose another --out or change its owner",
-    errno.EROFS: "it cannot be written to; choose another --out",
-}
+from dmm_ray.files import WRITE_MENDS
 
 
 class Extractor:
@@ -38,7 +31,7 @@ class Extractor:
         except UserError as e:
             result = {"error": str(e)}
         except OSError as e:
-            if e.errno not in MENDS:
+            if e.errno not in WRITE_MENDS:
                 raise
-            result = {"error": f"out: {self.engine.task.out}: {MENDS[e.errno]}"}
+            result = {"error": f"out: {self.engine.task.out}: {WRITE_MENDS[e.errno]}"}
         return {"result": [json.dumps(result)]}

@@ -78,19 +78,19 @@ class Engine:
         return load_forward(self.task.manifest, self.task.loading)
 
     def extract(self, unit: Unit) -> Record:
-        """Extract, write the shards, then the moments, then the record; a unit that has its record is done.
+        """Extract, write the shards, then the moments, then the record; a unit that has its record is done, unless a
+        straggler of another run left it.
 
         Raises:
             UserError: more documents failed than are to be skipped.
             OSError: the store cannot be written.
         """
-        name = join(self.task.out, record_name(unit.unit))
-        if exists(name):
-            return read_record(self.task.out, unit.unit)
+        m, name = self.task.manifest, join(self.task.out, record_name(unit.unit))
+        if exists(name) and (done := read_record(self.task.out, unit.unit)).config_hash == m.config_hash:
+            return done
         documents = list(self.corpus.read(unit.first, unit.stop))
         with self._model:
             forward = self.forward
-        m = self.task.manifest
         read = read_pieces(documents, m.window, m.kept, m.seed, forward.subject.tokenizer)
         with self._model:
             outputs = forward(read.pieces)
@@ -99,6 +99,7 @@ class Engine:
         if len(failed) > self.task.max_failed:
             raise UserError(too_many_failed([error for _, error in failed], self.task.max_failed))
         record = Record(
+            config_hash=m.config_hash,
             unit=unit.unit,
             first_document=unit.first,
             documents=len(documents),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dmm_ray.config import Config
 
@@ -18,12 +18,19 @@ class Kept(Config):
     """Keep the special tokens that a tokenizer puts at a document's end ([SEP], an end of text) too."""
     long_documents: Literal["cut", "split"] = "cut"
     """Cut a document longer than the window, or split it into windows that do not see each other."""
-    tokens_per_doc: Literal["all", "last"] | Annotated[int, Field(ge=1)] = "all"
+    tokens_per_doc: Literal["all", "last"] | int = "all"
     """Tokens kept of each document: all, the last, or so many drawn by seed."""
     min_position: int = Field(default=0, ge=0)
     """Leave out earlier positions."""
     max_position: int | None = Field(default=None, ge=0)
     """Leave out later positions."""
+
+    @field_validator("tokens_per_doc", mode="before")
+    @classmethod
+    def _all_last_or_number(cls, value: object) -> object:
+        if value in ("all", "last") or (str(value).isdecimal() and int(str(value)) > 0):
+            return value
+        raise ValueError("give all, last or a number from 1")
 
     @model_validator(mode="after")
     def _in_order(self) -> Kept:

@@ -120,6 +120,8 @@ class FileEntry(Config):
 class Record(Config):
     """``shards/NNNNNN.json``: one finished unit, written after all its files."""
 
+    config_hash: str
+    """Of the manifest that it was extracted under."""
     unit: int
     first_document: int
     documents: int

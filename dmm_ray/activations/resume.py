@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,8 @@ from dmm_ray.files import filesystem, join, plain_errors, write_json
 
 logger = logging.getLogger(__name__)
 THREADS = 16
+AHEAD_BYTES = 32 << 20
+"""Of moments read ahead of their merging, about."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,11 +44,17 @@ class Done(NamedTuple):
     failed: int
 
 
-def in_order(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
-    """``map`` by a few threads, a bounded number of results ahead: for many small files on far storage."""
+def in_order(function: Callable[[T], R], items: Iterator[T], ahead: int = 4 * THREADS) -> Iterator[R]:
+    """``map`` by a few threads, at most ``ahead`` results ahead: for many small files on far storage."""
     with ThreadPoolExecutor(THREADS) as pool:
-        while chunk := list(islice(items, 4 * THREADS)):
+        while chunk := list(islice(items, ahead)):
             yield from pool.map(function, chunk)
+
+
+def units_ahead(moments: Mapping[int, Moments]) -> int:
+    """Of how many units moments like these, by layer, may be read ahead: few where they have covariances."""
+    n_bytes = sum(array.nbytes for part in moments.values() for array in part.arrays("").values())
+    return max(1, min(4 * THREADS, AHEAD_BYTES // n_bytes))
 
 
 def check_target(out: str) -> None:
@@ -77,7 +85,7 @@ def prepare(out: str, manifest: Manifest) -> Done:
     there = read_manifest(out) if MANIFEST in sizes else None
     records = {}
     for unit, record in in_order(
-        lambda u: (u, _record(out, u, sizes)), iter(range(there.units if there else 0))
+        lambda u: (u, _record(out, u, sizes, there)), iter(range(there.units if there else 0))
     ):
         if record is not None:
             records[unit] = len(record.failed)
@@ -96,7 +104,7 @@ def prepare(out: str, manifest: Manifest) -> Done:
     return Done(set(records) if same else set(), sum(records.values()) if same else 0)
 
 
-def _record(out: str, unit: int, sizes: dict[str, int]) -> Record | None:
+def _record(out: str, unit: int, sizes: dict[str, int], manifest: Manifest | None) -> Record | None:
     """The record of a unit that is finished and all of whose files have their lengths."""
     if record_name(unit) not in sizes:
         return None
@@ -104,6 +112,9 @@ def _record(out: str, unit: int, sizes: dict[str, int]) -> Record | None:
         record = read_record(out, unit)
     except UserError as e:
         logger.warning("%s; its unit is extracted again", e)
+        return None
+    if manifest is None or record.config_hash != manifest.config_hash:
+        logger.warning("%s: unit %d is of another configuration; it is extracted again", out, unit)
         return None
     if problem := length_problem(record, sizes):
         logger.warning("%s: %s; its unit is extracted again", out, problem)
@@ -133,7 +144,7 @@ def finish(out: str, manifest: Manifest) -> dict[str, Any]:
     def read(unit: int) -> tuple[Record, dict[int, Moments]]:
         return read_record(out, unit), read_moments(out, moments_name(unit), manifest.layers)
 
-    for record, part in in_order(read, iter(range(manifest.units))):
+    for record, part in in_order(read, iter(range(manifest.units)), units_ahead(total)):
         figures.add(record)
         total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
     if figures.rows == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -89,6 +91,9 @@ class ActivationStore:
         for record in records:
             if problem := length_problem(record, sizes):
                 raise UserError(f"{join(uri, problem)}; run the same `dmm extract` again to remake it")
+            if record.config_hash != manifest.config_hash:
+                name = join(uri, record_name(record.unit))
+                raise UserError(f"{name}: of another configuration than the manifest; `dmm verify` says more")
         return cls(uri, manifest, records)
 
     def row_groups(self, layer: int) -> list[RowGroup]:
@@ -160,9 +165,22 @@ def file_sizes(uri: str) -> dict[str, int]:
     """Every file of the store at ``uri``, by its path inside it, with its length in bytes."""
     fs, path = filesystem(uri)
     root = path.rstrip("/")
+    if is_local(uri):
+        return {name[len(root) + 1 :]: size for name, size in _walk(root)}
     with plain_errors(uri):
         found = fs.find(root, detail=True)
     return {name[len(root) + 1 :]: int(e["size"]) for name, e in found.items() if not name.endswith("/")}
+
+
+def _walk(folder: str) -> Iterator[tuple[str, int]]:
+    """Path and length of every file below a local folder; a file that goes away meanwhile is left out."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path)
+            else:
+                with suppress(FileNotFoundError):
+                    yield entry.path, entry.stat().st_size
 
 
 def length_problem(record: Record, sizes: dict[str, int]) -> str | None:

@@ -31,7 +31,7 @@ from dmm_ray.activations.manifest import (
 )
 from dmm_ray.activations.moments import Moments
 from dmm_ray.activations.pieces import RowTable
-from dmm_ray.activations.resume import in_order
+from dmm_ray.activations.resume import in_order, units_ahead
 from dmm_ray.activations.store import ActivationStore, file_sizes, length_problem
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
@@ -122,6 +122,8 @@ def _record_problems(record: Record, manifest: Manifest, unit: int) -> list[str]
     """Whether a record is the one of its unit, with the files and documents that it must have."""
     files = {shard_name(layer, unit) for layer in manifest.layers} | {moments_name(unit)}
     first = unit * manifest.documents_per_unit
+    if record.config_hash != manifest.config_hash:
+        return [f"{record_name(unit)}: its unit was extracted with another configuration"]
     if record.unit == unit and record.first_document == first and set(record.files) == files:
         return []
     return [
@@ -143,9 +145,8 @@ def _check_hashes(uri: str, hashes: dict[str, str]) -> list[str]:
 def check_statistics(uri: str, manifest: Manifest) -> list[str]:
     """Whether ``statistics.safetensors`` is the merge of the units' moments."""
     total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
-    parts = in_order(
-        lambda u: read_moments(uri, moments_name(u), manifest.layers), iter(range(manifest.units))
-    )
+    units = iter(range(manifest.units))
+    parts = in_order(lambda u: read_moments(uri, moments_name(u), manifest.layers), units, units_ahead(total))
     for part in parts:
         total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
     stored = read_moments(uri, STATISTICS, manifest.layers)

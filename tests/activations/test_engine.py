@@ -255,6 +255,20 @@ def test_a_finished_unit_is_not_computed_again(tiny_subject: Path, mixed_text: P
     assert not (tmp_path / "out" / "layer_01" / "shard-000000.parquet").exists()
 
 
+def test_a_unit_that_a_straggler_of_another_run_left_is_made_again(
+    tiny_subject: Path, mixed_text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"model": str(tiny_subject), "text": str(mixed_text), "layers": [1]}
+    straggler, (unit, *_) = make_engine(tmp_path / "out", window=20, **options)
+    left = straggler.extract(unit)
+    store, (record, *_) = run_all(*make_engine(tmp_path / "out", window=48, **options))
+    assert record.rows > left.rows
+    assert store.rows == record.rows
+    straggler.extract(unit)
+    with pytest.raises(UserError, match=r"shards/000000.json: of another configuration than the manifest"):
+        ActivationStore.open(store.uri)
+
+
 def test_split_documents_have_a_window_of_context(
     tiny_subject: Path, mixed_text: Path, tmp_path: Path
 ) -> None:
