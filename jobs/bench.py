@@ -6,7 +6,6 @@ Each times its baseline in the same run, in turns, and prints medians: compare r
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -14,94 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import bench_extract
+import bench_loader
+import bench_train
 import httpx
 import torch
-from torch import Tensor, nn
+from timing import medians, say
 
 from dmm_ray.cluster import quiet
 from dmm_ray.prior import ActivationPrior, PriorConfig
-from dmm_ray.prior.network import Denoiser
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
-from dmm_ray.training.config import TrainConfig, preset_shape
-from dmm_ray.training.step import Ema, FlowBatch
 
 BATCH = 1024
-
-
-def say(line: str) -> None:
-    """One line of results."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def medians(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each call, run in turns after one warm-up each."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def our_step(d: int, z: Tensor) -> Callable[[], object]:
-    """The training step as `dmm train` takes it."""
-    config = TrainConfig(activations="", out="", batch=BATCH)
-    denoiser = Denoiser(d, *preset_shape("auto", d))
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
-    ema, state = Ema(denoiser, 0.05), {"batch": 0}
-
-    def step() -> None:
-        data = FlowBatch(config, state["batch"], slice(0, BATCH), z)
-        (data.loss(denoiser, True).sum() / BATCH).backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state["batch"] += 1
-        ema.update(state["batch"])
-
-    return step
-
-
-def plain_step(d: int, z: Tensor, bf16: bool) -> Callable[[], object]:
-    """The same function written plainly: a noise level and a time path for every row, AdamW, an average by loop."""
-    denoiser = Denoiser(d, *preset_shape("auto", d))
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
-    average = [p.detach().clone() for p in denoiser.parameters()]
-
-    def step() -> None:
-        u, noise = torch.randint(1, 1001, (BATCH,)) / 1000, torch.randn_like(z)
-        z_u = (1 - u[:, None]) * z + u[:, None] * noise
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = (denoiser(z_u, u).float() - (noise - z)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        for a, p in zip(average, denoiser.parameters(), strict=True):
-            a.lerp_(p.detach(), 0.001)
-
-    return step
-
-
-def bench_train() -> None:
-    """Samples per second of a training step on the CPU, ours against the plain one."""
-    for d in (64, 256):
-        z = torch.randn(BATCH, d)
-        calls = {
-            "ours": our_step(d, z),
-            "plain bf16": plain_step(d, z, True),
-            "plain float32": plain_step(d, z, False),
-        }
-        shape = preset_shape("auto", d)
-        seconds = medians(calls)
-        for name, s in seconds.items():
-            ratio = s / seconds["ours"]
-            say(f"train d={d} {tuple(shape)} {name:14} {BATCH / s:10,.0f} samples/s   ours is {ratio:.2f}x")
 
 
 def small_prior() -> ActivationPrior:
@@ -163,7 +86,13 @@ def bench_extraction() -> None:
     bench_extract.compare(say)
 
 
-BENCHES = {"extract": bench_extraction, "train": bench_train, "prior": bench_prior, "serve": bench_serve}
+def bench_training() -> None:
+    """Samples per second of a training step against a plain one, its parts, FLOPs; bytes per second of the loader."""
+    bench_train.bench(say)
+    bench_loader.bench(say)
+
+
+BENCHES = {"extract": bench_extraction, "train": bench_training, "prior": bench_prior, "serve": bench_serve}
 
 if __name__ == "__main__":
     quiet()

@@ -131,7 +131,7 @@ def compare(say: Callable[[str], None], documents: int = 1000, rounds: int = 3) 
             rates["ours"].append(store_rate(out))
             rates["bare engine"].append(bare_engine(out, f"{folder}/bare{i}", text, threads))
             for name, dtype in PLAIN.items():
-                rates[f"plain {name}"].append(plain_loop(model, text, documents // 10, dtype))
+                rates[f"plain {name}"].append(plain_loop(model, text, documents // 20, dtype))
         medians = {name: float(np.median(found)) for name, found in rates.items()}
         figures = json.loads(Path(folder, "ours0", "summary.json").read_text())["figures"]
     for name, rate in medians.items():

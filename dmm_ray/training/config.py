@@ -22,6 +22,17 @@ class Shape(NamedTuple):
     n_blocks: int
 
 
+class Policy(NamedTuple):
+    """Which checkpoints stay."""
+
+    last: int
+    """So many of the newest."""
+    every: int | None = None
+    """The first one in each further run of so many samples, for ever."""
+    best: bool = False
+    """The one with the lowest validation loss."""
+
+
 class TrainConfig(Config):
     """Train a prior on an activation store."""
 
@@ -59,6 +70,9 @@ class TrainConfig(Config):
     """Width of the power-function average of the weights, relative to the run so far (sigma_rel of EDM2)."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the matrix products; weights, sums and the optimiser are float32."""
+    compile: bool | None = None
+    """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
+    time, about 20 s."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""
     split: Split = Split()
@@ -77,12 +91,18 @@ class TrainConfig(Config):
     """Samples between checkpoints; default a tenth of the run."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Samples; the first checkpoint in each further run of so many is kept for ever."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss for ever."""
     log_every: int | None = Field(default=None, ge=1)
     """Samples between lines of stats.jsonl; default a hundredth of the run."""
     validate_every: int | None = Field(default=None, ge=1)
     """Samples between validation losses; default a tenth of the run."""
     validation_rows: int = Field(default=4096, ge=1)
     """Rows of the validation part that the validation loss is taken on, the same every time."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
     wandb_project: str = "dmm-ray"
@@ -114,6 +134,11 @@ class TrainConfig(Config):
         """An interval in global batches, from one in samples or as the run's ``share``-th part."""
         return max(1, -(-(samples or self.total_samples // share) // self.batch))
 
+    @property
+    def kept_checkpoints(self) -> Policy:
+        """Which checkpoints stay."""
+        return Policy(self.keep_checkpoints, self.keep_every, self.keep_best)
+
     def shape(self, d: int) -> Shape:
         """The denoiser's size for activations of width d."""
         base = preset_shape(self.preset, d)
@@ -137,7 +162,7 @@ def preset_shape(preset: Preset, d: int) -> Shape:
 
 FREE_FIELDS = frozenset(
     {"activations", "out", "workers", "cpus_per_worker", "device", "max_failures", "checkpoint_every"}
-    | {"keep_checkpoints", "wandb", "wandb_project"}
+    | {"keep_checkpoints", "keep_every", "keep_best", "peak_tflops", "wandb", "wandb_project"}
 )
 """Fields that a resumed run may change: they touch no number of the run."""
 

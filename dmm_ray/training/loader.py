@@ -2,88 +2,190 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmm_ray.activations.split import TRAIN, Split
-from dmm_ray.activations.store import ActivationStore, Rows
+from dmm_ray.activations.store import ActivationStore, RowGroup, Rows
 from dmm_ray.errors import UserError
 from dmm_ray.training.order import Order, Window
+
+READERS = 2
+"""Threads that read a window's row groups."""
+COUNTERS = 4
+"""Threads that count training rows at the start."""
+CHECKED_BYTES = 1 << 20
+"""Rows looked at together: few enough for the cache."""
+EXPONENTS = {torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
+"""By stored dtype: the integers its bits are read as, and the exponent's bits, all set in inf and NaN alone."""
 
 
 def check_finite(store: ActivationStore, layer: int, rows: Rows) -> None:
     """Raises UserError naming the document and position of the first row with a value that is not finite."""
-    finite = rows.activation.isfinite().all(1)
-    if not finite.all():
-        bad = int((~finite).nonzero()[0])
-        raise UserError(
-            f"{store.uri}: layer {layer} holds a value that is not finite at document {rows.doc[bad]}, "
-            f"position {rows.position[bad]}; extract that document again"
-        )
+    integer, exponent = EXPONENTS[rows.activation.dtype]
+    bits = rows.activation.view(integer).numpy()
+    step = max(1, CHECKED_BYTES // store.manifest.bytes_per_row)
+    for low in range(0, len(bits), step):
+        found = bits[low : low + step] & exponent
+        if found.max() == exponent:
+            bad = low + int((found == exponent).any(1).argmax())
+            raise UserError(
+                f"{store.uri}: layer {layer} holds a value that is not finite at document {rows.doc[bad]}, "
+                f"position {rows.position[bad]}; extract that document again"
+            )
 
 
 class Loader:
     """Shares of global batches in the run's order.
 
+    A window's rows are put, while they are read, where they will be used: a batch is a slice of the window. The next
+    window is loaded by threads while one is in use; of both, a worker holds the rows of its share alone.
+
     Args:
         store: where the rows are.
         layer: which layer.
         split: whose train part is used.
-        window_rows: rows shuffled together; the window in use is held in memory in the stored dtype.
+        window_rows: rows shuffled together; a worker holds its share of two windows in the stored dtype.
         seed: of the order.
+        pin: put windows into page-locked memory, from which a GPU copies while it computes; needs CUDA.
+
+    Attributes:
+        order: which row each sample is.
+        waited: seconds spent waiting for a window so far.
 
     Raises:
         UserError: no training rows.
     """
 
-    def __init__(self, store: ActivationStore, layer: int, split: Split, window_rows: int, seed: int) -> None:
-        self.store, self.layer, self.split = store, layer, split
+    def __init__(
+        self,
+        store: ActivationStore,
+        layer: int,
+        split: Split,
+        window_rows: int,
+        seed: int,
+        pin: bool = False,
+    ) -> None:
+        self.store, self.layer, self.split, self.pin = store, layer, split, pin
         self.groups = store.row_groups(layer)
-        counts = np.array(
-            [self._is_train(store.documents(layer, g)).sum() for g in self.groups], dtype=np.int64
-        )
+        counts = self._counts()
         if counts.sum() == 0:
             raise UserError(
                 f"{store.uri}: no document falls into the train part; extract more text or change --split"
             )
         self.order = Order(counts, window_rows, seed)
-        self._loaded: tuple[tuple[int, ...], Tensor] | None = None
+        self.waited = 0.0
 
-    def batches(self, first: int, size: int, share: slice) -> Iterator[Tensor]:
-        """Rows ``share`` of every global batch of ``size`` from batch number ``first`` on, without end, (n, d)."""
-        return self._samples(first * size + share.start, share.stop - share.start, size)
+    def batches(self, first: int, size: int, share: slice) -> Generator[Tensor]:
+        """Rows ``share`` of every global batch of ``size`` from batch number ``first`` on, without end, (n, d).
 
-    def _samples(self, sample: int, n: int, stride: int) -> Iterator[Tensor]:
-        """``n`` rows from sample index ``sample``, then from ``sample + stride``, and so on."""
-        windows = self.order.from_sample(sample)
-        window = next(windows)
-        rows, permutation = self._load(window), self.order.permutation(window)
-        while True:
-            parts, at = [], sample
-            while at < sample + n:
-                while at >= window.start + window.rows:
-                    window = next(windows)
-                    rows, permutation = self._load(window), self.order.permutation(window)
-                stop = min(sample + n, window.start + window.rows)
-                parts.append(rows[torch.from_numpy(permutation[at - window.start : stop - window.start])])
-                at = stop
-            yield parts[0] if len(parts) == 1 else torch.cat(parts)
-            sample += stride
+        A batch may be a view of its window, which stays in memory as long as the batch. Closing the generator ends
+        its threads.
 
-    def _load(self, window: Window) -> Tensor:
-        """A window's training rows (rows, d), in storage order of its groups."""
-        if self._loaded is None or self._loaded[0] != window.groups:
-            self._loaded = None
-            parts = []
-            for index in window.groups:
-                rows = self.store.read(self.layer, self.groups[index])
-                check_finite(self.store, self.layer, rows)
-                parts.append(rows.activation[torch.from_numpy(self._is_train(rows.doc))])
-            self._loaded = (window.groups, torch.cat(parts))
-        return self._loaded[1]
+        Raises:
+            UserError: a row is not finite; the message names its document and position.
+        """
+        n = share.stop - share.start
+        assert n > 0
+
+        def load(window: Window, readers: Executor) -> Tensor:
+            return self._load(window, self.order.used(window, first * size, size, share), readers)
+
+        with closing(_Ahead(load, self.order.from_sample(first * size))) as ahead:
+            rows, at = self._wait(ahead), 0
+            while True:
+                batch = rows[at : at + n]
+                at += n
+                while len(batch) < n:
+                    batch = batch.clone()
+                    del rows  # before the next but one begins to load
+                    rows, at = self._wait(ahead), n - len(batch)
+                    batch = torch.cat([batch, rows[:at]])
+                yield batch
+
+    def _wait(self, ahead: _Ahead) -> Tensor:
+        started = time.perf_counter()
+        rows = ahead.take()
+        self.waited += time.perf_counter() - started
+        return rows
+
+    def _load(self, window: Window, used: np.ndarray, readers: Executor) -> Tensor:
+        """Rows ``used`` (n,) of a window, in that order, (n, d)."""
+        out = self._empty(len(used) + 1)  # the last row takes those that other workers use
+        slots = np.full(window.rows, len(used), dtype=np.int64)
+        slots[used] = np.arange(len(used))
+        ends = np.cumsum(self.order.counts[list(window.groups)])
+        list(readers.map(partial(self._place, out), window.groups, np.split(slots, ends[:-1])))
+        return out[:-1]
+
+    def _place(self, out: Tensor, index: int, slots: np.ndarray) -> None:
+        """Read a row group; its i-th training row becomes ``out[slots[i]]``, all others ``out[-1]``."""
+        rows = self.store.read(self.layer, self.groups[index], ("activation", "doc", "position"))
+        check_finite(self.store, self.layer, rows)
+        slot = np.full(len(rows.doc), len(out) - 1, dtype=np.int64)
+        slot[self._is_train(rows.doc)] = slots
+        _records(out)[slot] = _records(rows.activation)
+
+    def _empty(self, n: int) -> Tensor:
+        """Memory for rows, (n, d)."""
+        d, dtype = self.store.d, self.store.manifest.torch_dtype
+        if self.pin:
+            return torch.empty(n, d, dtype=dtype, pin_memory=True)
+        # numpy's comes in huge pages: faults on small ones took about 15 % of the loading
+        return torch.from_numpy(np.empty((n, d * dtype.itemsize), dtype=np.uint8)).view(dtype)
+
+    def _counts(self) -> np.ndarray:
+        """Training rows in each row group, (groups,) int64."""
+        parts = [self.groups[i::COUNTERS] for i in range(COUNTERS)]
+        counts = np.empty(len(self.groups), dtype=np.int64)
+        with ThreadPoolExecutor(COUNTERS) as counters:
+            for i, found in enumerate(counters.map(self._count, parts)):
+                counts[i::COUNTERS] = found
+        return counts
+
+    def _count(self, groups: Sequence[RowGroup]) -> list[int]:
+        return [int(self._is_train(self.store.documents(self.layer, g)).sum()) for g in groups]
 
     def _is_train(self, doc: np.ndarray) -> np.ndarray:
         return self.split.of(doc) == TRAIN
+
+
+class _Ahead:
+    """Windows one after the other, the next being loaded by a thread while one is in use.
+
+    Args:
+        load: makes a window's rows with the help of some reading threads.
+        windows: which; without end.
+    """
+
+    def __init__(self, load: Callable[[Window, Executor], Tensor], windows: Iterator[Window]) -> None:
+        self._load, self._windows = load, windows
+        self._thread, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(READERS)
+        self._loading = self._start()
+
+    def take(self) -> Tensor:
+        """The rows of the next window, once they are there; begins to load the one after. Raises what loading did."""
+        rows = self._loading.result()
+        self._loading = self._start()
+        return rows
+
+    def close(self) -> None:
+        """End the threads, each after the row group it is at."""
+        self._readers.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
+
+    def _start(self) -> Future[Tensor]:
+        return self._thread.submit(self._load, next(self._windows), self._readers)
+
+
+def _records(rows: Tensor) -> np.ndarray:
+    """Rows (n, d) as n opaque values that share their memory."""
+    raw = rows.view(torch.uint8).numpy()
+    return raw.view(np.dtype((np.void, raw.shape[1])))[:, 0]

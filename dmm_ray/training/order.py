@@ -67,5 +67,16 @@ class Order:
         """The order of a window's rows: sample ``window.start + i`` is its row ``permutation[i]``."""
         return self._rng(window.epoch, window.number + 1).permutation(window.rows)
 
+    def used(self, window: Window, first: int, size: int, share: slice) -> np.ndarray:
+        """A worker's part of a window: the rows that fall into ``share`` of the global batches of ``size``.
+
+        Returns:
+            (n,) int64: numbers of rows in the window, in the order of use, samples before ``first`` left out.
+        """
+        samples = np.arange(max(window.start, first), window.start + window.rows)
+        place = samples % size
+        mine = samples[(place >= share.start) & (place < share.stop)]
+        return self.permutation(window)[mine - window.start]
+
     def _rng(self, epoch: int, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed % 2**63, epoch, number])

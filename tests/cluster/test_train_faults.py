@@ -27,8 +27,10 @@ from dmm_ray.training.train import train
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(600)]
 TRIALS = int(os.environ.get("DMM_CHAOS_TRIALS", "2"))
 """Runs in one process that are killed; half as many on Ray."""
-BATCHES, LOG, SAVE = 600, 3, 20
-"""Records and checkpoints do not fall together: an interval under way goes into the checkpoint."""
+LOG, SAVE = 3, 20
+"""Batches. Records and checkpoints do not fall together: an interval under way goes into the checkpoint."""
+BATCHES, RAY_BATCHES = 600, 1500
+"""Of a whole run. Workers whose driver is killed go on for some seconds, until Ray has noticed."""
 LIMIT_S = 120.0
 
 
@@ -56,7 +58,7 @@ def config(store: str, out: Path, workers: int) -> TrainConfig:
     return TrainConfig(
         activations=store,
         out=str(out),
-        samples=BATCHES * 64,
+        samples=(RAY_BATCHES if workers else BATCHES) * 64,
         batch=64,
         levels_per_batch=16,
         d_model=32,
@@ -179,7 +181,7 @@ def test_driver_and_worker_killed_on_ray(store, undisturbed, tmp_path, trial):
     draw, workers = random.Random(trial), 2 - trial % 2
     this = config(store, tmp_path / "prior", workers)
     run = Command.start(this)
-    run.until_batch(draw.randrange(SAVE, BATCHES // 5))
+    run.until_batch(draw.randrange(SAVE, RAY_BATCHES // 10))
     run.stop(signal.SIGKILL)
 
     run, before = Command.start(this), checkpoint.complete(this.out)[-1]
@@ -194,7 +196,7 @@ def test_driver_and_worker_killed_on_ray(store, undisturbed, tmp_path, trial):
     assert not (run.out / ".ray").exists()
 
     run = Command.start(this)
-    run.until_batch(min(BATCHES - SAVE, saved // 64 + draw.randrange(1, BATCHES // 5)))
+    run.until_batch(min(RAY_BATCHES - 2 * SAVE, saved // 64 + draw.randrange(1, RAY_BATCHES // 5)))
     draw.choice(run.workers()).kill()
     assert run.process.wait(LIMIT_S) == 0, run.log.read_text()
     assert f"resuming after {saved} samples" in run.log.read_text()

@@ -49,3 +49,15 @@ def test_windows_hold_enough_rows(window_rows):
     assert all(w.rows >= min(window_rows, 30) for w in windows[:-1])
     assert sum(w.rows for w in windows) == 30
     assert windows[0].start == 60
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(2, 12), st.data())
+def test_shares_of_a_window_are_its_permutation_cut_by_batch(window_rows, first, size, data):
+    cut = data.draw(st.integers(0, size))
+    order = Order(COUNTS, window_rows, 5)
+    window = next(order.from_sample(first))
+    samples = range(max(first, window.start), window.start + window.rows)
+    permutation = order.permutation(window)
+    for share in (slice(0, cut), slice(cut, size)):
+        expected = [permutation[s - window.start] for s in samples if share.start <= s % size < share.stop]
+        assert order.used(window, first, size, share).tolist() == expected

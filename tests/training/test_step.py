@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
+from dmm_ray.errors import UserError
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.loop import compiled
 from dmm_ray.training.step import Ema, FlowBatch, ema_exponent, learning_rate
 
 CONFIG = TrainConfig(activations="a", out="b", samples=1000 * 64, batch=64, levels_per_batch=16, warmup=0.1)
@@ -60,6 +62,30 @@ def test_gradient_of_shares_adds_up_to_the_whole():
     parts = [gradient(slice(0, 10)), gradient(slice(10, 64))]
     for a, b, c in zip(*parts, gradient(slice(0, 64)), strict=True):
         assert torch.allclose(a + b, c, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_values_and_gradients_are_those_of_the_plain_formulation(how: str):
+    """The time path once per level, compiled or not, against a noise level and a time path for every row."""
+    torch.manual_seed(0)
+    net, z = Denoiser(6, 12, 16, 2), torch.randn(64, 6)
+    data = FlowBatch(CONFIG, 2, slice(0, 64), z)
+    model = net if how == "eager" else compiled(net, torch.device("cpu"))
+    losses = data.loss(model, False)
+    gradients = torch.autograd.grad(losses.mean(), list(net.parameters()))
+    u_B = data.u_M.repeat_interleave(4)
+    plain = (net(data.z_u, u_B) - data.target).square().mean(1)
+    assert len(u_B.unique()) > 10
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(plain.mean(), list(net.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"compile: .*needs a C"):
+        compiled(Denoiser(6, 12, 16, 1), torch.device("cpu"))
 
 
 def test_levels_must_divide_the_batch():

@@ -1,10 +1,10 @@
+import itertools
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,14 @@ import torch
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.activations.split import TEST, TRAIN, Split
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.prior.config import PriorConfig
+from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.training import checkpoint
+from dmm_ray.training.checkpoint import Notice
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
+from dmm_ray.training.loop import Place, Run
+from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
 
 
@@ -92,42 +97,6 @@ def test_ray_workers_see_the_same_samples(finished, train_store, ray_local, tmp_
         assert a[:2] == pytest.approx(b[:2], rel=1e-4)
 
 
-@pytest.mark.fault
-def test_killed_and_started_again_is_bit_equal(finished, train_store, tmp_path):
-    torch.set_num_threads(2)  # as the other process has: another number of threads sums in another order
-    out = tmp_path / "killed"
-    changes = {"samples": 60 * 256, "log_every": 256, "checkpoint_every": 2 * 256}
-    undisturbed = train(config(train_store, tmp_path / "undisturbed", **changes))
-    path = tmp_path / "train.yaml"
-    path.write_text(json.dumps(config(train_store, out, **changes).model_dump(mode="json")))
-    command = [sys.executable, "-m", "dmm_ray", "train", "--config", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    deadline = time.monotonic() + 120
-    while not checkpoint.complete(str(out)) and time.monotonic() < deadline:
-        assert process.poll() is None
-        os.sched_yield()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "config.json").exists()
-    assert train(config(train_store, out, **changes)) == str(out)
-    assert curve(out) == curve(undisturbed)
-    weights = [(Path(p) / "model.safetensors").read_bytes() for p in (out, undisturbed)]
-    assert weights[0] == weights[1]
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
-    for samples in (100, 200, 300):
-        checkpoint.save(str(tmp_path), samples, {"x": torch.full((2,), float(samples))}, keep=2)
-    assert checkpoint.complete(str(tmp_path)) == [200, 300]
-    newest = tmp_path / "checkpoints" / f"{300:015d}" / "state.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
-    samples, tensors = checkpoint.load_newest(str(tmp_path))
-    assert (samples, tensors["x"][0]) == (200, 200)
-    assert "damaged" in caplog.text
-
-
 def test_only_training_documents_are_read(train_store):
     store, split = ActivationStore.open(train_store), Split(seed=1)
     loader = Loader(store, 2, split, window_rows=1500, seed=0)
@@ -179,12 +148,146 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
     )
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"not finite at document \d+, position \d+"):
-            train(config(store, tmp_path / f"out{workers}", layer=1, workers=workers, cpus_per_worker=1))
+            train(
+                config(
+                    store, tmp_path / f"out{workers}", layer=1, workers=workers, cpus_per_worker=1, batch=64
+                )
+            )
 
 
-def test_a_diverging_run_stops(train_store, tmp_path):
-    with pytest.raises(CheckFailed, match=r"the loss is .* between samples"):
+def test_a_store_of_another_width_or_layer_is_refused_on_resume(finished, train_store, tmp_path):
+    out = tmp_path / "other"
+    shutil.copytree(finished, out)
+    with pytest.raises(UserError, match="holds a run with layer = 2, not 1"):
+        train(config(train_store, out, layer=1))
+    saved = json.loads((out / "train.json").read_text())
+    saved["prior"]["d"] = 64
+    (out / "train.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"holds a run on another store or model \(d = 64, not 32\)"):
+        train(config(train_store, out))
+
+
+def test_fewer_rows_than_a_batch_are_refused(train_store, tmp_path):
+    with pytest.raises(UserError, match=r"batch: 100000 samples, but layer 2 of .* has \d+ training rows"):
+        train(config(train_store, tmp_path / "out", batch=100_000, levels_per_batch=100))
+
+
+def new_run(config: TrainConfig, store: str) -> Run:
+    return Run(config, prior_config(config, store), Place(0, 1, torch.device("cpu")))
+
+
+def prior_config(config: TrainConfig, store: str) -> PriorConfig:
+    floor = variance_floor(torch.from_numpy(ActivationStore.open(store).statistics(2).var))
+    return PriorConfig(d=32, layers=(2,), **config.shape(32)._asdict(), variance_floor=floor)
+
+
+def test_any_number_of_workers_sees_the_same_rows_with_the_same_noise(train_store, ray_local, tmp_path):
+    import ray
+
+    @ray.remote(num_cpus=1, max_calls=1)
+    def seen(
+        rank: int, world: int, options: TrainConfig, prior: PriorConfig, meet: str
+    ) -> list[torch.Tensor]:
+        """What the network gets and should say, for every batch, on one of the workers."""
+        import torch.distributed as dist
+
+        from dmm_ray.training import loop
+
+        found = []
+
+        class Seen(loop.FlowBatch):
+            def __init__(self, *args: object) -> None:
+                super().__init__(*args)
+                run = len(self.z_u) // len(self.u_M)
+                u = self.u_M.repeat_interleave(run) if self.index is None else self.u_M[self.index]
+                found.append(torch.cat([u[:, None], self.z_u, self.target], 1))
+
+        loop.FlowBatch = Seen
+        if world > 1:
+            dist.init_process_group("gloo", meet, rank=rank, world_size=world)
+        place = loop.Place(rank, world, torch.device("cpu"))
+        loop.Run(options, prior, place).train(lambda _: loop.Notice.GO_ON)
+        return found
+
+    def all_seen(world: int) -> list[list[torch.Tensor]]:
+        options = config(train_store, tmp_path / f"of{world}", samples=9 * 256)
+        prior, meet = prior_config(options, train_store), f"file://{tmp_path}/meet{world}"
+        return ray.get([seen.remote(rank, world, options, prior, meet) for rank in range(world)])
+
+    one, two, three = map(all_seen, (1, 2, 3))
+    for shares in (two, three):
+        assert all(
+            torch.equal(torch.cat(parts), whole) for *parts, whole in zip(*shares, one[0], strict=True)
+        )
+    assert [len(part[0]) for part in three] == [85, 85, 86]
+
+
+def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
+    changes = {"samples": 48 * 256, "log_every": 256, "checkpoint_every": 10**9}
+    whole = new_run(config(train_store, tmp_path / "whole", **changes), train_store)
+    assert whole.train(lambda _: Notice.GO_ON)
+    parts = config(train_store, tmp_path / "parts", **changes)
+    assert not new_run(parts, train_store).train(lambda done: Notice.STOP if done == 40 else Notice.GO_ON)
+    rest = new_run(parts, train_store)
+    assert rest.batch == len(curve(parts.out)) == 40
+    assert rest.train(lambda _: Notice.GO_ON)
+    assert curve(parts.out) == curve(whole.config.out)
+    states = [checkpoint.state_tensors(run.denoiser, run.optimizer, run.ema) for run in (rest, whole)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_checkpoint_on_notice_changes_nothing(finished, train_store, tmp_path):
+    run = new_run(config(train_store, tmp_path / "saved"), train_store)
+    assert run.train(lambda done: Notice.SAVE if done % 5 == 0 else Notice.GO_ON)
+    assert curve(tmp_path / "saved") == curve(finished)
+    assert checkpoint.complete(str(tmp_path / "saved")) == [18 * 256, 20 * 256]
+
+
+def at_batch(
+    monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Let ``change`` see the losses of the ``number``-th batch from now on (from 0), and give others."""
+    calls, loss = itertools.count(), FlowBatch.loss
+
+    def changed(self: FlowBatch, *args: Any) -> torch.Tensor:
+        losses = loss(self, *args)
+        return change(losses) if next(calls) == number else losses
+
+    monkeypatch.setattr(FlowBatch, "loss", changed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_a_second_interrupts_at_once(train_store, tmp_path, monkeypatch, number):
+    out, numbers = tmp_path / "out", (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(s) for s in numbers]
+    for send in ([number], [number, number]):
+        with monkeypatch.context() as patch:
+            at_batch(patch, 2, lambda losses, send=send: [signal.raise_signal(s) for s in send] and losses)
+            with pytest.raises(KeyboardInterrupt):
+                train(config(train_store, out))
+        assert checkpoint.complete(str(out)) == [3 * 256]
+        assert [signal.getsignal(s) for s in numbers] == before
+
+
+def test_one_bad_row_is_named_and_never_saved(train_store, tmp_path, monkeypatch):
+    """Row 100 of batch 7 has a loss that is not finite; batch 8 would be saved, the interval ends much later."""
+    out = tmp_path / "nan"
+    at_batch(monkeypatch, 7, lambda losses: losses.index_fill(0, torch.tensor([100]), torch.nan))
+    with pytest.raises(CheckFailed, match=r"the loss is nan between samples 1892 and 1893; lower --lr"):
+        train(config(train_store, out, checkpoint_every=2 * 256, log_every=24 * 256))
+    assert checkpoint.complete(str(out)) == [4 * 256, 6 * 256]
+
+
+def test_a_learning_rate_far_too_high_stops(train_store, tmp_path):
+    with pytest.raises(CheckFailed, match=r"the (loss|gradient's norm) is .* between samples"):
         train(config(train_store, tmp_path / "nan", lr=1e30, clip=1e30))
+
+
+def test_checkpoints_kept_for_ever_outlive_the_run(train_store, tmp_path):
+    out = tmp_path / "kept"
+    train(config(train_store, out, checkpoint_every=3 * 256, keep_every=9 * 256, keep_best=True))
+    kept = checkpoint.complete(str(out))
+    assert {9 * 256, 18 * 256} <= set(kept) <= {9 * 256, 18 * 256, 21 * 256}
 
 
 def test_presets():

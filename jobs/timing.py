@@ -1,0 +1,27 @@
+"""What the benchmarks share: printing, and medians of calls in turns."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+
+def say(line: str) -> None:
+    """One line of results."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each call, run in turns after one warm-up each."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
