@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from timing import medians
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dmm_ray.activations.config import ExtractConfig
@@ -141,19 +142,24 @@ def compare(say: Callable[[str], None], documents: int = 1000, rounds: int = 3) 
     )
 
 
-def writer(say: Callable[[str], None], rows: int = 65536, d: int = 2048, rounds: int = 5) -> None:
-    """Bytes per second of one process that writes, hashes and syncs shards."""
+def writer(say: Callable[[str], None], rows: int = 65536, d: int = 2048) -> None:
+    """Bytes per second of one process that writes, hashes and syncs shards, and of the disk: the same bytes written
+    and synced, nothing else."""
     x = torch.randn(rows, d).bfloat16()
-    doc, position = (
-        np.repeat(np.arange(rows // 128), 128),
-        np.tile(np.arange(128, dtype=np.int32), rows // 128),
-    )
+    doc = np.repeat(np.arange(rows // 128), 128)
+    position = np.tile(np.arange(128, dtype=np.int32), rows // 128)
+    raw = x.view(torch.uint8).numpy().data
     with tempfile.TemporaryDirectory() as folder:
-        seconds = []
-        for i in range(rounds):
-            started = time.perf_counter()
-            write_shard(f"{folder}/{i}.parquet", x, doc, position, position)
-            seconds.append(time.perf_counter() - started)
-    say(
-        f"extract writing a shard of {x.nbytes / 1e6:.0f} MB: {x.nbytes / 1e6 / float(np.median(seconds)):,.0f} MB/s"
-    )
+
+        def plain() -> None:
+            with open(f"{folder}/plain", "wb") as f:
+                f.write(raw)
+                f.flush()
+                os.fsync(f.fileno())
+
+        calls: dict[str, Callable[[], object]] = {
+            "shard, hashed and synced": lambda: write_shard(f"{folder}/shard", x, doc, position, position),
+            "plain file, synced": plain,
+        }
+        for name, seconds in medians(calls, rounds=9).items():
+            say(f"extract writing {x.nbytes / 1e6:.0f} MB as a {name}: {x.nbytes / 1e6 / seconds:,.0f} MB/s")

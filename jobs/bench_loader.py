@@ -46,8 +46,8 @@ def make_store(folder: str, rows: int, d: int) -> tuple[ActivationStore, Tensor]
             f.write(x.view(torch.uint8).numpy().data)
     records = [
         Record(
-            unit=unit, first_document=unit * documents, documents=documents, failed=(), long=0, tokens=UNIT_ROWS,
-            padding=0, rows=UNIT_ROWS, excluded=0, nonfinite={}, outliers={}, files={},
+            config_hash="", unit=unit, first_document=unit * documents, documents=documents, failed=(), long=0,
+            tokens=UNIT_ROWS, padding=0, rows=UNIT_ROWS, excluded=0, nonfinite={}, outliers={}, files={},
         )
         for unit in range(units)
     ]  # fmt: skip
