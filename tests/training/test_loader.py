@@ -36,8 +36,8 @@ def make_store(folder: Path, units: int, docs: int, rows: int, d: int = 3, dtype
         entry = write_shard(f"{folder}/{shard_name(0, unit)}", values[unit], doc, position, position)
         records.append(
             Record(
-                unit=unit, first_document=unit * docs, documents=docs, failed=(), long=0, tokens=n,
-                padding=0, rows=n, excluded=0, nonfinite={}, outliers={}, files={shard_name(0, unit): entry},
+                config_hash="", unit=unit, first_document=unit * docs, documents=docs, failed=(), long=0,
+                tokens=n, padding=0, rows=n, excluded=0, nonfinite={}, outliers={}, files={shard_name(0, unit): entry},
             )
         )  # fmt: skip
     manifest = Manifest(
