@@ -34,7 +34,8 @@ class Verb(NamedTuple):
     config: str
     function: str
     about: str
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
+    """Fields that may be given in this order, without their names, before the flags."""
 
 
 VERBS = {
@@ -46,17 +47,40 @@ VERBS = {
     "evaluate": Verb(
         "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
     ),
-    "serve": Verb("dmm_ray.serving.serve", "ServeConfig", "serve", "answer log_prob and denoise over HTTP"),
-    "verify": Verb(
-        "dmm_ray.activations.verify", "VerifyConfig", "verify", "check a store against its records", "store"
+    "import-glp": Verb(
+        "dmm_ray.prior.glp_verbs",
+        "ImportGlpConfig",
+        "import_glp",
+        "make a published prior ours",
+        ("source", "out"),
     ),
-    "info": Verb("dmm_ray.activations.info", "InfoConfig", "info", "say what a store is", "store"),
+    "export-glp": Verb(
+        "dmm_ray.prior.glp_verbs",
+        "ExportGlpConfig",
+        "export_glp",
+        "write the published format",
+        ("prior", "out"),
+    ),
+    "serve": Verb(
+        "dmm_ray.serving.serve",
+        "ServeConfig",
+        "serve",
+        "answer questions about activations and texts over HTTP",
+    ),
+    "verify": Verb(
+        "dmm_ray.activations.verify",
+        "VerifyConfig",
+        "verify",
+        "check a store against its records",
+        ("store",),
+    ),
+    "info": Verb("dmm_ray.activations.info", "InfoConfig", "info", "say what a store is", ("store",)),
 }
 
 
 def usage() -> str:
     """What ``dmm --help`` prints."""
-    lines = [f"  {name:<10} {verb.about}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<11} {verb.about}" for name, verb in VERBS.items()]
     return (
         "usage: dmm VERB [--config file.yaml] [--field value ...]\n\n"
         + "\n".join(lines)
@@ -75,9 +99,17 @@ def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
     verb = VERBS[name]
     model = getattr(importlib.import_module(verb.module), verb.config)
     rest, defaults = _config_file(args)
-    if verb.positional and rest and not rest[0].startswith("-"):
-        rest = [f"--{verb.positional}", *rest]
-    return verb, build(model, f"dmm {name}", rest, defaults)
+    return verb, build(model, f"dmm {name}", _named(verb.positional, rest), defaults)
+
+
+def _named(fields: tuple[str, ...], args: list[str]) -> list[str]:
+    """``args`` with leading values given the names of ``fields``."""
+    named: list[str] = []
+    for field, value in zip(fields, args, strict=False):
+        if value.startswith("-"):
+            break
+        named += [f"--{field}", value]
+    return named + args[len(named) // 2 :]
 
 
 def build(
@@ -112,7 +144,9 @@ def build(
     except ValidationError as e:
         raise UserError(one_line(e)) from e
     except SettingsError as e:
-        raise UserError(" ".join(str(e).split())) from e
+        raise UserError(
+            f"{' '.join(str(e).split())}; write a list or mapping as JSON: '[1, 2]', '{{\"key\": \"value\"}}'"
+        ) from e
     except SystemExit as e:
         if e.code:
             raise UserError(
@@ -133,7 +167,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.write(usage())
         sys.exit(DONE if args else BAD_INPUT)
     quiet()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         verb, config = parse(args[0], args[1:])
         function = getattr(importlib.import_module(verb.module), verb.function)

@@ -127,7 +127,7 @@ def _score(config: DemoConfig, prior: str, store_uri: str, model: str, layer: in
     text = _test_text(store_uri, prior)
     words = text.split()
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    with running(ServeConfig(prior=(prior,), port=0)) as url:
+    with running(ServeConfig(prior=(prior,), port=0, auth="none")) as url:
         return [
             ScoredText(title, _score_text(subject, one, layer, url))
             for title, one in (

@@ -4,6 +4,8 @@ Knows neither Ray nor language models.
 """
 
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.prior.model import ActivationPrior, LogProb
+from dmm_ray.prior.likelihood import LogProb
+from dmm_ray.prior.model import ActivationPrior
+from dmm_ray.prior.solver import Solver
 
-__all__ = ["ActivationPrior", "LogProb", "PriorConfig"]
+__all__ = ["ActivationPrior", "LogProb", "PriorConfig", "Solver"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,10 +18,14 @@ class PriorConfig(Config):
     """Version of the folder's layout."""
     d: int = Field(gt=0)
     """Width of an activation."""
-    layers: tuple[int, ...] = Field(min_length=1)
-    """Block numbers of the subject whose outputs are modelled."""
+    layers: tuple[Annotated[int, Field(ge=-1)], ...] = Field(min_length=1)
+    """Block numbers of the subject whose outputs are modelled; -1 is what goes into block 0."""
     subject_layers: int = Field(default=1, gt=0)
     """Number of blocks of the subject; scales the layer condition of a multi-layer prior."""
+    depth_offset: Literal[0, 1] = 0
+    """What is added to a layer's number in its condition: 1 for a prior of block inputs, numbered by their block."""
+    layer_conditioned: bool = False
+    """Whether a prior of one layer has a layer condition; one of several layers always has."""
     d_model: int = Field(gt=0, multiple_of=2)
     """Residual width of the denoiser."""
     d_mlp: int = Field(gt=0)
@@ -46,4 +50,8 @@ class PriorConfig(Config):
     @property
     def multi_layer(self) -> bool:
         """Whether the denoiser is conditioned on the layer."""
-        return len(self.layers) > 1
+        return self.layer_conditioned or len(self.layers) > 1
+
+    def depth(self, layer: int) -> float:
+        """The layer condition: the depth of ``layer`` in the subject, from 0 (first block) to 1 (last)."""
+        return (layer + self.depth_offset) / max(self.subject_layers - 1, 1)

@@ -1,23 +1,26 @@
-"""A prior's folder: ``config.json`` and ``model.safetensors``, nothing pickled."""
+"""A prior's folder: ``config.json`` and ``model.safetensors``, nothing pickled. Published folders are read as well."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from torch import Tensor
 
 from dmm_ray.config import one_line
 from dmm_ray.errors import UserError
-from dmm_ray.files import exists, join, make_folder, read_bytes, read_json, write_bytes
+from dmm_ray.files import exists, join, make_folder, read_json, write_bytes
+from dmm_ray.prior import glp
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.prior.weights import read_tensors
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CALIBRATION = "config.json", "model.safetensors", "calibration.safetensors"
+FILES = (CONFIG, WEIGHTS, CALIBRATION)
+"""What makes a prior; the last may be absent."""
 
 
 def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
@@ -28,18 +31,18 @@ def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
 
 
 def load(source: str, revision: str | None = None) -> tuple[PriorConfig, dict[str, Tensor]]:
-    """Read both files from a local folder, an fsspec URI or a Hub id.
+    """Read a prior, ours or a published one, from a local folder, an fsspec URI or a Hub id.
+
+    Local weights are mapped into memory, not read: they are held once.
 
     Raises:
         UserError: missing, not a prior, or damaged.
     """
-    path = _resolve(source, revision)
+    path = resolve(source, revision)
+    if is_published(path):
+        return glp.load(path)
     config = load_config(path)
-    weights = read_bytes(join(path, WEIGHTS))
-    try:
-        tensors = safetensors.torch.load(weights)
-    except safetensors.SafetensorError as e:
-        raise UserError(f"{join(path, WEIGHTS)}: damaged ({e}); copy or train the prior again") from e
+    tensors = read_tensors(join(path, WEIGHTS))
     for name in ("normalizer.mean", "normalizer.var"):
         if name not in tensors:
             raise UserError(f"{join(path, WEIGHTS)}: has no tensor {name}; this is not a prior's weight file")
@@ -48,8 +51,13 @@ def load(source: str, revision: str | None = None) -> tuple[PriorConfig, dict[st
 
 def load_config(path: str) -> PriorConfig:
     """The configuration of the prior in a folder. Raises UserError if there is none or it is not valid."""
+    if is_published(path):
+        return glp.load_config(path)
     if not exists(join(path, CONFIG)):
-        raise UserError(f"{path}: no {CONFIG} here; expected a prior's folder, as `dmm train --out` writes")
+        raise UserError(
+            f"{path}: no {CONFIG} here; expected a prior's folder, as `dmm train --out` writes, "
+            f"or a published one with {glp.CONFIG}"
+        )
     value = read_json(join(path, CONFIG))
     try:
         return PriorConfig.model_validate_json(json.dumps(value))
@@ -57,14 +65,36 @@ def load_config(path: str) -> PriorConfig:
         raise UserError(f"{join(path, CONFIG)}: not a prior's configuration: {one_line(e)}") from e
 
 
-def _resolve(source: str, revision: str | None) -> str:
-    if "://" in source or Path(source).is_dir():
+def is_published(path: str) -> bool:
+    """Whether a folder holds a prior in the published format, and none in ours."""
+    return exists(join(path, glp.CONFIG)) and not exists(join(path, WEIGHTS))
+
+
+def resolve(source: str, revision: str | None = None) -> str:
+    """The local folder or fsspec URI of a prior; for a Hub id its snapshot in the hub's cache, fetched if need be.
+
+    Raises:
+        UserError: no such folder, and the Hub does not give it.
+    """
+    if "://" in source or Path(source).expanduser().is_dir():
         return source
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and not a Hub id of the form owner/name")
     try:
-        return snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
+        return _snapshot(source, revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(
             f"{source}: no such folder, and the Hub did not give it ({' '.join(str(e).split())[:200]})"
         ) from e
+
+
+def _snapshot(source: str, revision: str | None) -> str:
+    """A snapshot of the files of either format; of checkpoints the newest, and only without final weights."""
+    wanted = [*FILES, glp.CONFIG, glp.STATISTICS, glp.WEIGHTS]
+    path = snapshot_download(source, revision=revision, allow_patterns=wanted)
+    here = Path(path)
+    if is_published(path) and not (here / glp.WEIGHTS).exists() and not (here / glp.CHECKPOINTS).exists():
+        newest = glp.newest_checkpoint(HfApi().list_repo_files(source, revision=here.name))
+        if newest is not None:
+            snapshot_download(source, revision=here.name, allow_patterns=[newest])
+    return path

@@ -2,138 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmm_ray.errors import UserError
-from dmm_ray.prior import folder
-from dmm_ray.prior.config import PriorConfig
-from dmm_ray.prior.flow import interpolate, posterior_mean
-from dmm_ray.prior.network import Denoiser
-from dmm_ray.prior.noise import normal, row_ids
-from dmm_ray.prior.normalizer import Normalizer
-from dmm_ray.prior.solver import check_level, cosine_grid, integrate, integrate_with_trace
-from dmm_ray.prior.trace import exact_trace, hutchinson_trace
-
-Ids = Tensor | np.ndarray | None
-CHUNK_FLOATS = 1 << 24
-"""Rows are worked through in pieces whose widest intermediate holds about this many numbers (64 MB)."""
-EXACT_TRACE_MAX_D = 512
-"""Up to this width ``probes=0`` is allowed: its cost grows with d forward passes an evaluation."""
-STREAM_PATH, STREAM_SAMPLE, STREAM_ENCODE = 0, 1, 2
+from dmm_ray.prior.denoising import Mode, Restorer, largest_levels, row_levels
+from dmm_ray.prior.flow import interpolate
+from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, LogProb, Scale, check_probes, follow, tangents_at_once
+from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
+from dmm_ray.prior.module import PriorModule
+from dmm_ray.prior.module import new_denoiser as new_denoiser
+from dmm_ray.prior.precision import Precision
+from dmm_ray.prior.rows import Ids, Rows, chunk_rows
+from dmm_ray.prior.solver import Solver, check_level
+from dmm_ray.prior.velocities import VelocityField
 
 
-@dataclasses.dataclass(frozen=True)
-class LogProb:
-    """Log-likelihood of n raw activations and its parts; tensors are (n,) float32, in nats."""
-
-    nats: Tensor
-    """log p(x), the normaliser's log-determinant included: base + divergence + log_determinant."""
-    nats_per_dim: Tensor
-    """``nats / d``."""
-    stderr: Tensor | None
-    """Standard error of ``nats`` that the trace estimate brings; zero when exact, None from a single probe."""
-    percentile: Tensor | None
-    """Share of natural activations less likely than this one; None for a prior without calibration."""
-    latent_percentile: Tensor | None
-    """Two-sided percentile of the latent norm at u = 1; None for a prior without calibration."""
-    base: Tensor
-    """log N(z_1; 0, I) of the latent that the row flows to."""
-    divergence: Tensor
-    """Integral over u of the velocity's divergence along the path."""
-    log_determinant: float
-    """log |dz/dx| of the normaliser."""
-    evaluations: int
-    """Network evaluations spent on each row, traces not counted."""
-
-
-class ActivationPrior(nn.Module):
+class ActivationPrior(PriorModule):
     """A diffusion meta-model of one language model's residual-stream activations.
 
-    All methods take and give *raw* activations (n, d) and run in the dtype of the weights (float32 as loaded). A row's
-    result depends on the row, its id, the arguments and ``seed`` alone, to float tolerance.
+    All methods take and give *raw* activations (n, d), float32. A row's result depends on the row, its id, the
+    arguments and ``seed`` alone, to float tolerance.
 
     Args of every method: ``layer`` is the block number the rows come from (required for a multi-layer prior); ``ids``
-    names rows for the noise, (n,) or (n, 2) integers (default 0..n-1); ``seed`` is any integer.
+    names rows for the noise, (n,) or (n, 2) integers (default 0..n-1); ``seed`` is any integer; ``solver`` is the rule
+    and grid of integration (default: midpoint on the cosine grid); ``precision`` is that of the network's products:
+    ``float32`` (as the weights are held, never TF32) or ``bfloat16`` (states and sums stay in float32).
     """
-
-    def __init__(self, config: PriorConfig, denoiser: Denoiser, normalizer: Normalizer) -> None:
-        super().__init__()
-        self.config = config
-        self.denoiser = denoiser
-        self.normalizer = normalizer
-        self.eval()
-        self.requires_grad_(False)
-
-    @property
-    def d(self) -> int:
-        """Width of an activation."""
-        return self.config.d
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Block numbers this prior models."""
-        return self.config.layers
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
-        return self.denoiser.in_proj.weight.device
-
-    @classmethod
-    def untrained(cls, config: PriorConfig, mean: Tensor, var: Tensor, seed: int = 0) -> ActivationPrior:
-        """A prior with random weights, from per-layer statistics mean and var, (d,) or (L, d)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            denoiser = new_denoiser(config)
-        shape = (len(config.layers), config.d)
-        normalizer = Normalizer(mean.reshape(shape), var.reshape(shape), config.variance_floor)
-        return cls(config, denoiser, normalizer)
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str, device: str = "cpu", revision: str | None = None
-    ) -> ActivationPrior:
-        """Load a prior from a folder or a Hugging Face Hub id.
-
-        Raises:
-            UserError: not a prior, a damaged file, or weights that do not fit the configuration.
-        """
-        config, tensors = folder.load(str(source), revision)
-        statistics = Normalizer(
-            tensors.pop("normalizer.mean"), tensors.pop("normalizer.var"), config.variance_floor
-        )
-        with torch.device("meta"):
-            denoiser = new_denoiser(config)
-        weights = {name.removeprefix("denoiser."): t for name, t in tensors.items()}
-        try:
-            denoiser.load_state_dict(weights, assign=True)
-        except RuntimeError as e:
-            raise UserError(
-                f"{source}: weights do not fit config.json: {' '.join(str(e).split())[:300]}"
-            ) from e
-        return cls(config, denoiser, statistics).to(device)
-
-    def save_pretrained(self, path: str) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (weights and normaliser) into a folder."""
-        folder.save(
-            path, self.config, {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        )
 
     def velocity(self, z: Tensor, u: Tensor | float, layer: int | None = None) -> Tensor:
         """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d), u one number or (n,)."""
-        u_M = torch.as_tensor(u, dtype=torch.float32, device=self.device).reshape(-1)
-        if len(u_M) not in (1, len(z)):
-            raise UserError(f"u: one noise level or one a row is needed, got {len(u_M)} for {len(z)} rows")
-        u_M, index = torch.unique(u_M, return_inverse=True)
-        gates = self._gates(u_M, self.layer_row(layer))
-        return self.denoiser.velocity(z, gates, index if len(u_M) > 1 else None)
+        levels = row_levels(u, len(z))
+        return self._field(self.layer_row(layer)).at_levels(z, levels.to(z.device, torch.float32))
 
     @torch.no_grad()
     def log_prob(
@@ -144,6 +47,9 @@ class ActivationPrior(nn.Module):
         probes: int = 2,
         ids: Ids = None,
         seed: int = 0,
+        solver: Solver | None = None,
+        precision: Precision = "float32",
+        exact_limit: int = EXACT_TRACE_MAX_D,
     ) -> LogProb:
         """Log-likelihood of raw activations by the instantaneous change of variables (Chen et al. 2018).
 
@@ -151,109 +57,161 @@ class ActivationPrior(nn.Module):
 
         Args:
             x: (n, d), finite.
-            layer: see the class.
-            steps: midpoint intervals from 0 to 1, two network evaluations each.
-            probes: Rademacher probes of the trace an evaluation; 0 for the exact trace (d up to 512).
+            layer: see the class, as for all that is not here.
+            steps: intervals from 0 to 1, two network evaluations each (midpoint).
+            probes: Rademacher probes of the trace an evaluation; 0 for the exact trace.
             ids: see the class.
             seed: of the probes.
-
-        One call at a time in a process: torch keeps the state of forward-mode differentiation globally.
+            solver: see the class.
+            precision: see the class.
+            exact_limit: largest width at which ``probes=0`` is allowed.
 
         Raises:
-            UserError: wrong width, empty or non-finite rows, a layer not modelled, no steps, negative probes.
+            UserError: wrong width, empty or non-finite rows, a layer not modelled, no steps, negative probes, an exact
+                trace beyond ``exact_limit``.
+        """
+        row, solver = self.layer_row(layer), solver or Solver()
+        check_probes(probes, self.d, exact_limit)
+        points, field = solver.points(0.0, 1.0, steps), self._field(row, precision)
+        rows = self._rows(x, ids, row)
+        parts = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
+        for piece in rows.pieces(1 + tangents_at_once(probes, self.d)):
+            parts[:, piece.at] = follow(field, piece, solver, points, seed, probes)
+        log_det = self.normalizer.log_determinant(row)
+        scale = Scale(self.calibration, rows.layer, rows.positions)
+        return LogProb.of(parts, log_det, self.d, probes, solver.stages * steps, scale)
+
+    @torch.no_grad()
+    def velocity_error(
+        self,
+        x: Tensor,
+        layer: int | None = None,
+        pairs: int = 8,
+        ids: Ids = None,
+        seed: int = 0,
+        precision: Precision = "float32",
+    ) -> Tensor:
+        """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity over fixed (u, noise) pairs.
+
+        ``mean over k of |v(z_u, u_k) - (noise_k - z)|^2 / d`` with ``u_k = (k + 1/2) / pairs``: one evaluation each, no
+        derivatives. Lower is more natural; the scale is that of the training loss.
+
+        Raises:
+            UserError: as :meth:`log_prob`, no pairs.
         """
         row = self.layer_row(layer)
-        if probes < 0 or (probes == 0 and self.d > EXACT_TRACE_MAX_D):
-            raise UserError(
-                f"probes: at least 1 is needed, or 0 (exact) up to width {EXACT_TRACE_MAX_D} (got {probes})"
-            )
-        grid = cosine_grid(0.0, 1.0, steps)
-        parts = []
-        for x_ND, ids_N2 in self._pieces(x, ids, self._trace_width(probes)):
-            velocity = self._cached_velocity(row)
-            trace = self._trace(velocity, ids_N2, seed, probes)
-            z_1, divergence, variance = integrate_with_trace(
-                velocity, trace, self.normalizer.normalize(x_ND, row), grid
-            )
-            base = -0.5 * (z_1.double().square().sum(1) + self.d * math.log(2 * math.pi))
-            parts.append(torch.stack([base, divergence, variance.sqrt()]))
-        base, divergence, stderr = torch.cat(parts, dim=1)
-        log_det = self.normalizer.log_determinant(row)
-        nats = base + divergence + log_det
-        return LogProb(
-            nats=nats.float(),
-            nats_per_dim=(nats / self.d).float(),
-            stderr=None if probes == 1 else stderr.float(),
-            percentile=None,
-            latent_percentile=None,
-            base=base.float(),
-            divergence=divergence.float(),
-            log_determinant=log_det,
-            evaluations=2 * steps,
-        )
+        if pairs < 1:
+            raise UserError(f"pairs: at least 1 is needed (got {pairs})")
+        field, rows = self._field(row, precision), self._rows(x, ids, row)
+        total = torch.zeros(len(rows), device=self.device)
+        for piece in rows.pieces(1):
+            for k in range(pairs):
+                noise, u = normal(seed, piece.ids, self.d, STREAM_PAIRS + k * DRAW), (k + 0.5) / pairs
+                error = field(interpolate(piece.z, noise, u), u) - (noise - piece.z)
+                total[piece.at] += error.square().mean(1) / pairs
+        return total
 
     @torch.no_grad()
     def denoise(
         self,
         x: Tensor,
-        u: float = 0.5,
+        u: float | Tensor = 0.5,
         steps: int = 10,
-        mode: Literal["sample", "mean"] = "sample",
+        mode: Mode = "sample",
         layer: int | None = None,
         ids: Ids = None,
         seed: int = 0,
+        solver: Solver | None = None,
+        precision: Precision = "float32",
     ) -> Tensor:
         """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore.
 
         Args:
             x: (n, d), finite.
-            u: how far: 0 changes nothing, 1 forgets the row.
-            steps: midpoint intervals from u to 0 (``sample`` only), two network evaluations each.
+            u: how far: 0 gives the row back, 1 forgets it; one number, or one a row (n,), equal ones solved together.
+            steps: intervals from u to 0 (``sample`` only), two network evaluations each (midpoint).
             mode: ``sample`` follows the flow to a natural state; ``mean`` takes E[z | z_u] in one evaluation.
-            layer: see the class.
+            layer: see the class, as for all that is not here.
             ids: see the class.
             seed: of the noise.
+            solver: see the class.
+            precision: see the class.
 
         Raises:
             UserError: as :meth:`log_prob`, u outside [0, 1], another mode.
         """
         row = self.layer_row(layer)
-        check_level(u)
-        grid = cosine_grid(u, 0.0, steps)
-        if mode not in ("sample", "mean"):
-            raise UserError(f"mode: 'sample' or 'mean' is needed (got {mode!r})")
-        found = []
-        for x_ND, ids_N2 in self._pieces(x, ids, 1):
-            noise = normal(seed, ids_N2, self.d, STREAM_PATH)
-            z_u = interpolate(self.normalizer.normalize(x_ND, row), noise, u)
-            velocity = self._cached_velocity(row)
-            z = (
-                integrate(velocity, z_u, grid)
-                if mode == "sample"
-                else posterior_mean(z_u, velocity(z_u, u), u)
-            )
-            found.append(self.normalizer.denormalize(z, row))
+        restorer = Restorer(self._field(row, precision), solver or Solver(), steps, mode)
+        rows = self._rows(x, ids, row)
+        levels, found = row_levels(u, len(rows)), rows.empty(self.d)
+        for piece in rows.pieces(1):
+            noise, u_M = normal(seed, piece.ids, self.d, STREAM_PATH), levels[piece.at]
+            restored = self.normalizer.denormalize(restorer.at_levels(piece.z, noise, u_M), row)
+            found[piece.at] = torch.where((u_M > 0).to(self.device)[:, None], restored, piece.x)
+        return found
+
+    @torch.no_grad()
+    def level_for_distance(
+        self,
+        x: Tensor,
+        distance: float,
+        steps: int = 10,
+        mode: Mode = "sample",
+        layer: int | None = None,
+        ids: Ids = None,
+        seed: int = 0,
+        solver: Solver | None = None,
+        precision: Precision = "float32",
+    ) -> Tensor:
+        """The ``u`` (n,) at which :meth:`denoise`, otherwise called alike, moves each row by ``distance`` at most.
+
+        The distance is relative and in normalised space: ``|restored - z| / |z|``, so that 0.3 is a move by three
+        tenths of the row's own distance from the mean. Levels are multiples of 1/32, found by bisection at the cost of
+        about 6 calls.
+
+        Raises:
+            UserError: as :meth:`denoise`, a distance that is negative or not a number.
+        """
+        row = self.layer_row(layer)
+        if not 0 <= distance < math.inf:
+            raise UserError(f"distance: a finite number, 0 or more, is needed (got {distance})")
+        restorer = Restorer(self._field(row, precision), solver or Solver(), steps, mode)
+        rows, found = self._rows(x, ids, row), []
+        for z, noise in ((p.z, normal(seed, p.ids, self.d, STREAM_PATH)) for p in rows.pieces(1)):
+
+            def restore(u_M: Tensor, z: Tensor = z, noise: Tensor = noise) -> Tensor:
+                return restorer.at_levels(z, noise, u_M)
+
+            found.append(largest_levels(restore, z, distance))
         return torch.cat(found)
 
     @torch.no_grad()
     def sample(
-        self, n: int, steps: int = 20, layer: int | None = None, ids: Ids = None, seed: int = 0
+        self,
+        n: int,
+        steps: int = 20,
+        layer: int | None = None,
+        ids: Ids = None,
+        seed: int = 0,
+        solver: Solver | None = None,
+        precision: Precision = "float32",
     ) -> Tensor:
-        """Draw n raw activations (n, d) by following the flow from noise; ``steps`` midpoint intervals from 1 to 0.
+        """Draw n raw activations (n, d) by following the flow from noise; ``steps`` intervals from 1 to 0.
 
         Raises:
             UserError: n or steps below 1, a layer not modelled.
         """
-        row = self.layer_row(layer)
+        row, solver = self.layer_row(layer), solver or Solver()
         if n < 1:
             raise UserError(f"n: at least 1 is needed (got {n})")
-        grid = cosine_grid(1.0, 0.0, steps)
-        velocity = self._cached_velocity(row)
-        found = []
-        for ids_N2 in row_ids(ids, n, self.device).split(self._chunk_rows(1)):
-            z = integrate(velocity, normal(seed, ids_N2, self.d, STREAM_SAMPLE), grid)
-            found.append(self.normalizer.denormalize(z, row))
-        return torch.cat(found)
+        points, field = solver.points(1.0, 0.0, steps), self._field(row, precision)
+        size, ids_N2 = chunk_rows(self.config, 1, self.device), row_ids(ids, n, self.device)
+        found = torch.empty(n, self.d, device=self.device)
+        for start in range(0, n, size):
+            noise = normal(seed, ids_N2[start : start + size], self.d, STREAM_SAMPLE)
+            z = solver.integrate(field, noise, points)
+            found[start : start + size] = self.normalizer.denormalize(z, row)
+        return found
 
     @torch.no_grad()
     def encode(
@@ -264,6 +222,8 @@ class ActivationPrior(nn.Module):
         layer: int | None = None,
         ids: Ids = None,
         seed: int = 0,
+        noises: int = 1,
+        precision: Precision = "float32",
     ) -> Tensor:
         """The prior's hidden units on raw activations noised to level u: its meta-neurons (n, features).
 
@@ -271,89 +231,32 @@ class ActivationPrior(nn.Module):
             x: (n, d), finite.
             u: noise level; the published probes use 0.1.
             block: which denoiser block (features = d_mlp); None concatenates all (features = n_blocks * d_mlp).
-            layer: see the class.
+            layer: see the class, as for all that is not here.
             ids: see the class.
             seed: of the noise.
+            noises: how many noises the units are averaged over.
+            precision: see the class.
 
         Raises:
-            UserError: as :meth:`denoise`, or a block that the denoiser lacks.
+            UserError: as :meth:`denoise`, a block that the denoiser lacks, no noises.
         """
-        row = self.layer_row(layer)
+        row, blocks = self.layer_row(layer), self.config.n_blocks
         check_level(u)
-        if block is not None and not 0 <= block < self.config.n_blocks:
-            raise UserError(f"block: this prior has blocks 0 to {self.config.n_blocks - 1} (got {block})")
-        gates = self._gates(torch.full((1,), u, device=self.device), row)
-        found = []
-        for x_ND, ids_N2 in self._pieces(x, ids, self.config.n_blocks):
-            noise = normal(seed, ids_N2, self.d, STREAM_ENCODE)
-            z_u = interpolate(self.normalizer.normalize(x_ND, row), noise, u)
-            hidden = self.denoiser.meta_neurons(z_u, gates)
-            found.append(torch.cat(hidden, dim=1) if block is None else hidden[block])
-        return torch.cat(found)
+        if block is not None and not 0 <= block < blocks:
+            raise UserError(f"block: this prior has blocks 0 to {blocks - 1} (got {block})")
+        if noises < 1:
+            raise UserError(f"noises: at least 1 is needed (got {noises})")
+        field, rows = self._field(row, precision), self._rows(x, ids, row)
+        found = rows.empty(self.config.d_mlp * (blocks if block is None else 1)).zero_()
+        for piece in rows.pieces(blocks):
+            for k in range(noises):
+                noise = normal(seed, piece.ids, self.d, STREAM_ENCODE + k * DRAW)
+                hidden = field.hidden(interpolate(piece.z, noise, u), u)
+                found[piece.at] += (torch.cat(hidden, dim=1) if block is None else hidden[block]) / noises
+        return found
 
-    def layer_row(self, layer: int | None) -> int:
-        """The index of ``layer`` among the modelled ones. Raises UserError for another, or None with several."""
-        if layer is None and len(self.layers) == 1:
-            return 0
-        if layer is None or layer not in self.layers:
-            raise UserError(f"layer: this prior models {', '.join(map(str, self.layers))} (got {layer})")
-        return self.layers.index(layer)
+    def _field(self, row: int, precision: Precision = "float32") -> VelocityField:
+        return self.velocities.field(self.denoiser, row, precision)
 
-    def _gates(self, u_M: Tensor, row: int) -> list[Tensor]:
-        depth = self.layers[row] / max(self.config.subject_layers - 1, 1)
-        return self.denoiser.gates(u_M, torch.full_like(u_M, depth) if self.config.multi_layer else None)
-
-    def _cached_velocity(self, row: int) -> Callable[[Tensor, float], Tensor]:
-        """The velocity at one layer as a function of (rows, u), its time path computed once per u."""
-        known: dict[float, list[Tensor]] = {}
-
-        def velocity(z: Tensor, u: float) -> Tensor:
-            if u not in known:
-                known[u] = self._gates(torch.full((1,), u, device=self.device), row)
-            return self.denoiser.velocity(z, known[u])
-
-        return velocity
-
-    def _trace(
-        self, velocity: Callable[[Tensor, float], Tensor], ids_N2: Tensor, seed: int, probes: int
-    ) -> Callable[[Tensor, float, int], tuple[Tensor, Tensor]]:
-        def trace(z: Tensor, u: float, step: int) -> tuple[Tensor, Tensor]:
-            velocity(z[:1], u)  # the time path is computed outside of the transforms
-            chunk = max(1, CHUNK_FLOATS // (len(z) * self.config.d_mlp))
-            if probes == 0:
-                total = exact_trace(lambda s: velocity(s, u), z, chunk)
-                return total, torch.zeros_like(total)
-            return hutchinson_trace(lambda s: velocity(s, u), z, ids_N2, seed, step, probes, chunk)
-
-        return trace
-
-    def _trace_width(self, probes: int) -> int:
-        return min(probes or self.d, 8)
-
-    def _chunk_rows(self, width: int) -> int:
-        return max(1, CHUNK_FLOATS // (width * max(self.config.d_mlp, self.d)))
-
-    def _pieces(self, x: Tensor, ids: Ids, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Checked rows and their ids, in pieces that fit in memory, on the prior's device."""
-        x = torch.as_tensor(x)
-        if x.ndim != 2 or x.shape[1] != self.d:
-            raise UserError(f"activations: expected shape (n, {self.d}), got {tuple(x.shape)}")
-        if len(x) == 0:
-            raise UserError("activations: at least one row is needed")
-        try:
-            ids_N2 = row_ids(ids, len(x), self.device)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        rows = self._chunk_rows(width)
-        for start in range(0, len(x), rows):
-            piece = x[start : start + rows].to(self.device, torch.float32)
-            finite = piece.isfinite().all(1)
-            if not finite.all():
-                bad = start + int((~finite).nonzero()[0])
-                raise UserError(f"activations: row {bad} holds a value that is not finite; remove or mend it")
-            yield piece, ids_N2[start : start + rows]
-
-
-def new_denoiser(config: PriorConfig) -> Denoiser:
-    """An initialised denoiser of the shape that ``config`` says."""
-    return Denoiser(config.d, config.d_model, config.d_mlp, config.n_blocks, config.multi_layer)
+    def _rows(self, x: Any, ids: Ids, row: int) -> Rows:
+        return Rows(x, ids, self.config, self.normalizer, row)

@@ -7,7 +7,9 @@ The architecture of the published Generative Latent Prior (Luo et al. 2026), wit
     per block:  y = ln(h);  h += down_proj(silu(gate_proj(y) * time_proj(e)) * up_proj(y))
     velocity = out_proj(ln(h))
 
-Shapes: B rows, M distinct conditions (noise level, layer), D activation width, H model width, F MLP width.
+Shapes: B rows, M distinct conditions (noise level, layer), D activation width, H model width, F MLP width; S = 1 + K
+stacked passes: the plain one and its derivatives along K tangents (forward mode by hand: unlike torch.func.jvp under
+vmap it needs no global state, so that threads may run it, and compiles).
 """
 
 from __future__ import annotations
@@ -57,6 +59,17 @@ class Block(nn.Module):
         """The next residual state (B, H)."""
         return h_BH + self.down_proj(self.hidden(h_BH, gate_MF))
 
+    def tangents(self, h_SBH: Tensor, gate_1F: Tensor) -> Tensor:
+        """The next residual state and its tangents (S, B, H), all rows at one condition."""
+        y_SBH = _norm_tangents(self.ln, h_SBH)
+        a_SBF = _linear_tangents(self.gate_proj, y_SBH) * gate_1F
+        up_SBF = _linear_tangents(self.up_proj, y_SBH)
+        gate, sigmoid = F.silu(a_SBF[0]), torch.sigmoid(a_SBF[0])
+        slope = sigmoid * (1 + a_SBF[0] * (1 - sigmoid))
+        hidden_KBF = slope * a_SBF[1:] * up_SBF[0] + gate * up_SBF[1:]
+        hidden_SBF = torch.cat([(gate * up_SBF[0])[None], hidden_KBF])
+        return h_SBH + _linear_tangents(self.down_proj, hidden_SBF)
+
 
 class Denoiser(nn.Module):
     """Predicts the velocity ``noise - z`` of normalised activations.
@@ -105,6 +118,14 @@ class Denoiser(nn.Module):
             h_BH = block(h_BH, gate if index_B is None else gate[index_B])
         return self.out_proj(self.ln(h_BH))
 
+    def tangents(self, z_BD: Tensor, gates: list[Tensor], t_KBD: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity (B, D) of rows at one condition, and its derivatives along tangents t (K, B, D)."""
+        h_SBH = _linear_tangents(self.in_proj, torch.cat([z_BD[None], t_KBD]))
+        for block, gate in zip(self.blocks, gates, strict=True):
+            h_SBH = block.tangents(h_SBH, gate)
+        v_SBD = _linear_tangents(self.out_proj, _norm_tangents(self.ln, h_SBH))
+        return v_SBD[0], v_SBD[1:]
+
     def meta_neurons(self, z_BD: Tensor, gates: list[Tensor]) -> list[Tensor]:
         """Every block's hidden units (B, F)."""
         h_BH, found = self.in_proj(z_BD), []
@@ -123,3 +144,19 @@ class Denoiser(nn.Module):
 
 def _embedding(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _linear_tangents(linear: nn.Linear, x_SBI: Tensor) -> Tensor:
+    y_SBO = F.linear(x_SBI, linear.weight)
+    y_SBO[0] += linear.bias
+    return y_SBO
+
+
+def _norm_tangents(norm: nn.LayerNorm, h_SBH: Tensor) -> Tensor:
+    """LayerNorm ``n = (h - mean) r``; its derivative is ``r (c - n mean(n c))`` with c the centred tangent."""
+    wide_SBH = h_SBH.to(torch.promote_types(h_SBH.dtype, torch.float32))
+    centred = wide_SBH - wide_SBH.mean(-1, keepdim=True)
+    r = (centred[0].square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    n = centred[0] * r
+    along = r * (centred[1:] - n * (n * centred[1:]).mean(-1, keepdim=True))
+    return torch.cat([(n * norm.weight + norm.bias)[None], along * norm.weight]).to(h_SBH.dtype)

@@ -12,6 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmm_ray.errors import UserError
+
+STREAM_PATH, STREAM_SAMPLE, STREAM_ENCODE, STREAM_PAIRS = range(4)
+"""Independent noises of one row, by what they are for: see ``stream`` in :func:`normal`."""
+DRAW = 1 << 8
+"""Draw k of a stream is stream + k * DRAW."""
 ROUNDS = 10
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -53,11 +59,11 @@ def row_ids(ids: Tensor | np.ndarray | None, n: int, device: torch.device | str 
         device: where to put them.
 
     Raises:
-        ValueError: ids of another length or shape.
+        UserError: ids of another length or shape.
     """
     ids_t = torch.arange(n) if ids is None else torch.as_tensor(ids)
     if ids_t.dtype.is_floating_point or ids_t.shape not in {(n,), (n, 2)}:
-        raise ValueError(
+        raise UserError(
             f"ids: expected {n} integers or {n} pairs, got {ids_t.dtype} of shape {tuple(ids_t.shape)}"
         )
     ids_t = ids_t.to(device=device, dtype=torch.int64)

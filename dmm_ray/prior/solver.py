@@ -1,14 +1,15 @@
-"""Fixed-grid midpoint integration of the flow between noise levels.
+"""Fixed-grid Runge-Kutta integration of the flow between noise levels.
 
 A fixed grid keeps a row's result independent of its batch mates, which one adaptive error norm over a batch does not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,81 +17,136 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
+"""(states (n, d), u) -> velocities (n, d)."""
+Traced = Callable[[Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
+"""(states, u, number of the trace along the path) -> velocities (n, d), an estimate (n,) of their divergence and the
+variance (n,) of that estimate."""
 
 
-class Interval(NamedTuple):
-    """One grid interval: its ends and its middle."""
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: where in an interval its stages lie, what each is made of, and their weights."""
 
-    start: float
-    middle: float
-    stop: float
+    nodes: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
 
 
-def cosine_grid(start: float, stop: float, steps: int) -> list[Interval]:
-    """``steps`` intervals from ``start`` to ``stop``, dense at both ends: ``(1 - cos(pi k / steps)) / 2`` of the way.
+Method = Literal["euler", "midpoint", "heun", "rk4"]
+Grid = Literal["cosine", "uniform"]
+TABLEAUX: dict[str, Tableau] = {
+    "euler": Tableau((0.0,), ((),), (1.0,)),
+    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
+    "rk4": Tableau(
+        (0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    ),
+}
 
-    The velocity bends most near data and near noise; such a grid needs
-    fewer evaluations than a uniform one.
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A Runge-Kutta method on a fixed grid of noise levels.
+
+    Attributes:
+        method: ``euler``, ``midpoint``, ``heun`` or ``rk4`` (Hairer, Norsett and Wanner 1993, section II.1).
+        grid: ``cosine``, dense at both ends, where the velocity bends most, or ``uniform``.
 
     Raises:
-        UserError: fewer than one step, or levels outside [0, 1].
+        UserError: another method or grid.
     """
-    if steps < 1:
-        raise UserError(f"steps: at least 1 is needed (got {steps})")
-    for u in (start, stop):
-        check_level(u)
-    way = [(1 - math.cos(math.pi * k / steps)) / 2 for k in range(steps + 1)]
-    points = [start + (stop - start) * w for w in way]
-    return [Interval(a, (a + b) / 2, b) for a, b in pairwise(points)]
+
+    method: Method = "midpoint"
+    grid: Grid = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.method not in TABLEAUX:
+            raise UserError(f"solver: method {', '.join(TABLEAUX)} is needed (got {self.method!r})")
+        if self.grid not in ("cosine", "uniform"):
+            raise UserError(f"solver: grid cosine or uniform is needed (got {self.grid!r})")
+
+    @property
+    def stages(self) -> int:
+        """Network evaluations in one interval."""
+        return len(self.tableau.nodes)
+
+    @property
+    def tableau(self) -> Tableau:
+        """The method's coefficients."""
+        return TABLEAUX[self.method]
+
+    def points(self, start: float, stop: float, steps: int) -> list[float]:
+        """The ``steps + 1`` levels of the grid; ``(1 - cos(pi k / steps)) / 2`` or ``k / steps`` of the way.
+
+        Raises:
+            UserError: fewer than one step, or levels outside [0, 1].
+        """
+        if steps < 1:
+            raise UserError(f"steps: at least 1 is needed (got {steps})")
+        for u in (start, stop):
+            check_level(u)
+        way = [k / steps for k in range(steps + 1)]
+        if self.grid == "cosine":
+            way = [(1 - math.cos(math.pi * w)) / 2 for w in way]
+        return [start + (stop - start) * w for w in way]
+
+    def integrate(self, velocity: Velocity, z: Tensor, points: list[float]) -> Tensor:
+        """The state at the last of ``points`` from the state z (n, d) at the first."""
+        for a, b in pairwise(points):
+            slopes: list[Tensor] = []
+            for k in range(self.stages):
+                slopes.append(velocity(self._stage(k, z, b - a, slopes), self._level(k, a, b)))
+            z = _combine(z, b - a, self.tableau.weights, slopes)
+        return z
+
+    def integrate_with_trace(
+        self, velocity: Velocity, traced: Traced, z: Tensor, points: list[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Like :meth:`integrate`, with ``integral of div v du`` along the path by the same rule.
+
+        Stages without weight need no trace: midpoint takes it at half of its evaluations.
+
+        Args:
+            velocity: where no trace is needed.
+            traced: where one is.
+            z: states (n, d) at the first of ``points``.
+            points: see :meth:`points`.
+
+        Returns:
+            The end state (n, d), the integral (n,) and the variance (n,) of its estimate, these in float64.
+        """
+        total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        variance, traces = torch.zeros_like(total), 0
+        for a, b in pairwise(points):
+            slopes: list[Tensor] = []
+            for k, weight in enumerate(self.tableau.weights):
+                state, u = self._stage(k, z, b - a, slopes), self._level(k, a, b)
+                if weight == 0:
+                    slopes.append(velocity(state, u))
+                    continue
+                slope, estimate, spread = traced(state, u, traces)
+                slopes.append(slope)
+                total += (b - a) * weight * estimate
+                variance += ((b - a) * weight) ** 2 * spread
+                traces += 1
+            z = _combine(z, b - a, self.tableau.weights, slopes)
+        return z, total, variance
+
+    def _stage(self, k: int, z: Tensor, width: float, slopes: list[Tensor]) -> Tensor:
+        return _combine(z, width, self.tableau.coefficients[k], slopes)
+
+    def _level(self, k: int, a: float, b: float) -> float:
+        node = self.tableau.nodes[k]
+        return b if node == 1 else a + node * (b - a)
+
+
+def _combine(z: Tensor, width: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight:
+            z = z + width * weight * slope
+    return z
 
 
 def check_level(u: float) -> None:
     """Raises UserError unless u is a noise level in [0, 1]."""
     if not 0.0 <= u <= 1.0:
         raise UserError(f"u: a noise level in [0, 1] is needed, 0 data and 1 noise (got {u})")
-
-
-def trajectory(
-    velocity: Velocity, z: Tensor, grid: list[Interval]
-) -> Iterator[tuple[Interval, Tensor, Tensor]]:
-    """Midpoint steps along ``grid``: yields (interval, state at its middle, state at its end)."""
-    for step in grid:
-        middle = z + (step.middle - step.start) * velocity(z, step.start)
-        z = z + (step.stop - step.start) * velocity(middle, step.middle)
-        yield step, middle, z
-
-
-def integrate(velocity: Velocity, z: Tensor, grid: list[Interval]) -> Tensor:
-    """The state at the end of ``grid`` from the state z (n, d) at its start; two evaluations an interval."""
-    end = z
-    for _, _, end in trajectory(velocity, z, grid):
-        pass
-    return end
-
-
-def integrate_with_trace(
-    velocity: Velocity,
-    trace: Callable[[Tensor, float, int], tuple[Tensor, Tensor]],
-    z: Tensor,
-    grid: list[Interval],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Like :func:`integrate`, with ``integral of div v du`` along the path by the same midpoint rule.
-
-    Args:
-        velocity: (z (n, d), u) -> (n, d).
-        trace: (z, u, step index) -> estimate (n,) of the divergence there and the variance (n,) of that estimate.
-        z: states at the start.
-        grid: intervals.
-
-    Returns:
-        The end state (n, d), the integral (n,) and the variance (n,) of its estimate.
-    """
-    total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-    variance = torch.zeros_like(total)
-    end = z
-    for k, (step, middle, end) in enumerate(trajectory(velocity, z, grid)):
-        width = step.stop - step.start
-        estimate, spread = trace(middle, step.middle, k)
-        total += width * estimate
-        variance += width**2 * spread
-    return end, total, variance

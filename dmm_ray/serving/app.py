@@ -1,6 +1,8 @@
-"""The Serve application: an ingress that speaks HTTP, in front of one deployment for each prior."""
+"""The Serve application: an ingress that speaks HTTP, before a deployment for each prior and one for the subject."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -8,58 +10,119 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from dmm_ray.serving.api import Api
-from dmm_ray.serving.config import AppConfig, Limits
+from dmm_ray.serving.api import build_api
+from dmm_ray.serving.auth import Tokens, tokens_of
+from dmm_ray.serving.backends import Backend, Priors
+from dmm_ray.serving.config import AppConfig
+from dmm_ray.serving.context import Context
 from dmm_ray.serving.replica import PriorDeployment
+from dmm_ray.serving.subject_replica import SubjectDeployment
 
 HEALTH_REQUESTS = 64
-"""Requests the ingress takes beyond what the priors and their queues hold: health, those read or refused."""
+"""Requests the ingress takes beyond what the deployments and their queues hold: health, those read or refused."""
+DRAIN_POLL_S = 0.5
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Serve's wrapper of the API: one is made in each ingress process."""
+    """Serve's wrapper of the API: one is made in each ingress process.
 
-    def __init__(self, priors: dict[str, DeploymentHandle], limits: Limits, retry_after_s: float) -> None:
-        self._api = Api(priors, limits, retry_after_s)
+    Args:
+        priors: a handle to the deployment of each prior, by name; the first is the default.
+        subject: a handle to the language model's deployment, if there is one.
+        config: the application's configuration.
+        tokens: the arguments of ``Tokens``; None: everybody is let in.
+
+    Raises:
+        UserError: the token file is not there or empty.
+    """
+
+    def __init__(
+        self,
+        priors: dict[str, DeploymentHandle],
+        subject: DeploymentHandle | None,
+        config: AppConfig,
+        tokens: tuple[tuple[bytes, ...], str | None] | None,
+    ) -> None:
+        self._config = config
+        self._tokens = None if tokens is None else Tokens(*tokens)
+        self._context = Context(
+            Priors({name: self._backend(handle, "prior") for name, handle in priors.items()}),
+            None if subject is None else self._backend(subject, "language model"),
+            config.limits,
+            config.body_timeout_s,
+            config.retry_after_s,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The ASGI application; Serve looks for this name."""
-        return self._api.build()
+        return build_api(self._context, self._tokens, self._config.cors_origins)
+
+    def _backend(self, handle: DeploymentHandle, what: str) -> Backend:
+        return Backend(handle, what, self._config.timeout_s, self._config.retry_after_s)
 
 
 def build(config: AppConfig) -> Application:
-    """The application that ``config`` describes; nothing is loaded until it is deployed."""
-    backpressure = BackpressureConfig(status_code=503, retry_after_s=config.retry_after_s)
-    priors = {name: _prior(name, source, config, backpressure) for name, source in config.priors.items()}
+    """The application that ``config`` describes; nothing is loaded until it is deployed.
+
+    Raises:
+        UserError: tokens are required and none are given.
+    """
+    tokens = tokens_of(config)
+    priors = {name: _prior(name, source, config) for name, source in config.priors.items()}
+    subject = _subject(config)
     replicas = config.max_replicas or config.replicas
-    held = (
-        len(priors) * (replicas * config.max_ongoing_requests + config.max_queued_requests) + HEALTH_REQUESTS
-    )
-    ingress = Ingress.options(  # type: ignore[attr-defined]
-        num_replicas=config.ingress_replicas,
-        max_ongoing_requests=held,
-        max_queued_requests=held,
-        backpressure_config=backpressure,
-        ray_actor_options={"num_cpus": 0},
-    )
-    return ingress.bind(priors, config.limits, config.retry_after_s)
+    held = len(priors) * (replicas * config.max_ongoing_requests + config.max_queued_requests)
+    if subject is not None:
+        held += config.subject_replicas * config.max_ongoing_texts + config.max_queued_requests
+    held += HEALTH_REQUESTS
+    options = _options(config, held, held) | {"num_replicas": config.ingress_replicas}
+    ingress = Ingress.options(**options, ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
+    return ingress.bind(priors, subject, config, tokens)
 
 
-def _prior(name: str, source: str, config: AppConfig, backpressure: BackpressureConfig) -> Application:
+def _options(config: AppConfig, ongoing: int, queued: int) -> dict[str, Any]:
+    """What every deployment is told."""
+    return {
+        "max_ongoing_requests": ongoing,
+        "max_queued_requests": queued,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=config.retry_after_s),
+        "graceful_shutdown_timeout_s": config.drain_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+    }
+
+
+def _prior(name: str, source: str, config: AppConfig) -> Application:
+    options = _options(config, config.max_ongoing_requests, config.max_queued_requests)
     if config.max_replicas is None:
-        size: dict[str, object] = {"num_replicas": config.replicas}
+        options["num_replicas"] = config.replicas
     else:
-        size = {"autoscaling_config": {"min_replicas": config.replicas, "max_replicas": config.max_replicas}}
+        options["autoscaling_config"] = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
     deployment = PriorDeployment.options(  # type: ignore[attr-defined]
+        **options,
         name=f"prior-{name}",
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        backpressure_config=backpressure,
+        user_config={"source": source},  # another one alone is taken over by the processes that run
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
-        **size,
     )
-    device = "cuda" if config.gpus else "cpu"
-    threads = max(1, int(config.cpus))
-    return deployment.bind(source, device, threads, config.max_batch_rows, config.batch_wait_ms / 1000)
+    return deployment.bind(
+        "cuda" if config.gpus else "cpu",
+        max(1, int(config.cpus)),
+        config.max_batch_rows,
+        config.batch_wait_ms / 1000,
+        config.hung_s,
+    )
+
+
+def _subject(config: AppConfig) -> Application | None:
+    if config.subject is None:
+        return None
+    model, directions = config.subject
+    deployment = SubjectDeployment.options(  # type: ignore[attr-defined]
+        **_options(config, config.max_ongoing_texts, config.max_queued_requests),
+        name="subject",
+        num_replicas=config.subject_replicas,
+        ray_actor_options={"num_cpus": config.subject_cpus, "num_gpus": config.subject_gpus},
+    )
+    device = "cuda" if config.subject_gpus else "cpu"
+    return deployment.bind(model, directions, config.priors, device, max(1, int(config.subject_cpus)))

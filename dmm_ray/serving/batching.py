@@ -46,6 +46,17 @@ class RowBatcher(Generic[Key]):
         self._waiting: deque[_Piece[Key]] = deque()
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._began: float | None = None
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait for the solver."""
+        return sum(piece.size for piece in self._waiting if not piece.answer.cancelled())
+
+    @property
+    def busy_s(self) -> float:
+        """How long the solver call that runs has taken; 0 while none runs."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     async def submit(self, key: Key, rows: Rows) -> Columns:
         """The columns of ``rows`` (arrays of equal, positive length).
@@ -118,9 +129,11 @@ class RowBatcher(Generic[Key]):
 
     async def _run(self, batch: list[_Piece[Key]]) -> None:
         rows = {name: np.concatenate([piece.rows[name] for piece in batch]) for name in batch[0].rows}
+        self._began = time.monotonic()
         (outcome,) = await asyncio.gather(
             asyncio.to_thread(self._solve, batch[0].key, rows), return_exceptions=True
         )
+        self._began = None
         if isinstance(outcome, BaseException) and len(batch) > 1:
             for piece in batch:  # one request's rows must not fail another's
                 await self._run([piece])

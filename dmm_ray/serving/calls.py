@@ -10,7 +10,7 @@ import numpy as np
 from dmm_ray.serving.batching import Columns, Rows
 from dmm_ray.serving.config import Limits
 from dmm_ray.serving.errors import RequestError
-from dmm_ray.serving.schemas import Body, EncodeBody, LogProbBody, Operation, RowsBody, SampleBody
+from dmm_ray.serving.schemas import Arguments, Body, Encode, LogProb, Operation, RowsBody, SampleBody
 
 NOT_ARGUMENTS = {"activations", "ids", "model", "n"}
 
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 def to_call(body: Body, info: PriorInfo, limits: Limits) -> tuple[Call, Rows]:
-    """The call that ``body`` asks for, and its rows.
+    """The call that a JSON ``body`` asks for, and its rows.
 
     Rows are ``ids`` int64 (n, 2) and, but for samples, ``activations`` float32 (n, d).
 
@@ -44,11 +44,39 @@ def to_call(body: Body, info: PriorInfo, limits: Limits) -> tuple[Call, Rows]:
     n = body.n if isinstance(body, SampleBody) else len(body.activations)
     _check_limits(body, n, info, limits)
     _check_prior_has(body, info)
-    rows = {"ids": _ids(body.ids, n)}
+    rows = {"ids": _ids(_listed_ids(body.ids), n)}
     if isinstance(body, RowsBody):
         rows["activations"] = _matrix(body.activations, info.d)
-    arguments = body.model_dump(exclude=NOT_ARGUMENTS)
-    return Call(body.OPERATION, tuple(sorted(arguments.items()))), rows
+    return _call(body), rows
+
+
+def array_call(
+    arguments: Arguments,
+    n: int,
+    activations: np.ndarray | None,
+    ids: np.ndarray | None,
+    info: PriorInfo,
+    limits: Limits,
+) -> tuple[Call, Rows]:
+    """``to_call`` for rows that are arrays already.
+
+    Args:
+        arguments: what the operation is told.
+        n: the number of rows.
+        activations: float32 (n, any); None for samples.
+        ids: int64 (n,) or (n, 2); None: 0, 1, ...
+        info: the prior's shape.
+        limits: what one request may ask for.
+
+    Raises:
+        RequestError: 413 above a limit, 422 for what does not fit the prior.
+    """
+    _check_limits(arguments, n, info, limits)
+    _check_prior_has(arguments, info)
+    rows = {"ids": _ids(ids, n)}
+    if activations is not None:
+        rows["activations"] = _fitting(activations, info.d)
+    return _call(arguments), rows
 
 
 def check_finite(columns: Columns) -> None:
@@ -63,10 +91,14 @@ def check_finite(columns: Columns) -> None:
         )
 
 
-def _check_limits(body: Body, n: int, info: PriorInfo, limits: Limits) -> None:
+def _call(arguments: Arguments) -> Call:
+    return Call(arguments.OPERATION, tuple(sorted(arguments.model_dump(exclude=NOT_ARGUMENTS).items())))
+
+
+def _check_limits(body: Arguments, n: int, info: PriorInfo, limits: Limits) -> None:
     steps, probes = getattr(body, "steps", 1), getattr(body, "probes", None)
     width = {"log_prob": 1, "encode": info.d_mlp * info.n_blocks}.get(body.OPERATION, info.d)
-    if isinstance(body, EncodeBody) and body.block is not None:
+    if isinstance(body, Encode) and body.block is not None:
         width = info.d_mlp
     trace = 0 if probes is None else probes or info.d
     asked = {
@@ -81,26 +113,32 @@ def _check_limits(body: Body, n: int, info: PriorInfo, limits: Limits) -> None:
             raise RequestError(413, f"{what}: {count} asked for, at most {most} in one request; send several")
 
 
-def _check_prior_has(body: Body, info: PriorInfo) -> None:
+def _check_prior_has(body: Arguments, info: PriorInfo) -> None:
     known = ", ".join(map(str, info.layers))
     if body.layer is None and len(info.layers) > 1:
         raise RequestError(422, f"layer: required; this prior models layers {known}")
     if body.layer is not None and body.layer not in info.layers:
         raise RequestError(422, f"layer: this prior models layers {known} (got {body.layer})")
-    if isinstance(body, EncodeBody) and body.block is not None and body.block >= info.n_blocks:
+    if isinstance(body, Encode) and body.block is not None and body.block >= info.n_blocks:
         raise RequestError(422, f"block: this prior has blocks 0 to {info.n_blocks - 1} (got {body.block})")
-    if isinstance(body, LogProbBody) and body.probes == 0 and not info.exact_trace:
+    if isinstance(body, LogProb) and body.probes == 0 and not info.exact_trace:
         raise RequestError(
             422, f"probes: give at least 1; an exact trace (0) is too costly at width {info.d}"
         )
 
 
-def _ids(ids: list[int | tuple[int, int]] | None, n: int) -> np.ndarray:
-    if ids is not None and len(ids) != n:
-        raise RequestError(422, f"ids: one for each of the {n} rows is needed (got {len(ids)})")
+def _listed_ids(ids: list[int | tuple[int, int]] | None) -> np.ndarray | None:
     if ids is not None and len({isinstance(i, int) for i in ids}) > 1:
         raise RequestError(422, "ids: all integers or all [document, position] pairs, not both")
-    array = np.arange(n) if ids is None else np.asarray(ids, dtype=np.int64)
+    return None if ids is None else np.asarray(ids, dtype=np.int64)
+
+
+def _ids(ids: np.ndarray | None, n: int) -> np.ndarray:
+    array = np.arange(n) if ids is None else ids
+    if len(array) != n:
+        raise RequestError(422, f"ids: one for each of the {n} rows is needed (got {len(array)})")
+    if array.ndim == 2 and array.shape[1] != 2:
+        raise RequestError(422, f"ids: one number or two for a row (got {array.shape[1]})")
     return array if array.ndim == 2 else np.stack([array, np.zeros_like(array)], axis=1)
 
 
@@ -111,8 +149,15 @@ def _matrix(activations: list[list[float]], d: int) -> np.ndarray:
                 422, f"activations: row {i} has {len(row)} numbers; this prior's activations have d = {d}"
             )
     with np.errstate(over="ignore"):
-        matrix = np.asarray(activations, dtype=np.float64).astype(np.float32)
+        return _fitting(np.asarray(activations, dtype=np.float64).astype(np.float32), d)
+
+
+def _fitting(matrix: np.ndarray, d: int) -> np.ndarray:
+    if matrix.shape[1] != d:
+        raise RequestError(
+            422, f"activations: rows have {matrix.shape[1]} numbers; this prior's activations have d = {d}"
+        )
     if not math.isfinite(matrix.sum(dtype=np.float64)):
         row, column = np.argwhere(~np.isfinite(matrix))[0]
-        raise RequestError(422, f"activations.{row}.{column}: too large for a 32-bit float")
+        raise RequestError(422, f"activations.{row}.{column}: not a finite 32-bit float")
     return matrix

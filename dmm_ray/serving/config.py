@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,6 +19,10 @@ NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
 def _listed(value: object) -> object:
     """``serve run`` passes every argument as one string."""
     return (value,) if isinstance(value, str) else value
+
+
+def _absolute(uri: str) -> str:
+    return str(Path(uri).absolute()) if Path(uri).is_dir() else uri
 
 
 class Limits(Config):
@@ -36,6 +40,10 @@ class Limits(Config):
     """Numbers in an answer: rows times width."""
     max_work: int = Field(default=32 << 20, gt=0)
     """Passes of single rows through the network: rows x steps x (2 + probes, or 2 + d for an exact trace)."""
+    max_text_chars: int = Field(default=100_000, gt=0)
+    """Characters of a text or prompt."""
+    max_tokens: int = Field(default=512, gt=0)
+    """New tokens of a generation."""
 
 
 class AppConfig(Config):
@@ -64,11 +72,38 @@ class AppConfig(Config):
     """Requests that wait for a process of a prior; more are refused with 503 and Retry-After."""
     retry_after_s: float = Field(default=1.0, ge=0)
     """What Retry-After says when the queue is full, seconds."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for an answer (of a stream: for its next event), seconds; then 503."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """How long the body of a request may take to arrive, seconds; then 408."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long a process that is being replaced or stopped may go on with its requests, seconds."""
+    hung_s: float = Field(default=900.0, gt=0)
+    """A solver call that takes longer is taken for hung and its process replaced, seconds."""
+    auth: Literal["tokens", "none"] | None = None
+    """`tokens`: requests need a bearer token, from DMM_SERVE_TOKENS or token_file; `none`: nobody needs one.
+    None: tokens are required, except by `dmm serve` on a loopback address when none are given."""
+    token_file: str | None = None
+    """File with one token a line, on every node that reads requests; read again when it changes."""
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Origins whose pages may ask from a browser, such as https://lab.example; none by default."""
+    model: str | None = None
+    """Language model for the text routes, a folder or hub id; None: no text routes."""
+    directions: str | None = None
+    """Folder of steering directions, one safetensors file each; needs model."""
+    subject_replicas: int = Field(default=1, gt=0)
+    """Processes that hold the language model (and a copy of each prior)."""
+    subject_cpus: float = Field(default=1.0, ge=0)
+    """CPUs reserved for each process of the language model."""
+    subject_gpus: float = Field(default=0.0, ge=0)
+    """GPUs for each process of the language model, fractions allowed; 0 computes on CPU."""
+    max_ongoing_texts: int = Field(default=8, gt=0)
+    """Text requests that one process of the language model holds at a time."""
     limits: Limits = Limits()
     """Limits on one request."""
 
     @model_validator(mode="after")
-    def _check(self) -> AppConfig:
+    def _check(self) -> Self:
         names = [name for name, _ in self._pairs()]
         if len(set(names)) != len(names):
             raise ValueError("prior: each name once, and at most one prior without a name; write NAME=FOLDER")
@@ -76,6 +111,10 @@ class AppConfig(Config):
             raise ValueError(
                 f"max_replicas: at least replicas ({self.replicas}) or unset (got {self.max_replicas})"
             )
+        if self.auth == "none" and self.token_file is not None:
+            raise ValueError("auth: none, and a token_file; give one of them")
+        if self.directions is not None and self.model is None:
+            raise ValueError("directions: only with a model to steer; give model too")
         return self
 
     def _pairs(self) -> list[tuple[str, str]]:
@@ -86,11 +125,18 @@ class AppConfig(Config):
     def priors(self) -> dict[str, str]:
         """Folder or hub id by name, local folders made absolute; the default prior comes first."""
         pairs = sorted(self._pairs(), key=lambda pair: pair[0] != DEFAULT_NAME)
-        return {name: str(Path(uri).absolute()) if Path(uri).is_dir() else uri for name, uri in pairs}
+        return {name: _absolute(uri) for name, uri in pairs}
+
+    @property
+    def subject(self) -> tuple[str, str | None] | None:
+        """The language model and the folder of directions, local folders made absolute; None without a model."""
+        if self.model is None:
+            return None
+        return _absolute(self.model), None if self.directions is None else _absolute(self.directions)
 
 
 class ServeConfig(AppConfig):
-    """`dmm serve`: answer log_prob, denoise, sample and encode requests over HTTP until interrupted."""
+    """`dmm serve`: answer questions about activations (and texts, with a model) over HTTP until interrupted."""
 
     host: str = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine only."""

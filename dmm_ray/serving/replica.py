@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from dmm_ray.errors import CheckFailed
 from dmm_ray.serving.batching import Columns, RowBatcher, Rows
 from dmm_ray.serving.calls import Call, PriorInfo
+from dmm_ray.serving.metrics import SolverMetrics
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dmm_ray.prior import ActivationPrior
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.dmm")
 NAMED_ANSWERS = {"denoise": "activations", "sample": "activations", "encode": "features"}
 
 
@@ -33,48 +38,96 @@ def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
 
 @serve.deployment
 class PriorDeployment:
-    """Answers calls of one prior.
+    """Answers calls of one prior, which ``reconfigure`` loads and may replace while requests go on.
 
     Args:
-        source: the prior's folder or hub id.
         device: where it computes, ``cpu`` or ``cuda``.
         threads: CPU threads of the solver.
         max_batch_rows: rows of one solver call.
         batch_wait_s: how long to wait for rows to join the first.
-
-    Raises:
-        UserError: no prior at ``source``.
+        hung_s: a solver call that takes longer makes this process unhealthy.
     """
 
     def __init__(
-        self, source: str, device: str, threads: int, max_batch_rows: int, batch_wait_s: float
+        self, device: str, threads: int, max_batch_rows: int, batch_wait_s: float, hung_s: float
     ) -> None:
         # Imported here: the ingress imports this module to name the deployment, and does without torch.
         import torch
 
-        from dmm_ray.prior import ActivationPrior
-        from dmm_ray.prior.model import EXACT_TRACE_MAX_D
-
         torch.set_num_threads(threads)
-        self._prior = ActivationPrior.from_pretrained(source, device=device)
+        self._device = device
+        self._hung_s = hung_s
+        self._prior: ActivationPrior | None = None
         self._batcher = RowBatcher[Call](self._solve, max_batch_rows, batch_wait_s)
-        c = self._prior.config
-        self._info = PriorInfo(c.d, c.layers, c.n_blocks, c.d_mlp, exact_trace=c.d <= EXACT_TRACE_MAX_D)
-        self._prior.log_prob(
-            self._prior.sample(1, steps=1, layer=c.layers[0]), steps=1, layer=c.layers[0]
-        )  # warm-up
-        logger.info("serving %s on %s: d %d, layers %s", source, device, c.d, c.layers)
+        self._metrics = SolverMetrics()
+
+    async def reconfigure(self, user_config: dict[str, str]) -> None:
+        """Load the prior at ``user_config["source"]`` and warm it up, then let it take the place of the one before.
+
+        Raises:
+            UserError: no prior there.
+        CheckFailed: its answers are not finite.
+        """
+        source = user_config["source"]
+        prior = await asyncio.to_thread(_warm, source, self._device)
+        self._prior = prior
+        c = prior.config
+        logger.info("serving %s on %s: d %d, layers %s", source, self._device, c.d, c.layers)
+
+    async def check_health(self) -> None:
+        """Run the model on one row if it is idle; Serve replaces this process when this raises."""
+        if self._prior is None:
+            return  # Serve asks once before it configures
+        if self._batcher.busy_s > self._hung_s:
+            raise RuntimeError(f"a solver call has run for more than {self._hung_s:g} s")
+        if not self._batcher.busy_s:
+            await asyncio.to_thread(_one_sample, self._prior)
 
     async def describe(self) -> PriorInfo:
         """The prior's shape; an answer also says that this process is up."""
-        return self._info
+        from dmm_ray.prior.model import EXACT_TRACE_MAX_D
+
+        assert self._prior
+        c = self._prior.config
+        return PriorInfo(c.d, c.layers, c.n_blocks, c.d_mlp, exact_trace=c.d <= EXACT_TRACE_MAX_D)
 
     async def compute(self, call: Call, rows: Rows) -> Columns:
         """The answer to a checked request, computed together with others that ask the same of other rows."""
         return await self._batcher.submit(call, rows)
 
     def _solve(self, call: Call, rows: Rows) -> Columns:
+        assert self._prior
         start = time.perf_counter()
-        columns = solve(self._prior, call, rows)
-        logger.debug("%s: %d rows in %.3f s", call.operation, len(rows["ids"]), time.perf_counter() - start)
+        self._metrics.waiting(self._batcher.waiting_rows)
+        try:
+            columns = solve(self._prior, call, rows)
+        except Exception:
+            self._metrics.failed(call.operation)
+            raise
+        self._metrics.solved(call.operation, len(rows["ids"]), time.perf_counter() - start)
         return columns
+
+
+def _warm(source: str, device: str) -> ActivationPrior:
+    """A loaded prior that has done each operation once.
+
+    Raises:
+        UserError: no prior at ``source``.
+        CheckFailed: its answers are not finite.
+    """
+    from dmm_ray.prior import ActivationPrior
+
+    prior = ActivationPrior.from_pretrained(source, device=device)
+    layer, row = prior.layers[0], _one_sample(prior)
+    prior.log_prob(row, steps=1, probes=1, layer=layer)
+    prior.denoise(row, steps=1, layer=layer)
+    prior.encode(row, layer=layer)
+    return prior
+
+
+def _one_sample(prior: ActivationPrior) -> Tensor:
+    """The smallest piece of work, (1, d). Raises CheckFailed if it is not finite."""
+    row = prior.sample(1, steps=1, layer=prior.layers[0])
+    if not row.isfinite().all():
+        raise CheckFailed("the prior's answers are not finite; its weights are damaged")
+    return row

@@ -15,6 +15,7 @@ import httpx
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.serving.auth import settled
 from dmm_ray.serving.config import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ def running(config: ServeConfig) -> Iterator[str]:
     """The endpoint for as long as the context lasts; gives its base URL once it answers.
 
     Raises:
-        UserError: no prior at a folder, the port is taken, or this cluster runs Serve already.
+        UserError: no prior at a folder, the port is taken, this cluster runs Serve already, or the address is
+            reachable from elsewhere and no tokens are given.
         CheckFailed: the application did not start.
     """
+    config = settled(config)
     for source in config.priors.values():
         _check_prior(source)
     port = _free_port(config.host, config.port)
@@ -82,7 +85,7 @@ def _deploy(config: ServeConfig, port: int) -> None:
     from dmm_ray.serving.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    quiet = {"enable_access_log": False}  # the application writes its own, into Serve's log files
     ray_serve.start(http_options={"host": config.host, "port": port}, logging_config=quiet)
     try:
         ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)

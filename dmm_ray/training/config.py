@@ -73,6 +73,8 @@ class TrainConfig(Config):
     compile: bool | None = None
     """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
     time, about 20 s."""
+    micro_batch: int | None = Field(default=None, ge=2)
+    """Most rows a worker puts through the network at once; a larger share is cut and its gradients summed."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""
     split: Split = Split()
@@ -81,6 +83,14 @@ class TrainConfig(Config):
     """Of the initial weights, the data order and every sample's noise."""
     workers: int = Field(default=1, ge=0)
     """Ray Train workers; 0 trains in this process."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Train on as few as this while the cluster has no room for `workers`; grows back when it has."""
+    resize_interval_s: float = Field(default=60.0, gt=0)
+    """With min_workers: seconds between looks at whether the cluster has room for more; growing ends the work since
+    the last checkpoint."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds all weights; fsdp: weights, average and optimiser are sharded over the workers, for
+    priors that do not fit."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPUs of a worker; default all of a local machine divided by the workers, 1 on GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -101,6 +111,8 @@ class TrainConfig(Config):
     """Samples between validation losses; default a tenth of the run."""
     validation_rows: int = Field(default=4096, ge=1)
     """Rows of the validation part that the validation loss is taken on, the same every time."""
+    calibration_rows: int = Field(default=2048, ge=0)
+    """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -118,6 +130,16 @@ class TrainConfig(Config):
             raise ValueError(
                 f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_fit_together(self) -> TrainConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers: must not be more than workers ({self.workers}); lower it or raise --workers"
+            )
+        if self.parallel == "fsdp" and self.workers == 0:
+            raise ValueError("parallel: fsdp shards over Ray workers; give --workers of 1 or more")
         return self
 
     @property
@@ -161,8 +183,17 @@ def preset_shape(preset: Preset, d: int) -> Shape:
 
 
 FREE_FIELDS = frozenset(
-    {"activations", "out", "workers", "cpus_per_worker", "device", "max_failures", "checkpoint_every"}
-    | {"keep_checkpoints", "keep_every", "keep_best", "peak_tflops", "wandb", "wandb_project"}
+    {"activations", "out", "workers", "min_workers", "resize_interval_s", "cpus_per_worker", "parallel"}
+    | {
+        "micro_batch",
+        "device",
+        "max_failures",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "keep_best",
+    }
+    | {"calibration_rows", "peak_tflops", "wandb", "wandb_project"}
 )
 """Fields that a resumed run may change: they touch no number of the run."""
 

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
-import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmm_ray.activations.split import VALIDATION
 from dmm_ray.activations.store import ActivationStore
-from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.errors import UserError
+from dmm_ray.files import join
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.model import ActivationPrior, new_denoiser
-from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.training import checkpoint
-from dmm_ray.training.checkpoint import Notice
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loader import Loader, check_finite
-from dmm_ray.training.step import Ema, FlowBatch, Validation, learning_rate
-from dmm_ray.training.tracking import Interval, Tracker, batch_figures, means
+from dmm_ray.training.interval import Interval, batch_figures, means
+from dmm_ray.training.loader import Loader
+from dmm_ray.training.notices import Notice
+from dmm_ray.training.parallel import Model, Place, Team, whole
+from dmm_ray.training.state import check_architecture, restore, snapshot
+from dmm_ray.training.step import Ema, FlowBatch, learning_rate
+from dmm_ray.training.tracking import Tracker
+from dmm_ray.training.validation import load_validation
 
 logger = logging.getLogger(__name__)
 INTERVAL = "interval"
 """Of a checkpoint: the figures of the batches since the last record."""
-
-
-class Place(NamedTuple):
-    """Where a worker stands."""
-
-    rank: int
-    world: int
-    device: torch.device
-    on_ray: bool = False
-    """In a worker of Ray Train."""
-
-    def share(self, batch: int) -> slice:
-        """This worker's contiguous part of a global batch."""
-        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
 
 
 class Run:
@@ -54,17 +39,14 @@ class Run:
     Args:
         config: of the run.
         prior_config: shape and provenance of the prior to be.
-        place: rank, world size, device.
-        wrap: makes the module that is called in the forward pass, DDP where there are several workers.
+        place: rank, world size, device. With several workers torch.distributed is set up; ``fsdp`` needs it always.
 
     Raises:
         UserError: fewer training rows than a batch, rows that are not finite, a checkpoint of another architecture.
         CheckFailed: workers found different checkpoints.
     """
 
-    def __init__(
-        self, config: TrainConfig, prior_config: PriorConfig, place: Place, wrap: Any = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: Place) -> None:
         self.config, self.prior_config, self.place = config, prior_config, place
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
@@ -73,7 +55,9 @@ class Run:
         self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(place.device)
         self.loader = self._loader(store)
         torch.manual_seed(config.seed)
-        self.denoiser: Denoiser = new_denoiser(prior_config).to(place.device)
+        compiled = config.compile if config.compile is not None else place.device.type == "cuda"
+        self.model = Model(new_denoiser(prior_config), place, config.parallel == "fsdp", compiled)
+        self.denoiser = self.model.denoiser
         self.ema = Ema(self.denoiser, config.ema)
         self.optimizer = torch.optim.AdamW(
             self.denoiser.parameters(),
@@ -82,12 +66,10 @@ class Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.team = Team(place.rank, place.world)
         self.batch, past = self._resume()
         self.interval = Interval(config, self.batch, past, place.rank, place.world, place.device)
-        self.model: nn.Module = wrap(self.denoiser) if wrap else self.denoiser
-        if config.compile if config.compile is not None else place.device.type == "cuda":
-            self.model = compiled(self.model, place.device)
-        self.validation = self._validation(store)
+        self.validation = load_validation(config, store, self.layer, self.normalizer, place)
         self.peak_lr = config.peak_lr(prior_config.d)
 
     def train(self, notice: Callable[[int], Notice]) -> bool:
@@ -109,8 +91,8 @@ class Run:
         tracker = self._tracker()
         with (
             closing(tracker) if tracker else nullcontext(),
-            checkpoint.Writer(config.out, config.kept_checkpoints) as writer,
-            closing(self._batches(share)) as batches,
+            self._writer() or nullcontext() as writer,
+            closing(self.loader.batches(self.batch, config.batch, share)) as batches,
         ):
             while self.batch < total:
                 self.interval.add(self._step(next(batches), share))
@@ -122,64 +104,71 @@ class Run:
                     self._save(writer)
                     if wanted == Notice.STOP:
                         return False
-        if self.place.rank == 0:
-            self._export()
+        self._export()
         return True
-
-    def _batches(self, share: slice) -> Generator[Tensor]:
-        yield from self.loader.batches(self.batch, self.config.batch, share)
 
     def _step(self, rows: Tensor, share: slice) -> Tensor:
         """One global batch; returns this worker's figures of it without waiting for the device."""
-        config = self.config
-        z_BD = self.normalizer.normalize(rows.to(self.place.device, non_blocking=True))
-        data = FlowBatch(config, self.batch, share, z_BD)
-        losses = data.loss(self.model, config.precision == "bfloat16")
-        # DDP averages gradients over workers, whose shares may be uneven: scale to the mean over the global batch.
-        loss = losses.sum() / config.batch
-        (loss * self.place.world).backward()
+        config, place = self.config, self.place
+        losses, levels = [], []
+        for piece in place.pieces(config.batch, config.micro_batch):
+            mine = rows[piece.start - share.start : piece.stop - share.start]
+            z_BD = self.normalizer.normalize(mine.to(place.device, non_blocking=True))
+            data = FlowBatch(config, self.batch, piece, z_BD)
+            with self.model.accumulate(last=piece.stop == share.stop):
+                found = data.loss(self.model.called, config.precision == "bfloat16")
+                # DDP and FSDP average gradients over workers, whose shares may be uneven: this gives the mean over
+                # the global batch.
+                (found.sum() / config.batch * place.world).backward()
+            losses.append(found.detach())
+            levels.append(data.u_B)
         norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.peak_lr, self.batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.batch + 1)
-        u = (
-            data.u_M.repeat_interleave(len(z_BD) // len(data.u_M))
-            if data.index is None
-            else data.u_M[data.index]
-        )
-        return batch_figures(losses.detach(), u, norm, share.start, config.batch)
+        return batch_figures(torch.cat(losses), torch.cat(levels), whole(norm), share.start, config.batch)
 
     def _log(self, tracker: Tracker | None, log_every: int) -> None:
         """Record the interval and begin the next one."""
         config, interval = self.config, self.interval
         sums = interval.sums()
+        validate_every = config.every(config.validate_every, 10)
+        validate = self.batch % validate_every < log_every or self.batch == config.total_batches
+        validation_loss = self._validation_loss() if validate else None
         if tracker:
-            validate_every = config.every(config.validate_every, 10)
-            validate = self.batch % validate_every < log_every or self.batch == config.total_batches
             levels = min(config.levels_per_batch, config.batch)
             tracker.log(
                 {
                     "samples": self.batch * config.batch,
                     "lr": learning_rate(config, self.peak_lr, self.batch - 1),
-                    "validation_loss": self._validation_loss() if validate else None,
+                    "validation_loss": validation_loss,
                     **means(sums),
                     **interval.speed(flops(self.denoiser, config.batch, levels), self.loader.waited),
                     "memory_gb": memory_gb(self.place.device),
+                    "workers": self.place.world,
                 }
             )
         interval.clear()
         interval.restart(self.loader.waited)
 
-    def _save(self, writer: checkpoint.Writer) -> None:
+    def _writer(self) -> checkpoint.Writer | None:
+        """What writes this worker's part of the checkpoints; the first one's is everything unless they are sharded."""
+        if not self.model.sharded and self.place.rank > 0:
+            return None
+        team = self.team if self.model.sharded else None
+        return checkpoint.Writer(self.config.out, self.config.kept_checkpoints, team)
+
+    def _save(self, writer: checkpoint.Writer | None) -> None:
         """Have a checkpoint written; the figures since the last record go into it."""
         sums = self.interval.sums()
-        if self.place.rank != 0:
-            return
         loss = self._validation_loss() if self.config.keep_best else None
-        tensors = checkpoint.state_tensors(self.denoiser, self.optimizer, self.ema) | {INTERVAL: sums}
-        writer.save(self.batch * self.config.batch, tensors, loss)
+        if writer is not None:
+            tensors = snapshot(self.denoiser, self.optimizer, self.ema)
+            if self.place.rank == 0:
+                tensors[INTERVAL] = sums
+            writer.save(self.batch * self.config.batch, tensors, loss)
 
     def _loader(self, store: ActivationStore) -> Loader:
         config = self.config
@@ -192,50 +181,28 @@ class Run:
             )
         return loader
 
-    def _validation(self, store: ActivationStore) -> Validation | None:
-        if self.place.rank != 0:
-            return None
-        rows = store.select(
-            self.layer, self.config.split, VALIDATION, self.config.validation_rows, self.config.seed
-        )
-        if len(rows.doc) == 0:
-            if self.config.keep_best:
-                raise UserError(
-                    "keep_best: no document falls into the validation part; change --split or leave it out"
-                )
-            logger.warning("no document falls into the validation part: no validation loss")
-            return None
-        check_finite(store, self.layer, rows)
-        return Validation(self.config, self.normalizer.normalize(rows.activation.to(self.place.device)))
-
     def _validation_loss(self) -> float | None:
-        """Loss of the averaged weights on the fixed validation pairs."""
-        return self.validation.loss(self._averaged()) if self.validation else None
-
-    def _averaged(self) -> Denoiser:
-        denoiser = new_denoiser(self.prior_config).to(self.place.device)
-        denoiser.load_state_dict(self.ema.state())
-        return denoiser
+        """Loss of the averaged weights on the fixed validation pairs. Every worker asks at once."""
+        if self.validation is None:
+            return None
+        with self.ema.in_place():
+            loss = self.validation.loss(self.denoiser)
+            self.model.settle()
+        return loss
 
     def _resume(self) -> tuple[int, Tensor | None]:
         """Batches done and the figures since the last record, from the newest whole checkpoint."""
-        out, batch, past = self.config.out, 0, None
-        samples = checkpoint.newest(out)
-        if samples is not None:
-            logger.info("resuming after %d samples", samples)
-            tensors = checkpoint.load(out, samples)
-            past = tensors.pop(INTERVAL, None)
-            checkpoint.check_architecture(out, tensors, self.denoiser)
-            checkpoint.load_tensors(tensors, self.denoiser, self.optimizer, self.ema)
-            batch = samples // self.config.batch
-        if self.place.world > 1:
-            ends = torch.tensor([batch, -batch], device=self.place.device)
-            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-            if ends[0] != -ends[1]:
-                raise CheckFailed(
-                    f"{out}: workers found different checkpoints; --out must be one folder to all of them"
-                )
-        return batch, past
+        out = self.config.out
+        samples = checkpoint.newest(out, self.team)
+        if samples is None:
+            return 0, None
+        logger.info("resuming after %d samples", samples)
+        saved = checkpoint.load(out, samples)
+        shapes = saved.shapes()
+        past = shapes.pop(INTERVAL, None)
+        check_architecture(join(out, checkpoint.FOLDER), shapes, self.denoiser)
+        restore(saved, self.denoiser, self.optimizer, self.ema)
+        return samples // self.config.batch, saved.rows(INTERVAL, 0, past[0]) if past else None
 
     def _tracker(self) -> Tracker | None:
         if self.place.rank != 0:
@@ -245,19 +212,16 @@ class Run:
         return Tracker(self.config, samples, {"parameters": parameters}, self.place.on_ray)
 
     def _export(self) -> None:
-        with checkpoint.room(self.config.out):
-            ActivationPrior(self.prior_config, self._averaged(), self.normalizer).save_pretrained(
-                self.config.out
-            )
-
-
-def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` through torch.compile. Raises UserError on a CPU without a C++ compiler."""
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            "compile: torch.compile needs a C++ compiler (g++, or CXX); install one or leave it out"
-        )
-    return cast(nn.Module, torch.compile(model))
+        """The first worker writes the prior's folder, of whole tensors that come one after the other."""
+        weights = {}
+        for name, average in self.ema.state().items():
+            tensor = whole(average)
+            if self.place.rank == 0:
+                weights[name] = tensor.cpu()
+        if self.place.rank == 0:
+            denoiser = new_denoiser(self.prior_config)
+            denoiser.load_state_dict(weights, assign=True)
+            ActivationPrior(self.prior_config, denoiser, self.normalizer).save_pretrained(self.config.out)
 
 
 def flops(denoiser: nn.Module, rows: int, levels: int) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dmm_ray.prior.flow import batch_levels, interpolate
-from dmm_ray.prior.network import Denoiser
-from dmm_ray.prior.noise import normal, row_ids
+from dmm_ray.prior.noise import normal
 from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.parallel import local
 
 STREAM_TRAIN, STREAM_VALIDATION = 16, 17
 """Noise streams of training; inference uses others."""
@@ -48,22 +50,39 @@ class Ema:
     def update(self, batches: int) -> None:
         """Take in the weights after ``batches`` batches (from 1)."""
         beta = (1 - 1 / batches) ** (self.gamma + 1)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - beta)
+        torch._foreach_lerp_([local(a) for a in self.average], self._weights(), 1 - beta)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights by name."""
+        """The averaged weights by name, sharded as the weights are."""
         return dict(zip(self.names, self.average, strict=True))
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
-        for name, average in zip(self.names, self.average, strict=True):
-            average.copy_(state[name])
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While it is entered the denoiser has the averaged weights, and the average the denoiser's."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self._weights(), self.average, strict=True):
+            before = weight.clone()
+            weight.copy_(local(average))
+            local(average).copy_(before)
+
+    def _weights(self) -> list[Tensor]:
+        return [local(p.detach()) for p in self.source]
 
 
 class FlowBatch:
-    """A share of a global batch on the path: what the network sees and what it should say.
+    """Rows ``share`` of a global batch on the path: what the network sees and what it should say.
 
     Sample i of a batch has level ``i // run`` of it; a share that does not cut a run needs no index per row.
+
+    Attributes:
+        u_B: noise level of every row.
     """
 
     def __init__(self, config: TrainConfig, batch: int, share: slice, z_BD: Tensor) -> None:
@@ -77,7 +96,8 @@ class FlowBatch:
         first = batch * config.batch
         ids = torch.arange(first + share.start, first + share.stop, device=device)
         noise = normal(config.seed, ids, z_BD.shape[1], STREAM_TRAIN)
-        self.z_u = interpolate(z_BD, noise, self.u_M[level])
+        self.u_B = self.u_M[level]
+        self.z_u = interpolate(z_BD, noise, self.u_B)
         self.target = noise - z_BD
 
     def loss(self, model: nn.Module, bf16: bool) -> Tensor:
@@ -92,21 +112,3 @@ def flow_loss(
     with torch.autocast(z_u.device.type, dtype=torch.bfloat16, enabled=bf16):
         velocity = model(z_u, u_M, index)
     return (velocity.float() - target).square().mean(1)
-
-
-class Validation:
-    """The loss on fixed rows at fixed (u, noise) pairs."""
-
-    def __init__(self, config: TrainConfig, z_BD: Tensor) -> None:
-        n = len(z_BD)
-        self.bf16 = config.precision == "bfloat16"
-        self.u_M = torch.linspace(0.5 / 64, 1 - 0.5 / 64, 64, device=z_BD.device)
-        self.index = torch.arange(n, device=z_BD.device) % 64
-        noise = normal(config.seed, row_ids(None, n, z_BD.device), z_BD.shape[1], STREAM_VALIDATION)
-        self.z_u = interpolate(z_BD, noise, self.u_M[self.index])
-        self.target = noise - z_BD
-
-    @torch.no_grad()
-    def loss(self, denoiser: Denoiser) -> float:
-        """Mean over rows."""
-        return float(flow_loss(denoiser, self.z_u, self.target, self.u_M, self.index, self.bf16).mean())

@@ -1,8 +1,10 @@
 #!/bin/sh
 # Ask a running endpoint (`dmm serve --prior DIR`) with curl. Rows have as many numbers as the prior's activations; here d = 4.
+# Where it wants a token: TOKEN=... sh curl.sh.
 URL=${URL:-http://127.0.0.1:8000}
+ask() { curl -sS ${TOKEN:+-H "Authorization: Bearer $TOKEN"} "$@"; echo; }
 
-curl -sS "$URL/v2/health/ready"; echo
-curl -sS "$URL/v1/log_prob" -d '{"activations": [[0.1, -1.2, 0.7, 0.0]], "steps": 32, "probes": 2}'; echo
-curl -sS "$URL/v1/denoise" -d '{"activations": [[0.1, -1.2, 0.7, 0.0]], "u": 0.5}'; echo
-curl -sS "$URL/v1/sample" -d '{"n": 2, "seed": 1}'; echo
+ask "$URL/v2/health/ready"
+ask "$URL/v1/log_prob" -d '{"activations": [[0.1, -1.2, 0.7, 0.0]], "steps": 32, "probes": 2}'
+ask "$URL/v1/denoise" -d '{"activations": [[0.1, -1.2, 0.7, 0.0]], "u": 0.5}'
+ask "$URL/v1/sample" -d '{"n": 2, "seed": 1}'

@@ -70,6 +70,7 @@ def config(store: str, out: Path, workers: int) -> TrainConfig:
         log_every=LOG * 64,
         checkpoint_every=SAVE * 64,
         shuffle_rows=2000,
+        calibration_rows=0,
     )
 
 

@@ -3,6 +3,7 @@ import torch
 
 from dmm_ray.errors import UserError
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.prior.calibrate import calibrate
 
 D = 16
 
@@ -19,6 +20,7 @@ def prior() -> ActivationPrior:
         variance_floor=1e-3,
         subject={"id": "x"},
     )
+    torch.manual_seed(1)
     mean, var = torch.randn(2, D), torch.rand(2, D) * 4
     var[:, 0] = 0
     return ActivationPrior.untrained(config, mean, var)
@@ -31,6 +33,9 @@ def calls(prior, x, ids):
         prior.denoise(x, layer=5, mode="mean", ids=ids, seed=3),
         prior.encode(x, layer=5, ids=ids, seed=3),
         prior.sample(len(x), layer=5, steps=4, ids=ids, seed=3),
+        prior.velocity_error(x, layer=5, ids=ids, seed=3),
+        prior.denoise(x, u=torch.linspace(0, 1, 5)[ids[:, 1] % 5], layer=5, steps=4, ids=ids, seed=3),
+        prior.encode(x, layer=5, noises=3, ids=ids, seed=3, block=1),
     ]
 
 
@@ -41,7 +46,7 @@ def test_a_row_does_not_depend_on_its_batch(prior, monkeypatch):
     mixed = torch.randperm(40)[:9]
     for a, b in zip(whole, calls(prior, x[mixed], ids[mixed]), strict=True):
         assert torch.allclose(a[mixed], b, atol=2e-5)
-    monkeypatch.setattr("dmm_ray.prior.model.CHUNK_FLOATS", 1000)
+    monkeypatch.setattr("dmm_ray.prior.rows.CHUNK_FLOATS", 1000)
     for a, b in zip(whole, calls(prior, x, ids), strict=True):
         assert torch.allclose(a, b, atol=2e-5)
 
@@ -87,6 +92,26 @@ def test_save_and_load_are_bit_equal(prior, tmp_path):
         assert torch.equal(a, b), name
     x = torch.randn(3, D)
     assert torch.equal(prior.denoise(x, layer=3), again.denoise(x, layer=3))
+
+
+def test_calibration_travels_with_the_prior(prior, tmp_path):
+    prior.save_pretrained(str(tmp_path / "bare"))
+    assert ActivationPrior.from_pretrained(str(tmp_path / "bare")).calibration is None
+    torch.manual_seed(0)
+    x, ids = (
+        prior.sample(200, layer=3),
+        torch.stack([torch.arange(200) // 20, torch.arange(200) % 20 + 1], dim=1),
+    )
+    assert prior.log_prob(x, layer=3, steps=4).percentile is None
+    prior.calibration = calibrate(prior, x, ids, layer=3, steps=4, probes=2)
+    prior.save_pretrained(str(tmp_path / "p"))
+    again = ActivationPrior.from_pretrained(str(tmp_path / "p"))
+    for name in ("percentile", "latent_percentile", "combined_percentile"):
+        found = getattr(prior.log_prob(x, layer=3, steps=4, ids=ids), name)
+        assert torch.equal(found, getattr(again.log_prob(x, layer=3, steps=4, ids=ids), name))
+        assert 40 < found.mean() < 60
+        assert getattr(prior.log_prob(x, layer=5, steps=4), name) is None
+    prior.calibration = None
 
 
 def test_dead_dimensions_stay_finite(prior):

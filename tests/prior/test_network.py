@@ -67,5 +67,18 @@ def test_meta_neurons_are_the_inputs_of_down_proj():
     assert all(torch.equal(a, b) for a, b in zip(net.meta_neurons(z, gates), expected, strict=True))
 
 
+def test_tangents_are_those_of_automatic_differentiation():
+    torch.manual_seed(0)
+    net = Denoiser(6, 12, 20, 3).double().requires_grad_(False)
+    torch.nn.init.normal_(net.ln.weight)
+    z, t = torch.randn(9, 6, dtype=torch.float64), torch.randn(4, 9, 6, dtype=torch.float64)
+    gates = net.gates(torch.tensor([0.3]))
+    velocity, along = net.tangents(z, gates, t)
+    assert torch.allclose(velocity, net.velocity(z, gates), atol=1e-12)
+    for tangent, found in zip(t, along, strict=True):
+        expected = torch.func.jvp(lambda s: net.velocity(s, gates), (z,), (tangent,))[1]
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_sinusoid_of_zero():
     assert torch.equal(sinusoid(torch.zeros(1), 8), torch.tensor([[1.0] * 4 + [0.0] * 4]))

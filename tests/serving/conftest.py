@@ -30,6 +30,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a prior like ``single`` with other weights."""
+    return save_prior(tmp_path_factory.mktemp("other"), seed=5)
+
+
+@pytest.fixture(scope="session")
 def several(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a prior of two layers, 1 and 3."""
     return save_prior(tmp_path_factory.mktemp("several"), layers=(1, 3), seed=1)

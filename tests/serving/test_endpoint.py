@@ -206,7 +206,13 @@ def test_a_full_queue_refuses_and_recovers(client: httpx.Client, single: str, pr
     from dmm_ray.serving.app import build
 
     config = AppConfig(
-        prior=single, cpus=0.5, max_ongoing_requests=1, max_queued_requests=1, retry_after_s=2, limits=LIMITS
+        prior=single,
+        cpus=0.5,
+        max_ongoing_requests=1,
+        max_queued_requests=1,
+        retry_after_s=2,
+        limits=LIMITS,
+        auth="none",
     )
     serve.run(build(config), name="tight", route_prefix="/tight")
     try:
@@ -232,7 +238,7 @@ def test_a_full_queue_refuses_and_recovers(client: httpx.Client, single: str, pr
 def test_the_builder_s_application_answers(client: httpx.Client, single: str, builder: Any) -> None:
     from ray import serve
 
-    serve.run(builder({"prior": single, "cpus": "0.5"}), name="built", route_prefix="/built")
+    serve.run(builder({"prior": single, "cpus": "0.5", "auth": "none"}), name="built", route_prefix="/built")
     try:
         assert client.get("/built/v2/health/ready").status_code == 200
         assert client.post("/built/v1/sample", json={"n": 1}).status_code == 200

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.serving.api import parse
+from dmm_ray.serving.bodies import parse
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.schemas import BODIES, Body, DenoiseBody, LogProbBody, SampleBody, request_schema
 

@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from dmm_ray import cli
 from dmm_ray.errors import UserError
 from dmm_ray.serving.config import AppConfig, ServeConfig
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_priors_by_name_default_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +33,8 @@ def test_priors_by_name_default_first(tmp_path: Path, monkeypatch: pytest.Monkey
         {"prior": "a", "replicas": 3, "max_replicas": 2},
         {"prior": "a", "limits": {"max_rows": 1 << 20}},
         {"prior": "a", "unknown": 1},
+        {"prior": "a", "auth": "none", "token_file": "t"},
+        {"prior": "a", "directions": "d"},
     ],
 )
 def test_wrong_configurations_are_refused(fields: dict[str, Any]) -> None:
@@ -52,43 +51,15 @@ def test_command_line() -> None:
         cli.parse("serve", ["--prior", "a", "--port", "70000"])
 
 
-class _Application(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: str
-    route_prefix: str
-    import_path: str
-    args: dict[str, Any]
-
-
-class _HttpOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    host: str
-    port: int
-
-
-class _DeployFile(BaseModel):
-    """Serve's own schema lets unknown keys pass."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    proxy_location: str
-    http_options: _HttpOptions
-    applications: list[_Application]
-
-
-def test_the_deploy_file_is_strictly_valid() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    content = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    ServeDeploySchema.model_validate(content)
-    (application,) = _DeployFile.model_validate(content).applications
-    assert application.import_path == "serve.app:app"
-    AppConfig.model_validate(application.args)
-
-
-def test_the_builder_reads_string_arguments_and_refuses_wrong_ones(single: str, builder: Any) -> None:
-    builder({"prior": single, "replicas": "2", "max_batch_rows": "64"})
+def test_the_builder_reads_string_arguments_and_refuses_wrong_ones(
+    single: str, builder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DMM_SERVE_TOKENS", raising=False)
+    builder({"prior": single, "replicas": "2", "max_batch_rows": "64", "auth": "none"})
     with pytest.raises(UserError, match="prior"):
         builder({})
+    with pytest.raises(UserError, match="auth"):
+        builder({"prior": single})
     with pytest.raises(UserError, match="port"):
         builder({"prior": single, "port": "8000"})
     with pytest.raises(UserError, match="replicas"):

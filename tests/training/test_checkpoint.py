@@ -1,14 +1,18 @@
 import errno
+import os
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import Policy
+from dmm_ray.training.state import Joined, check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema
 
 LAST_2 = Policy(2)
@@ -21,7 +25,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 def save_all(out: Path, policy: Policy, losses: dict[int, float | None]) -> list[int]:
     """Save a checkpoint a loss; which are left."""
     for samples, loss in losses.items():
-        checkpoint.save(str(out), samples, tensors(samples), policy, loss)
+        checkpoint.save(str(out), samples, tensors(float(samples)), policy, loss)
     return checkpoint.complete(str(out))
 
 
@@ -29,11 +33,11 @@ def write(out: Path, every: list[int]) -> None:
     """Save checkpoints beside a run."""
     with checkpoint.Writer(str(out), LAST_2) as writer:
         for samples in every:
-            writer.save(samples, tensors(samples))
+            writer.save(samples, tensors(float(samples)))
 
 
 def state(out: Path, samples: int) -> Path:
-    return out / "checkpoints" / f"{samples:015d}" / "state.safetensors"
+    return out / "checkpoints" / f"{samples:015d}" / checkpoint.part_name(0, 1)
 
 
 def test_the_last_k_are_kept(tmp_path):
@@ -53,13 +57,15 @@ def test_what_a_killed_run_left_is_deleted(tmp_path):
     half = state(tmp_path, 150)
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
-    half.with_name("state.safetensors.tmp-0123abcd").write_bytes(b"half of it")
+    half.with_name("state-00000-of-00001.safetensors.tmp-0123abcd").write_bytes(b"half of it")
     assert checkpoint.newest(str(tmp_path)) is None
     save_all(tmp_path, LAST_2, {200: None})
     assert not half.parent.exists()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no marker", "broken marker"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "truncated", "missing", "no marker", "broken marker", "old marker"]
+)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
     save_all(tmp_path, LAST_2, {200: None, 300: None})
     newest = state(tmp_path, 300)
@@ -75,8 +81,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
             marker.unlink()
         case "broken marker":
             marker.write_text("{")
+        case "old marker":
+            marker.write_text('{"samples": 300, "sha256": "0"}')
     assert checkpoint.newest(str(tmp_path)) == 200
-    assert checkpoint.load(str(tmp_path), 200)["x"][0] == 200
+    assert checkpoint.load(str(tmp_path), 200).rows("x", 0, 2).tolist() == [200, 200]
     assert ("taking the one before" in caplog.text) == (damage != "no marker")
 
 
@@ -109,10 +117,10 @@ def test_writing_goes_on_beside_the_run(tmp_path, monkeypatch):
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
     save_all(tmp_path, LAST_2, {100: None})
 
-    def full(uri: str, data: bytes) -> None:
+    def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     for following in ([], [300]):
         with pytest.raises(UserError, match=r"checkpoints/.*: the disk is full; free some space"):
             write(tmp_path, [200, *following])
@@ -129,7 +137,7 @@ def trained(d_model: int, blocks: int) -> tuple[Denoiser, torch.optim.Optimizer,
 
 def test_state_goes_round_and_is_a_copy(tmp_path):
     saved, other = trained(6, 2), trained(6, 2)
-    copy = checkpoint.state_tensors(*saved)
+    copy = snapshot(*saved)
     before = {name: t.clone() for name, t in copy.items()}
     with torch.no_grad():
         for p in saved[0].parameters():
@@ -137,17 +145,36 @@ def test_state_goes_round_and_is_a_copy(tmp_path):
     assert all(torch.equal(copy[name], t) for name, t in before.items())
     checkpoint.save(str(tmp_path), 100, copy | {"interval": torch.zeros(0, 22)}, LAST_2)
     loaded = checkpoint.load(str(tmp_path), 100)
-    assert loaded.pop("interval").shape == (0, 22)
-    checkpoint.check_architecture(str(tmp_path), loaded, other[0])
-    checkpoint.load_tensors(loaded, *other)
-    assert all(torch.equal(t, before[name]) for name, t in checkpoint.state_tensors(*other).items())
+    shapes = loaded.shapes()
+    assert shapes.pop("interval") == (0, 22)
+    assert loaded.rows("interval", 0, 0).shape == (0, 22)
+    check_architecture("here", shapes, other[0])
+    restore(loaded, *other)
+    assert all(torch.equal(t, before[name]) for name, t in snapshot(*other).items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_parts_are_read_as_one(tmp_path, world):
+    """Rows of a tensor that lie in several files, some of which have none of them."""
+    x, at = torch.arange(10.0).reshape(5, 2), [5 * r // world for r in range(world + 1)]
+    uris = []
+    for rank, (low, high) in enumerate(pairwise(at)):
+        part = {"x": x[low:high].clone(), "step": torch.tensor(3.0)} | ({"one": x} if rank == 0 else {})
+        uris.append(str(tmp_path / checkpoint.part_name(rank, world)))
+        safetensors.torch.save_file(part, uris[-1])
+    joined = Joined(uris)
+    assert joined.shapes() == {"x": (5, 2), "step": (), "one": (5, 2)}
+    assert joined.rows("step", 0, 0) == 3
+    for low in range(6):
+        for high in range(low, 6):
+            assert torch.equal(joined.rows("x", low, high), x[low:high])
 
 
 @pytest.mark.parametrize(
     ("shape", "said"),
     [((8, 2), r"in_proj\.bias is \(6,\), here \(8,\)"), ((6, 3), r"layers\.2\..* is missing, here \(")],
 )
-def test_another_architecture_is_named(tmp_path, shape, said):
-    copy = checkpoint.state_tensors(*trained(6, 2))
+def test_another_architecture_is_named(shape, said):
+    shapes = {name: tuple(t.shape) for name, t in snapshot(*trained(6, 2)).items()}
     with pytest.raises(UserError, match=rf"of another architecture \(model\.{said}.*; choose another --out"):
-        checkpoint.check_architecture(str(tmp_path), copy, trained(*shape)[0])
+        check_architecture("here", shapes, trained(*shape)[0])

@@ -5,16 +5,8 @@ import torch
 
 from dmm_ray.errors import CheckFailed
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.tracking import (
-    Interval,
-    Tracker,
-    batch_figures,
-    flat,
-    means,
-    peak_tflops,
-    read_stats,
-    status_line,
-)
+from dmm_ray.training.interval import Interval, batch_figures, means, peak_tflops
+from dmm_ray.training.tracking import Tracker, flat, read_stats, status_line
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(activations="a", out="runs/mine", samples=1000 * 8, batch=8, levels_per_batch=8)
@@ -29,6 +21,7 @@ RECORD = {
     "data_wait": 0.25,
     "tflops": 0.01,
     "memory_gb": 1.5,
+    "workers": 3,
 }
 
 
@@ -112,7 +105,7 @@ def test_speed():
 def test_the_status_line_names_its_columns():
     line = status_line(RECORD, 8000)
     assert line.startswith("samples 0.002M/0.008M (25%)  loss 0.5000  by level 0.10/-/0.50/")
-    assert line.endswith("TFLOP/s 0.01  wait 25%  memory 1.5 GB  left 60 s")
+    assert line.endswith("workers 3  TFLOP/s 0.01  wait 25%  memory 1.5 GB  left 60 s")
     line = status_line(RECORD | {"validation_loss": 0.4, "utilisation": 0.51}, 8000)
     assert "val 0.4000" in line
     assert "utilisation 51%" in line

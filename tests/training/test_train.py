@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,15 +11,19 @@ import pytest
 import torch
 
 from dmm_ray import ActivationPrior, ActivationStore
+from dmm_ray.activations.lock import writer_lock
 from dmm_ray.activations.split import TEST, TRAIN, Split
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
-from dmm_ray.training import checkpoint
-from dmm_ray.training.checkpoint import Notice
+from dmm_ray.training import checkpoint, ray_trainer
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
-from dmm_ray.training.loop import Place, Run
+from dmm_ray.training.loop import Run
+from dmm_ray.training.notices import Notice
+from dmm_ray.training.parallel import Place
+from dmm_ray.training.state import snapshot
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
 
@@ -39,6 +44,7 @@ def config(store: str, out: Path, **changes) -> TrainConfig:
         "log_every": 512,
         "checkpoint_every": 6 * 256,
         "shuffle_rows": 2000,
+        "calibration_rows": 0,
         "split": Split(seed=1),
     }
     return TrainConfig(**(fields | changes))
@@ -76,6 +82,20 @@ def test_a_run_learns_and_leaves_a_prior(finished, train_store):
     assert json.loads((finished / "summary.json").read_text())["figures"]["samples"] == 24 * 256
 
 
+def test_a_finished_prior_has_percentiles(train_store, tmp_path):
+    """Not without validation rows."""
+    short = {"samples": 256, "calibration_rows": 64}
+    rows = ActivationStore.open(train_store).select(2, Split(seed=1), TEST).activation[:4].float()
+    out = train(config(train_store, tmp_path / "with", **short))
+    percentile = ActivationPrior.from_pretrained(out).log_prob(rows, steps=2, probes=1).percentile
+    assert percentile is not None
+    assert percentile.shape == (4,)
+    out = train(
+        config(train_store, tmp_path / "none", **short, split=Split(train=0.9, validation=0, test=0.1))
+    )
+    assert ActivationPrior.from_pretrained(out).log_prob(rows, steps=2, probes=1).percentile is None
+
+
 def test_a_finished_run_returns_at_once(finished, train_store):
     before = (finished / "model.safetensors").stat().st_mtime_ns
     assert train(config(train_store, finished)) == str(finished)
@@ -89,7 +109,11 @@ def test_another_configuration_is_refused_by_field(finished, train_store):
 
 def test_ray_workers_see_the_same_samples(finished, train_store, ray_local, tmp_path):
     one = train(config(train_store, tmp_path / "one", workers=1, cpus_per_worker=1))
-    two = train(config(train_store, tmp_path / "two", workers=2, cpus_per_worker=1, precision="float32"))
+    two = train(
+        config(
+            train_store, tmp_path / "two", workers=2, cpus_per_worker=1, precision="float32", parallel="fsdp"
+        )
+    )
     reference = train(config(train_store, tmp_path / "zero", precision="float32"))
     for a, b in zip(curve(one), curve(finished), strict=True):
         assert a[:2] == pytest.approx(b[:2], rel=2e-3)
@@ -155,6 +179,62 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
             )
 
 
+def test_one_run_at_a_time_writes_a_folder(finished, train_store, tmp_path):
+    """A folder that is held is refused; a lock that its killed holder left is taken over."""
+    out = tmp_path / "held"
+    out.mkdir()
+    with (
+        writer_lock(str(out)),
+        pytest.raises(UserError, match=rf"out: {out} is being written by process {os.getpid()}; wait or"),
+    ):
+        train(config(train_store, out))
+    assert list(out.iterdir()) == []
+    (out / ".lock").write_text("4711")
+    train(config(train_store, out))
+    assert curve(out) == curve(finished)
+    assert not (out / ".lock").exists()
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(train_store, ray_local, tmp_path):
+    for changes, said in (
+        ({"workers": 5, "cpus_per_worker": 1}, "workers: 5 of 1 CPUs need more than the cluster's 4;"),
+        ({"workers": 9, "min_workers": 3, "cpus_per_worker": 2}, "workers: 3 of 2 CPUs need more than"),
+        (
+            {"workers": 1, "device": "cuda"},
+            "workers: 1 of 1 GPUs need more than the cluster's 0; lower --workers$",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(config(train_store, tmp_path / "out", **changes))
+
+
+def test_workers_that_must_wait_are_said(ray_local, caplog, monkeypatch):
+    import ray
+
+    @ray.remote(num_cpus=3)
+    class Holder:
+        def ready(self) -> None: ...
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    with caplog.at_level("WARNING"):
+        this = TrainConfig(activations="a", out="b", workers=4, min_workers=2, cpus_per_worker=1)
+        assert ray_trainer.needed(this) == {"CPU": 1}
+    assert "workers: 2 of 1 CPUs, but only 1 of the cluster's 4 are free now: the run waits" in caplog.text
+    ray.kill(holder)
+
+
+def test_workers_that_do_not_come_are_said(tmp_path, ray_local, caplog, monkeypatch):
+    monkeypatch.setattr(ray_trainer, "WAIT_S", 0.0)
+    waiting = ray_trainer.Waiting(str(tmp_path), {"CPU": 1})
+    waiting.look()
+    assert "no workers for 0 s: each needs 1 CPU on one node, free in the whole cluster are" in caplog.text
+    caplog.clear()
+    write_json(str(tmp_path / ".ray" / "started.json"), {})
+    waiting.look()
+    assert caplog.text == ""
+
+
 def test_a_store_of_another_width_or_layer_is_refused_on_resume(finished, train_store, tmp_path):
     out = tmp_path / "other"
     shutil.copytree(finished, out)
@@ -181,47 +261,6 @@ def prior_config(config: TrainConfig, store: str) -> PriorConfig:
     return PriorConfig(d=32, layers=(2,), **config.shape(32)._asdict(), variance_floor=floor)
 
 
-def test_any_number_of_workers_sees_the_same_rows_with_the_same_noise(train_store, ray_local, tmp_path):
-    import ray
-
-    @ray.remote(num_cpus=1, max_calls=1)
-    def seen(
-        rank: int, world: int, options: TrainConfig, prior: PriorConfig, meet: str
-    ) -> list[torch.Tensor]:
-        """What the network gets and should say, for every batch, on one of the workers."""
-        import torch.distributed as dist
-
-        from dmm_ray.training import loop
-
-        found = []
-
-        class Seen(loop.FlowBatch):
-            def __init__(self, *args: object) -> None:
-                super().__init__(*args)
-                run = len(self.z_u) // len(self.u_M)
-                u = self.u_M.repeat_interleave(run) if self.index is None else self.u_M[self.index]
-                found.append(torch.cat([u[:, None], self.z_u, self.target], 1))
-
-        loop.FlowBatch = Seen
-        if world > 1:
-            dist.init_process_group("gloo", meet, rank=rank, world_size=world)
-        place = loop.Place(rank, world, torch.device("cpu"))
-        loop.Run(options, prior, place).train(lambda _: loop.Notice.GO_ON)
-        return found
-
-    def all_seen(world: int) -> list[list[torch.Tensor]]:
-        options = config(train_store, tmp_path / f"of{world}", samples=9 * 256)
-        prior, meet = prior_config(options, train_store), f"file://{tmp_path}/meet{world}"
-        return ray.get([seen.remote(rank, world, options, prior, meet) for rank in range(world)])
-
-    one, two, three = map(all_seen, (1, 2, 3))
-    for shares in (two, three):
-        assert all(
-            torch.equal(torch.cat(parts), whole) for *parts, whole in zip(*shares, one[0], strict=True)
-        )
-    assert [len(part[0]) for part in three] == [85, 85, 86]
-
-
 def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
     changes = {"samples": 48 * 256, "log_every": 256, "checkpoint_every": 10**9}
     whole = new_run(config(train_store, tmp_path / "whole", **changes), train_store)
@@ -232,7 +271,7 @@ def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
     assert rest.batch == len(curve(parts.out)) == 40
     assert rest.train(lambda _: Notice.GO_ON)
     assert curve(parts.out) == curve(whole.config.out)
-    states = [checkpoint.state_tensors(run.denoiser, run.optimizer, run.ema) for run in (rest, whole)]
+    states = [snapshot(run.denoiser, run.optimizer, run.ema) for run in (rest, whole)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 

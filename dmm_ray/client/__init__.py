@@ -1,0 +1,22 @@
+"""A client of the endpoint: numpy in, numpy out. Imports neither Ray nor torch.
+
+``from dmm_ray.client import Client``
+"""
+
+from dmm_ray.client.client import Client
+from dmm_ray.client.errors import ClientError, UnavailableError
+from dmm_ray.client.results import Direction, Generated, LogProb, Models, Prior, Subject, TextScore, Token
+
+__all__ = [
+    "Client",
+    "ClientError",
+    "Direction",
+    "Generated",
+    "LogProb",
+    "Models",
+    "Prior",
+    "Subject",
+    "TextScore",
+    "Token",
+    "UnavailableError",
+]

@@ -1,0 +1,123 @@
+"""How well each score of a prior tells unnatural rows from natural ones, and whether its percentiles are uniform."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.prior import ActivationPrior
+
+SCORES = ("log_p", "typicality", "latent", "proxy", "combined", "product")
+RESAMPLES = 200
+GRID = np.linspace(0.01, 0.99, 99)
+
+
+class Auc(NamedTuple):
+    """The chance that a score puts an unnatural row below a natural one, ties counted half; 0.5 is blind."""
+
+    auc: float
+    stderr: float
+    """By resampling documents."""
+
+
+class Uniformity(NamedTuple):
+    """How far percentiles of natural rows are from uniform."""
+
+    distance: float
+    """Largest difference between their distribution and the uniform one (Kolmogorov and Smirnov)."""
+    p_value: float
+    """Share of resamples of documents, centred, with a distance as large: small says not uniform.
+
+    What the calibration's own rows leave uncertain is not in it.
+    """
+
+
+def row_scores(
+    prior: ActivationPrior,
+    x: Tensor,
+    ids: Tensor,
+    layer: int | None = None,
+    steps: int = 32,
+    probes: int = 2,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every score of ``SCORES``, (n,) float64, the smaller the less natural, by position from 0 to 1.
+
+    ``log_p``: percentile of log p. ``typicality``: the same, two-sided. ``latent``: two-sided percentile of the latent
+    norm. ``proxy``: percentile of the velocity error. ``combined``: the lesser of ``log_p`` and ``latent``, calibrated
+    again. ``product``: ``log_p`` times ``latent``, not calibrated.
+
+    Args:
+        prior: a calibrated one.
+        x: (n, d) raw activations.
+        ids: (n, 2) document and position.
+        layer: which block's output they are.
+        steps: of ``log_prob``.
+        probes: of ``log_prob``.
+        seed: of ``log_prob`` and the velocity error.
+
+    Raises:
+        UserError: as ``log_prob``; a prior that is not calibrated for the layer.
+    """
+    number = prior.layers[prior.layer_row(layer)]
+    if prior.calibration is None:
+        raise UserError("prior: not calibrated; `dmm train` does that, others need a store of natural rows")
+    found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=ids, seed=seed)
+    error = prior.velocity_error(x, layer=number, ids=ids, seed=seed)
+    position = ids[:, 1]
+    log_p, latent, combined, proxy = (
+        p.double().numpy(force=True) / 100
+        for p in (
+            *prior.calibration.percentiles(number, found.nats, found.base, position),
+            prior.calibration.proxy_percentile(number, error, position),
+        )
+    )
+    typicality = 2 * np.minimum(log_p, 1 - log_p)
+    every = (log_p, typicality, latent, proxy, combined, log_p * latent)
+    return dict(zip(SCORES, every, strict=True))
+
+
+def auc(
+    natural: np.ndarray, natural_docs: np.ndarray, other: np.ndarray, other_docs: np.ndarray, seed: int = 0
+) -> Auc:
+    """The AUC of a score of natural rows (n,) against other rows (m,), documents (n,) and (m,) being the units."""
+    rng = np.random.default_rng(seed)
+    below = _wins(natural, other)
+    by_document = [_grouped(docs) for docs in (natural_docs, other_docs)]
+    found = []
+    for _ in range(RESAMPLES):
+        a, b = (
+            np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))]) for rows in by_document
+        )
+        found.append(_wins(natural[a], other[b]))
+    return Auc(below, float(np.std(found)))
+
+
+def uniformity(percentile: np.ndarray, docs: np.ndarray, seed: int = 0) -> Uniformity:
+    """Test percentiles (n,), 0 to 1, of natural rows for a uniform distribution, resampling their documents (n,)."""
+    rng = np.random.default_rng(seed)
+    _, which = np.unique(docs, return_inverse=True)
+    counts = np.bincount(which)
+    below = np.stack([np.bincount(which, percentile <= level, len(counts)) for level in GRID], axis=1)
+    gap = below.sum(0) / counts.sum() - GRID
+    as_large = 0
+    for _ in range(RESAMPLES):
+        at = rng.integers(0, len(counts), len(counts))
+        again = below[at].sum(0) / counts[at].sum() - GRID
+        as_large += bool(np.abs(again - gap).max() >= np.abs(gap).max())
+    return Uniformity(float(np.abs(gap).max()), (as_large + 1) / (RESAMPLES + 1))
+
+
+def _wins(natural: np.ndarray, other: np.ndarray) -> float:
+    ranked = np.sort(natural)
+    higher = len(ranked) - (np.searchsorted(ranked, other) + np.searchsorted(ranked, other, side="right")) / 2
+    return float(higher.mean() / len(ranked))
+
+
+def _grouped(docs: np.ndarray) -> list[np.ndarray]:
+    """The rows of each document."""
+    order = np.argsort(docs, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(docs[order])) + 1)

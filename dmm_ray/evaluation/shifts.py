@@ -1,0 +1,87 @@
+"""Rows that are not natural, in known ways: edited activations, shuffled and foreign text, at the same positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.subject import SubjectModel
+
+SCALES = (0.5, 0.8, 1.2)
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of a document: its number, their first position, and all tokens of the document."""
+
+    doc: int
+    start: int
+    tokens: list[int]
+
+
+def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) -> list[Run]:
+    """At most ``runs`` runs of ``width`` tokens, one of a document, at seeded places after position 0."""
+    rng = np.random.default_rng(seed)
+    long_enough = [doc for doc in tokens if len(tokens[doc]) > width]
+    chosen = rng.permutation(long_enough)[:runs].tolist()
+    return [Run(doc, int(rng.integers(1, len(tokens[doc]) - width + 1)), tokens[doc]) for doc in chosen]
+
+
+def matched(runs: Sequence[Run], others: Iterator[list[int]], width: int) -> list[Run]:
+    """Runs at the same positions in other documents, each the next that is long enough, numbered after the first."""
+    found = []
+    for run in runs:
+        long_enough = (ids for ids in others if len(ids) >= run.start + width)
+        if (ids := next(long_enough, None)) is None:
+            break
+        found.append(Run(run.doc, run.start, ids))
+    return found
+
+
+def shuffled_tokens(runs: Sequence[Run], seed: int) -> list[Run]:
+    """The same documents with all tokens after the first in random order."""
+    rng = np.random.default_rng(seed)
+    return [run._replace(tokens=[run.tokens[0], *rng.permutation(run.tokens[1:]).tolist()]) for run in runs]
+
+
+def shuffled_words(text: str, seed: int) -> str:
+    """The text's words, split at blanks, in random order."""
+    return " ".join(np.random.default_rng(seed).permutation(text.split()).tolist())
+
+
+def activations(subject: SubjectModel, runs: Sequence[Run], layer: int, width: int) -> Tensor:
+    """The rows of the runs, one after the other, (runs * width, d) in the subject's dtype."""
+    found = []
+    for run in runs:
+        hidden = subject.capture(*subject.pad([run.tokens[: run.start + width]]), [layer])[layer]
+        found.append(hidden[0, run.start : run.start + width])
+    return torch.cat(found)
+
+
+def row_ids(runs: Sequence[Run], width: int) -> Tensor:
+    """Document and position of each row, (runs * width, 2) int64."""
+    return torch.tensor([(run.doc, run.start + i) for run in runs for i in range(width)])
+
+
+def edited(x: Tensor, mean: Tensor, covariance: Tensor, seed: int) -> dict[str, Tensor]:
+    """Rows (n, d) made of natural ones ``x``: scaled, permuted, Gaussian noise, their mean.
+
+    Args:
+        x: (n, d) raw.
+        mean: (d,) of natural rows.
+        covariance: (d, d) of natural rows, float64.
+        seed: of the noise and the permutation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp_min(0).sqrt()).to(x)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    order = torch.randperm(x.shape[1], generator=generator).to(x.device)
+    found = {f"rows x {scale}": x * scale for scale in SCALES}
+    found["dimensions permuted"] = x[:, order]
+    found["noise of the same covariance"] = mean.to(x) + noise @ root.T
+    found["the mean row"] = mean.to(x).expand_as(x).clone()
+    return found

@@ -1,0 +1,1 @@
+"""A prior over whole stores, with Ray Data: score, denoise, encode, sample."""

@@ -1,0 +1,91 @@
+"""Directions to steer along: unit vectors in safetensors files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.files import join, list_files, read_bytes, write_bytes
+
+SUFFIX = ".safetensors"
+TENSOR, LAYER = "direction", "layer"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction in a layer's activations.
+
+    Args:
+        name: what it is called; the file is ``NAME.safetensors``.
+        vector: (d,), finite and not zero; kept at length 1, float32.
+        layer: the block whose output it belongs to; None: any.
+
+    Raises:
+        UserError: the vector has another shape, no length, or values that are not finite.
+    """
+
+    name: str
+    vector: Tensor
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        vector = self.vector.detach().to("cpu", torch.float32)
+        if vector.ndim != 1:
+            raise UserError(f"direction {self.name}: shape (d,) is needed, got {tuple(vector.shape)}")
+        length = float(vector.double().norm())
+        if not 0 < length < float("inf"):
+            raise UserError(f"direction {self.name}: finite numbers that are not all zero are needed")
+        object.__setattr__(self, "vector", (vector.double() / length).float())
+
+    def save(self, folder: str) -> str:
+        """Write ``NAME.safetensors`` into ``folder``; the file's path."""
+        path = join(folder, self.name + SUFFIX)
+        metadata = None if self.layer is None else {LAYER: str(self.layer)}
+        write_bytes(path, safetensors.torch.save({TENSOR: self.vector}, metadata))
+        return path
+
+
+def load_directions(folder: str) -> dict[str, Direction]:
+    """Every direction in a folder (a local path or an fsspec URI), by name.
+
+    A file holds one tensor ``direction`` (d,), and may say ``{"layer": "7"}`` in its metadata.
+
+    Raises:
+        UserError: no such folder, a damaged file, another content, or a name twice in subfolders.
+    """
+    paths = list_files(folder, (SUFFIX,))
+    if not paths:
+        raise UserError(f"directions: no {SUFFIX} files in {folder}; give a folder that holds some")
+    found: dict[str, Direction] = {}
+    for path in paths:
+        direction = _load(path)
+        if direction.name in found:
+            raise UserError(f"{path}: another file has this name too; rename one of them")
+        found[direction.name] = direction
+    return found
+
+
+def _load(path: str) -> Direction:
+    data = read_bytes(path)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{path}: damaged, or no safetensors file ({e})") from e
+    if set(tensors) != {TENSOR}:
+        raise UserError(f"{path}: one tensor named {TENSOR} is needed, it holds {sorted(tensors) or 'none'}")
+    return Direction(path.rsplit("/", 1)[-1].removesuffix(SUFFIX), tensors[TENSOR], _layer(path, data))
+
+
+def _layer(path: str, data: bytes) -> int | None:
+    """The layer that a file's metadata states. The header is JSON after its length in 8 bytes."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    stated = header.get("__metadata__", {}).get(LAYER)
+    if stated is not None and not stated.isdecimal():
+        raise UserError(f"{path}: metadata {LAYER} is a block's number, got {stated!r}")
+    return None if stated is None else int(stated)

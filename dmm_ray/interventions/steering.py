@@ -1,0 +1,79 @@
+"""Steering a language model along a direction, and bringing each edited activation back to where natural ones lie.
+
+At every position that predicts a new token (the prompt's last one and each new one; never position 0) the layer's
+output x becomes ``x + strength * norm * direction``, norm being the layer's mean activation norm; with a level u it is
+then noised to u and denoised by the prior (Luo et al. 2026, section on steering).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.interventions.directions import Direction
+from dmm_ray.prior import ActivationPrior
+
+
+@dataclass(frozen=True)
+class Steering:
+    """An edit of one layer.
+
+    Raises:
+        UserError: a layer that the prior does not model, or a direction of another layer or width.
+    """
+
+    prior: ActivationPrior
+    """Gives the layer's mean activation norm, and the projection."""
+    direction: Direction | None
+    """None: the activation is only projected."""
+    strength: float = 0.0
+    """Length of the step in mean activation norms; negative goes the other way."""
+    u: float | None = None
+    """Noise level of the projection, 0 to 1; None: no projection."""
+    steps: int = 10
+    """Solver steps of the projection: two evaluations of the prior each, a token."""
+    layer: int | None = None
+    """The block whose output is edited; None: the direction's own, or the prior's only one."""
+    seed: int = 0
+    """Of the projection's noise; a position's noise is the same whatever is steered."""
+
+    def __post_init__(self) -> None:
+        block, direction = self.block, self.direction
+        if direction is None:
+            return
+        if direction.layer not in (None, block):
+            raise UserError(
+                f"direction: {direction.name} belongs to layer {direction.layer}, not {block}; choose another"
+            )
+        if len(direction.vector) != self.prior.d:
+            raise UserError(
+                f"direction: {len(direction.vector)} numbers; this model's activations have d = {self.prior.d}"
+            )
+
+    @cached_property
+    def block(self) -> int:
+        """The layer's number."""
+        own = None if self.direction is None else self.direction.layer
+        return self.prior.layers[self.prior.layer_row(own if self.layer is None else self.layer)]
+
+    @cached_property
+    def norm(self) -> float:
+        """The layer's mean activation norm, ``sqrt(E |x|^2) = sqrt(sum(mean^2 + var))``."""
+        row, normalizer = self.prior.layer_row(self.block), self.prior.normalizer
+        return float((normalizer.mean[row].double().square() + normalizer.var[row].double()).sum().sqrt())
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        """The activation (d,) at ``position``, edited; float32."""
+        if self.direction is not None:
+            x = x + self.strength * self.norm * self.direction.vector.to(x)
+        if self.u is None:
+            return x
+        ids = torch.tensor([[0, position]])
+        (projected,) = self.prior.denoise(
+            x[None], u=self.u, steps=self.steps, layer=self.block, ids=ids, seed=self.seed
+        )
+        return projected

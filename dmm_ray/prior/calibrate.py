@@ -1,0 +1,106 @@
+"""Making a calibration from natural rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.prior.calibration import WINDOW_SCORES, Calibration, LayerCalibration, latent_norm
+from dmm_ray.prior.quantiles import Table, bucket_edges
+from dmm_ray.prior.windows import window_means
+
+if TYPE_CHECKING:
+    from dmm_ray.prior.model import ActivationPrior
+
+WIDTHS = (8, 32)
+"""Tokens of the windows whose means are calibrated."""
+MIN_WINDOWS = 16
+"""Fewest windows that a table of window means is made from."""
+
+
+def calibrate(
+    prior: ActivationPrior,
+    x: Tensor,
+    ids: Tensor | np.ndarray,
+    layer: int | None = None,
+    weights: np.ndarray | None = None,
+    steps: int = 32,
+    probes: int = 1,
+    seed: int = 0,
+) -> Calibration:
+    """The calibration of one layer of ``prior`` on natural rows that it was not trained on.
+
+    Args:
+        prior: the prior.
+        x: (n, d) raw activations; runs of consecutive tokens give the means over windows.
+        ids: (n, 2) integers, document and position.
+        layer: which block's output they are; may be None where the prior models one.
+        weights: (n,) positive: how many natural rows each one stands for; None where all stand for as many.
+        steps: of ``log_prob``.
+        probes: of ``log_prob``.
+        seed: of its probes and of the velocity error's noise.
+
+    Raises:
+        UserError: as ``log_prob``; ids that are not pairs; a score that is not finite.
+    """
+    pairs = np.asarray(torch.as_tensor(ids).numpy(force=True))
+    if pairs.shape != (len(x), 2):
+        raise UserError(f"ids: {len(x)} pairs of document and position are needed, got {pairs.shape}")
+    number = prior.layers[prior.layer_row(layer)]
+    found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=pairs, seed=seed)
+    scores = {
+        "nats": found.nats,
+        "latent": latent_norm(found.base, prior.d),
+        "velocity_error": prior.velocity_error(x, layer=number, ids=pairs, seed=seed),
+    }
+    for name, score in scores.items():
+        if not score.isfinite().all():
+            raise UserError(f"activations: the prior gives a {name} that is not finite; train it further")
+    about = {
+        "steps": steps, "probes": probes, "seed": seed, "rows": len(pairs), "documents": len(np.unique(pairs[:, 0])),
+    }  # fmt: skip
+    one = np.ones(len(pairs)) if weights is None else weights
+    return Calibration(prior.d, {number: _tables(scores, found.base, prior.d, pairs, one, about)})
+
+
+def _tables(
+    scores: dict[str, Tensor],
+    base: Tensor,
+    d: int,
+    pairs: np.ndarray,
+    weights: np.ndarray,
+    about: dict[str, int],
+) -> LayerCalibration:
+    """Tables of the scores, of the two percentiles combined, then of means over windows, each needing those before."""
+    position = pairs[:, 1]
+    edges = bucket_edges(position)
+
+    def table(score: Tensor) -> Table:
+        return Table.of(score.double().numpy(force=True), weights, position, edges)
+
+    rows = {name: table(score) for name, score in scores.items()}
+    at = torch.from_numpy(position).to(base.device)
+    _, _, lesser = LayerCalibration(rows, {}, about).combine(scores["nats"], base, d, at)
+    rows["combined"] = table(lesser)
+    combined = 100 * rows["combined"].shares(lesser, at)[0]
+    by_token = {
+        "nats_per_dim": (scores["nats"].double() / d).numpy(force=True),
+        "combined": combined.numpy(force=True),
+    }
+    found = {w: _window_tables(by_token, pairs, weights, w) for w in WIDTHS}
+    return LayerCalibration(rows, {w: tables for w, tables in found.items() if tables}, about)
+
+
+def _window_tables(
+    by_token: dict[str, np.ndarray], pairs: np.ndarray, weights: np.ndarray, width: int
+) -> dict[str, Table]:
+    """Tables of the means over windows of one width; none where there are too few."""
+    means = {s: window_means(by_token[s], pairs[:, 0], pairs[:, 1], width) for s in WINDOW_SCORES}
+    whole = np.isfinite(means["combined"])
+    if whole.sum() < MIN_WINDOWS:
+        return {}
+    return {s: Table.of(values[whole], weights[whole]) for s, values in means.items()}

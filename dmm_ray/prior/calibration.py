@@ -1,0 +1,197 @@
+"""Calibration of a prior: which share of natural rows is less likely than a given one, saved beside the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.files import exists, join, make_folder, read_bytes, write_bytes
+from dmm_ray.prior.folder import CALIBRATION
+from dmm_ray.prior.quantiles import LEVELS, Table
+
+KEY, VERSION = "calibration", 1
+ROW_SCORES = ("nats", "latent", "velocity_error", "combined")
+WINDOW_SCORES = ("nats_per_dim", "combined")
+
+
+class Percentiles(NamedTuple):
+    """Where rows lie among natural ones of the same layer and position: (n,) float32 from 0 to 100 each."""
+
+    percentile: Tensor
+    """One-sided: the share of natural rows that are less likely. Small is unusual."""
+    latent_percentile: Tensor
+    """Two-sided, of the latent norm at u = 1: small is unusual, too short or too long."""
+    combined_percentile: Tensor
+    """Of the lesser of the two, calibrated again: small is unusual in either way."""
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """The tables of one layer."""
+
+    rows: Mapping[str, Table]
+    """By score of ``ROW_SCORES``: ``nats``; ``latent``, the squared norm of z_1; ``velocity_error``; ``combined``, the
+    log of the lesser share of the first two."""
+    windows: Mapping[int, Mapping[str, Table]]
+    """By width in tokens and score of ``WINDOW_SCORES``: means over a window."""
+    about: Mapping[str, Any]
+    """How it was made: steps, probes, seed, rows, documents."""
+
+    def combine(
+        self, nats: Tensor, base: Tensor, d: int, position: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Shares (n,) float64: less likely rows; two-sided of the latent norm; and the log of the lesser of both."""
+        less_likely, _ = self.rows["nats"].shares(nats, position)
+        shorter, longer = self.rows["latent"].shares(latent_norm(base, d), position)
+        two_sided = 2 * torch.minimum(shorter, longer)
+        lesser = torch.minimum(less_likely, two_sided).clamp(min=torch.finfo(torch.float64).tiny)
+        return less_likely, two_sided, lesser.log()
+
+
+class Calibration:
+    """Quantiles of a prior's scores on natural rows, by layer; ``a | b`` joins those of different layers."""
+
+    def __init__(self, d: int, by_layer: Mapping[int, LayerCalibration]) -> None:
+        self.d = d
+        self.by_layer = dict(by_layer)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Block numbers that there are tables of."""
+        return tuple(sorted(self.by_layer))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Window widths, in tokens, that there are tables of in every layer."""
+        found = [set(layer.windows) for layer in self.by_layer.values()]
+        return tuple(sorted(set.intersection(*found))) if found else ()
+
+    def __or__(self, other: Calibration) -> Calibration:
+        return Calibration(self.d, self.by_layer | other.by_layer)
+
+    def percentiles(
+        self, layer: int, nats: Tensor, base: Tensor, position: Tensor | None = None
+    ) -> Percentiles:
+        """Percentiles of rows from what ``log_prob`` gives of them.
+
+        Args:
+            layer: which block's output they are.
+            nats: (n,) log p(x), the normaliser's log-determinant included.
+            base: (n,) log N(z_1; 0, I).
+            position: (n,) tokens from the document's start, of natural rows alike; None compares with all positions.
+
+        Raises:
+            UserError: a layer that there are no tables of.
+        """
+        tables = self._layer(layer)
+        less_likely, two_sided, lesser = tables.combine(nats, base, self.d, position)
+        combined, _ = tables.rows["combined"].shares(lesser, position)
+        return Percentiles(*((100 * share).float() for share in (less_likely, two_sided, combined)))
+
+    def proxy_percentile(self, layer: int, velocity_error: Tensor, position: Tensor | None = None) -> Tensor:
+        """The share of natural rows with a larger velocity error, (n,) float32 from 0 to 100; small is unusual.
+
+        Raises:
+            UserError: a layer that there are no tables of.
+        """
+        _, larger = self._layer(layer).rows["velocity_error"].shares(velocity_error, position)
+        return (100 * larger).float()
+
+    def window_percentile(self, layer: int, score: str, means: np.ndarray, width: int) -> np.ndarray:
+        """The share of natural windows with a lesser mean, (n,) float32 from 0 to 100; NaN where the mean is.
+
+        Args:
+            layer: which block's output the rows are.
+            score: ``nats_per_dim``, or ``combined`` for means of ``combined_percentile``.
+            means: (n,) as :func:`~dmm_ray.prior.windows.window_means` gives them.
+            width: tokens of a window.
+
+        Raises:
+            UserError: a layer, score or width that there is no table of.
+        """
+        tables = self._layer(layer).windows
+        if width not in tables or score not in WINDOW_SCORES:
+            known = f"{', '.join(map(str, self.widths)) or 'none'}, of {' and '.join(WINDOW_SCORES)}"
+            raise UserError(f"width: windows calibrated are {known} (got {score} over {width} tokens)")
+        below, _ = tables[width][score].shares(torch.as_tensor(means))
+        return (100 * below).float().numpy()
+
+    def save(self, folder: str) -> None:
+        """Write ``calibration.safetensors`` into a prior's folder, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for number, layer in self.by_layer.items():
+            tensors[f"{number}/edges"] = layer.rows["nats"].edges
+            tensors |= {f"{number}/{score}": layer.rows[score].values for score in ROW_SCORES}
+            for width, tables in layer.windows.items():
+                tensors |= {f"{number}/window_{width}/{s}": tables[s].values for s in WINDOW_SCORES}
+        about = {
+            str(number): {**layer.about, "widths": list(layer.windows)}
+            for number, layer in self.by_layer.items()
+        }
+        metadata = json.dumps({"version": VERSION, "d": self.d, "layers": about}, sort_keys=True)
+        make_folder(folder)
+        write_bytes(join(folder, CALIBRATION), safetensors.torch.save(tensors, {KEY: metadata}))
+
+    @classmethod
+    def load(cls, folder: str) -> Calibration | None:
+        """Read that file; None where there is none. Raises UserError if it is damaged or of another version."""
+        path = join(folder, CALIBRATION)
+        if not exists(path):
+            return None
+        data = read_bytes(path)
+        try:
+            tensors, metadata = safetensors.torch.load(data), _metadata(data)
+            if metadata["version"] != VERSION:
+                raise UserError(
+                    f"{path}: of version {metadata['version']}, not {VERSION}; calibrate the prior again"
+                )
+            return cls(
+                metadata["d"],
+                {int(number): _layer(number, about, tensors) for number, about in metadata["layers"].items()},
+            )
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f"{path}: damaged ({e}); delete it, or calibrate the prior again") from e
+
+    def _layer(self, layer: int) -> LayerCalibration:
+        if layer not in self.by_layer:
+            raise UserError(f"layer: calibrated for {', '.join(map(str, self.layers))} (got {layer})")
+        return self.by_layer[layer]
+
+
+def latent_norm(base: Tensor, d: int) -> Tensor:
+    """The squared norm of z_1 (n,) from ``base = -(|z_1|^2 + d log 2 pi) / 2``."""
+    return -2 * base.double() - d * math.log(2 * math.pi)
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    """Our JSON in the header of a safetensors file: 8 bytes of length, then the header."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+
+
+def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerCalibration:
+    edges, none = tensors[f"{number}/edges"], torch.empty(0, dtype=torch.int64)
+    widths = about.pop("widths")
+    return LayerCalibration(
+        {score: _table(edges, tensors[f"{number}/{score}"]) for score in ROW_SCORES},
+        {w: {s: _table(none, tensors[f"{number}/window_{w}/{s}"]) for s in WINDOW_SCORES} for w in widths},
+        about,
+    )
+
+
+def _table(edges: Tensor, values: Tensor) -> Table:
+    if values.shape != (1 + len(edges), LEVELS) or not (values.diff(dim=1) >= 0).all():
+        raise ValueError("a table of another shape, or not rising")
+    return Table(edges, values)

@@ -1,0 +1,102 @@
+"""Noising to a level and restoring, and the level that keeps within a distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.prior.flow import interpolate, posterior_mean
+from dmm_ray.prior.solver import Solver
+from dmm_ray.prior.velocities import VelocityField
+
+Mode = Literal["sample", "mean"]
+LEVELS = 32
+"""Levels for a distance are the multiples of 1 / LEVELS."""
+
+
+def check_mode(mode: str) -> None:
+    """Raises UserError for another mode than sample or mean."""
+    if mode not in ("sample", "mean"):
+        raise UserError(f"mode: 'sample' or 'mean' is needed (got {mode!r})")
+
+
+def row_levels(u: Any, n: int) -> Tensor:
+    """One noise level a row, (n,) float64 on the CPU, from a number or (n,).
+
+    Raises:
+        UserError: another length, or a level that is not in [0, 1].
+    """
+    levels = torch.as_tensor(u, dtype=torch.float64, device="cpu").reshape(-1)
+    if len(levels) not in (1, n):
+        raise UserError(f"u: one noise level or one a row is needed, got {len(levels)} for {n} rows")
+    good = (levels >= 0) & (levels <= 1)
+    if not good.all():
+        bad = float(levels[~good][0])
+        raise UserError(f"u: a noise level in [0, 1] is needed, 0 data and 1 noise (got {bad:g})")
+    return levels.expand(n)
+
+
+class Restorer:
+    """Restores noised rows from any level.
+
+    Args:
+        field: the velocity.
+        solver: for mode ``sample``.
+        steps: of it, from the level to 0.
+        mode: ``sample`` follows the flow, ``mean`` takes E[z | z_u].
+
+    Raises:
+        UserError: another mode, no steps.
+    """
+
+    def __init__(self, field: VelocityField, solver: Solver, steps: int, mode: Mode = "sample") -> None:
+        check_mode(mode)
+        solver.points(1.0, 0.0, steps)
+        self.field, self.solver, self.steps, self.mode = field, solver, steps, mode
+
+    def at(self, z: Tensor, noise: Tensor, u: float) -> Tensor:
+        """Rows z (m, d) noised to level u by ``noise`` (m, d), restored; z itself at u = 0."""
+        if u == 0:
+            return z
+        z_u = interpolate(z, noise, u)
+        if self.mode == "mean":
+            return posterior_mean(z_u, self.field(z_u, u), u)
+        return self.solver.integrate(self.field, z_u, self.solver.points(u, 0.0, self.steps))
+
+    def at_levels(self, z: Tensor, noise: Tensor, u_M: Tensor) -> Tensor:
+        """As :meth:`at` with a level for each row, u (m,); rows of equal levels are solved together."""
+        levels = u_M.unique().tolist()
+        if len(levels) == 1:
+            return self.at(z, noise, levels[0])
+        found = torch.empty_like(z)
+        for u in levels:
+            here = (u_M == u).nonzero()[:, 0].to(z.device)
+            found[here] = self.at(z[here], noise[here], u)
+        return found
+
+
+def largest_levels(restore: Callable[[Tensor], Tensor], z: Tensor, distance: float) -> Tensor:
+    """For each row, a multiple of 1 / LEVELS whose result is within ``distance``, by bisection; (m,) float64.
+
+    Where the distance ``|restored - z| / |z|`` grows with the level it is the largest such one; in any case the result
+    at the level found was within the budget, and a row's level depends on that row alone.
+
+    Args:
+        restore: levels (m,) float64 on the CPU -> rows (m, d).
+        z: rows (m, d), normalised.
+        distance: budget; a row at the mean (z = 0) gets level 0.
+    """
+    allowed = distance * z.norm(dim=1)
+    low = np.zeros(len(z), dtype=np.int64)
+    high = np.full(len(z), LEVELS + 1)
+    while (high - low).max() > 1:
+        middle = (low + high) // 2
+        moved = (restore(torch.from_numpy(middle / LEVELS)) - z).norm(dim=1)
+        within = (moved <= allowed).numpy(force=True)
+        low, high = np.where(within, middle, low), np.where(within, high, middle)
+    return torch.from_numpy(low / LEVELS)

@@ -1,0 +1,121 @@
+"""Log-likelihood by following the flow to noise, and what comes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.prior.calibration import Calibration, Percentiles
+from dmm_ray.prior.rows import Piece
+from dmm_ray.prior.solver import Solver
+from dmm_ray.prior.trace import exact_trace, hutchinson_trace
+from dmm_ray.prior.velocities import VelocityField
+
+EXACT_TRACE_MAX_D = 512
+"""Up to this width ``probes=0`` is allowed unless insisted on: its cost grows with d tangents an evaluation."""
+TANGENTS = 8
+"""Tangents taken at once where memory allows."""
+
+
+class Scale(NamedTuple):
+    """What percentiles are read from: a calibration, the rows' layer and their positions (n,), where known."""
+
+    calibration: Calibration | None
+    layer: int
+    positions: Tensor | None
+
+    def percentiles(self, nats: Tensor, base: Tensor) -> Percentiles | None:
+        """Those of rows by log-likelihood (n,) and its base (n,); None without a calibration of the layer."""
+        if self.calibration is None or self.layer not in self.calibration.layers:
+            return None
+        return self.calibration.percentiles(self.layer, nats, base, self.positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProb:
+    """Log-likelihood of n raw activations and its parts; tensors are (n,) float32, in nats."""
+
+    nats: Tensor
+    """log p(x), the normaliser's log-determinant included: base + divergence + log_determinant."""
+    nats_per_dim: Tensor
+    """``nats / d``."""
+    stderr: Tensor | None
+    """Standard error of ``nats`` that the trace estimate brings; zero when exact, None from a single probe."""
+    percentile: Tensor | None
+    """Per cent of natural activations less likely than this one; None for a prior without calibration."""
+    latent_percentile: Tensor | None
+    """Two-sided percentile of the latent norm at u = 1; None for a prior without calibration."""
+    combined_percentile: Tensor | None
+    """Percentile of the two together, small where either is unusual; None for a prior without calibration."""
+    base: Tensor
+    """log N(z_1; 0, I) of the latent that the row flows to."""
+    divergence: Tensor
+    """Integral over u of the velocity's divergence along the path."""
+    log_determinant: float
+    """log |dz/dx| of the normaliser."""
+    evaluations: int
+    """Network evaluations spent on each row: stages x steps, traces not counted."""
+
+    @classmethod
+    def of(
+        cls, parts: Tensor, log_determinant: float, d: int, probes: int, evaluations: int, scale: Scale
+    ) -> LogProb:
+        """From base, divergence and its standard error (3, n), float64."""
+        base, divergence, stderr = parts
+        nats = base + divergence + log_determinant
+        found = scale.percentiles(nats, base)
+        return cls(
+            nats=nats.float(),
+            nats_per_dim=(nats / d).float(),
+            stderr=None if probes == 1 else stderr.float(),
+            percentile=found.percentile if found else None,
+            latent_percentile=found.latent_percentile if found else None,
+            combined_percentile=found.combined_percentile if found else None,
+            base=base.float(),
+            divergence=divergence.float(),
+            log_determinant=log_determinant,
+            evaluations=evaluations,
+        )
+
+
+def check_probes(probes: int, d: int, exact_limit: int) -> None:
+    """Raises UserError for negative probes, or an exact trace beyond ``exact_limit``."""
+    if probes < 0:
+        raise UserError(f"probes: at least 1 is needed, or 0 for the exact trace (got {probes})")
+    if probes == 0 and d > exact_limit:
+        raise UserError(
+            f"probes: 0, the exact trace, costs {d} tangents an evaluation at width {d}; "
+            f"give at least 1, or exact_limit={d} to insist"
+        )
+
+
+def tangents_at_once(probes: int, d: int) -> int:
+    """How many tangents to make room for, of ``probes`` or d."""
+    return min(probes or d, TANGENTS)
+
+
+def follow(
+    field: VelocityField, piece: Piece, solver: Solver, points: list[float], seed: int, probes: int
+) -> Tensor:
+    """Base log-density, divergence and its standard error (3, m), float64, of rows followed along ``points``.
+
+    ``log p(z_0) = log N(z_1; 0, I) + integral_0^1 div v(z_u, u) du`` (Chen et al. 2018).
+    """
+    chunk = tangents_at_once(probes, piece.z.shape[1])
+
+    def traced(z: Tensor, u: float, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        def along(s: Tensor, t_KND: Tensor) -> tuple[Tensor, Tensor]:
+            return field.tangents(s, u, t_KND)
+
+        if probes == 0:
+            return exact_trace(along, z, chunk)
+        return hutchinson_trace(along, z, piece.ids, seed, number, probes, chunk)
+
+    z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
+    base = -0.5 * (z_1.double().square().sum(1) + z_1.shape[1] * math.log(2 * math.pi))
+    return torch.stack([base, divergence, variance.sqrt()])

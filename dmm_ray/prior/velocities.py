@@ -1,0 +1,146 @@
+"""The denoiser as a velocity field at one layer: its number format, its remembered time path, its compilation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmm_ray.prior.config import PriorConfig
+from dmm_ray.prior.network import Denoiser
+from dmm_ray.prior.precision import Precision, check_precision, exact_float32
+
+GATE_FLOATS = 1 << 24
+"""Remembered time paths hold about this many numbers at most."""
+Key = tuple[int, float]
+
+
+class _Network(NamedTuple):
+    """The denoiser in one number format, its functions compiled or not."""
+
+    dtype: torch.dtype
+    gates: Callable[..., list[Tensor]]
+    velocity: Callable[..., Tensor]
+    tangents: Callable[..., tuple[Tensor, Tensor]]
+    hidden: Callable[..., list[Tensor]]
+
+
+class Velocities:
+    """Makes the fields of a prior; what it keeps is dropped when the weights move or change.
+
+    Args:
+        config: of the prior.
+    """
+
+    def __init__(self, config: PriorConfig) -> None:
+        self.config = config
+        self.options: dict[str, Any] | None = None
+        self._weights: tuple[tuple[int, int], ...] = ()
+        self._networks: dict[Precision, _Network] = {}
+        self._gates: dict[Precision, dict[Key, list[Tensor]]] = {}
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile the networks from now on, with ``options`` of torch.compile."""
+        self.options, self._weights = options, ()
+
+    def field(self, denoiser: Denoiser, row: int, precision: Precision = "float32") -> VelocityField:
+        """The velocity at the layer of index ``row``. Raises UserError for another precision."""
+        check_precision(precision)
+        # In-place updates count up the version; a move or a cast changes the address.
+        weights = tuple((p.data_ptr(), p._version) for p in denoiser.parameters())
+        if weights != self._weights:
+            self._weights, self._networks, self._gates = weights, {}, {}
+        if precision not in self._networks:
+            self._networks[precision] = self._network(denoiser, precision)
+        depth = self.config.depth(self.config.layers[row]) if self.config.multi_layer else None
+        known = self._gates.setdefault(precision, {})
+        return VelocityField(self._networks[precision], row, depth, known, self._remembered)
+
+    @property
+    def _remembered(self) -> int:
+        return max(8, GATE_FLOATS // (self.config.n_blocks * self.config.d_mlp))
+
+    def _network(self, denoiser: Denoiser, precision: Precision) -> _Network:
+        if precision == "bfloat16":
+            denoiser = copy.deepcopy(denoiser).to(torch.bfloat16)
+        velocity, tangents = denoiser.velocity, denoiser.tangents
+        if self.options is not None:
+            velocity = _fresh(torch.compile(velocity, **self.options))
+            tangents = _fresh(torch.compile(tangents, **self.options))
+        dtype = denoiser.in_proj.weight.dtype
+        return _Network(dtype, denoiser.gates, velocity, tangents, denoiser.meta_neurons)
+
+
+class VelocityField:
+    """``v(z, u) = E[noise - z | z_u]`` at one layer, on normalised rows (n, d); results in the dtype of z.
+
+    Args:
+        network: functions of the denoiser.
+        row: index of the layer.
+        depth: its layer condition, where the prior has one.
+        known: time paths by (row, u), shared by all fields of a prior; the least recently used go first.
+        remembered: most of them.
+    """
+
+    def __init__(
+        self,
+        network: _Network,
+        row: int,
+        depth: float | None,
+        known: dict[Key, list[Tensor]],
+        remembered: int,
+    ) -> None:
+        self.network, self.row, self.depth = network, row, depth
+        self.known, self.remembered = known, remembered
+
+    def __call__(self, z: Tensor, u: float) -> Tensor:
+        """The velocity (n, d) of rows at one noise level."""
+        with exact_float32():
+            return self.network.velocity(z.to(self.network.dtype), self._path(u, z.device)).to(z.dtype)
+
+    def tangents(self, z: Tensor, u: float, t_KND: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity (n, d) and its derivatives along t (K, n, d)."""
+        dtype = self.network.dtype
+        with exact_float32():
+            v, along = self.network.tangents(z.to(dtype), self._path(u, z.device), t_KND.to(dtype))
+        return v.to(z.dtype), along.to(z.dtype)
+
+    def hidden(self, z: Tensor, u: float) -> list[Tensor]:
+        """Every block's hidden units (n, d_mlp)."""
+        with exact_float32():
+            found = self.network.hidden(z.to(self.network.dtype), self._path(u, z.device))
+        return [h.to(z.dtype) for h in found]
+
+    def at_levels(self, z: Tensor, u_N: Tensor) -> Tensor:
+        """The velocity (n, d) of rows each at a level of its own, u (n,)."""
+        u_M, index = torch.unique(u_N, return_inverse=True)
+        with exact_float32():
+            gates = self._new_path(u_M)
+            found = self.network.velocity(z.to(self.network.dtype), gates, index if len(u_M) > 1 else None)
+        return found.to(z.dtype)
+
+    def _path(self, u: float, device: torch.device) -> list[Tensor]:
+        gates = self.known.pop((self.row, u), None)
+        if gates is None:
+            gates = self._new_path(torch.full((1,), u, device=device))
+        self.known[self.row, u] = gates
+        if len(self.known) > self.remembered:
+            self.known.pop(next(iter(self.known)), None)
+        return gates
+
+    def _new_path(self, u_M: Tensor) -> list[Tensor]:
+        depth = None if self.depth is None else torch.full_like(u_M, self.depth)
+        return self.network.gates(u_M, depth)
+
+
+def _fresh(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Results copied: CUDA graphs write each call's result where the last one's was."""
+
+    def call(*args: Any) -> Any:
+        found = compiled(*args)
+        return found.clone() if isinstance(found, Tensor) else tuple(t.clone() for t in found)
+
+    return call

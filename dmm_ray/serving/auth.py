@@ -1,0 +1,116 @@
+"""Bearer tokens: where they come from, and whether a request has one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import re
+
+from dmm_ray.errors import UserError
+from dmm_ray.serving.config import AppConfig, ServeConfig
+
+logger = logging.getLogger("ray.serve.dmm")
+VARIABLE = "DMM_SERVE_TOKENS"
+MEND = f"set {VARIABLE} in the environment or give a token file"
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
+"""What needs no token: health, the page itself and the description of the routes."""
+
+
+class Tokens:
+    """The tokens that requests are checked against; only their SHA-256 is kept.
+
+    Args:
+        hashes: of the tokens that never change.
+        file: local path of a file with a token a line, read again when it changes; a file that has gone
+            admits nobody.
+
+    Raises:
+        UserError: the file is not there, or no token is given at all.
+    """
+
+    def __init__(self, hashes: tuple[bytes, ...], file: str | None) -> None:
+        self._fixed = hashes
+        self._file = file
+        self._stamp: tuple[int, int, int] | None = None
+        self._read: tuple[bytes, ...] = ()
+        if file is not None and not os.path.isfile(file):
+            raise UserError(f"token_file: {file}: no such file; write one token a line into it")
+        if not self._hashes():
+            raise UserError(f"tokens: none given; {MEND}")
+
+    def admit(self, authorization: str | None) -> bool:
+        """Whether an Authorization header holds a token; takes as long for a wrong one as for a right one."""
+        scheme, _, token = (authorization or "").partition(" ")
+        given = _hash(token.strip())
+        matches = [hmac.compare_digest(given, known) for known in self._hashes()]
+        return any(matches) and scheme.lower() == "bearer"
+
+    def _hashes(self) -> tuple[bytes, ...]:
+        if self._file is not None:
+            self._refresh(self._file)
+        return self._fixed + self._read
+
+    def _refresh(self, file: str) -> None:
+        try:
+            status = os.stat(file)
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp != self._stamp:
+                with open(file, encoding="utf-8") as f:
+                    self._read = hashes(f.read())
+                self._stamp = stamp
+        except (OSError, UnicodeDecodeError) as e:
+            if self._read:
+                logger.error("token file cannot be read, its tokens are refused: %s", e)
+            self._read, self._stamp = (), None
+
+
+def hashes(text: str) -> tuple[bytes, ...]:
+    """The SHA-256 of each token in ``text``, separated by commas or white space."""
+    return tuple(_hash(token) for token in re.split(r"[,\s]+", text) if token)
+
+
+def tokens_of(config: AppConfig) -> tuple[tuple[bytes, ...], str | None] | None:
+    """The arguments of ``Tokens`` that ``config`` and this process's environment give; None for ``auth: none``.
+
+    Raises:
+        UserError: neither tokens nor ``auth: none``.
+    """
+    if config.auth == "none":
+        return None
+    found = hashes(os.environ.get(VARIABLE, ""))
+    if not found and config.token_file is None:
+        raise UserError(f"auth: no tokens; {MEND}, or say `auth: none` where nobody else reaches the address")
+    return found, config.token_file
+
+
+def settled(config: ServeConfig) -> ServeConfig:
+    """``config`` with ``auth`` decided by the address: a loopback one does without tokens unless some are given.
+
+    Raises:
+        UserError: an address that others reach, without tokens.
+    """
+    given = config.token_file is not None or bool(hashes(os.environ.get(VARIABLE, "")))
+    if not is_loopback(config.host) and (config.auth == "none" or not given):
+        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {MEND}")
+    if config.auth is None and not given:
+        return config.model_copy(update={"auth": "none"})
+    if config.auth != "none":
+        arguments = tokens_of(config)
+        assert arguments
+        Tokens(*arguments)
+    return config
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,115 @@
+"""The first thing a request meets: tokens, request ids, the access log, metrics, answers to bugs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dmm_ray.serving.answers import failure
+from dmm_ray.serving.auth import OPEN_PATHS, Tokens
+
+logger = logging.getLogger("ray.serve.dmm")
+SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+UNROUTED = "unrouted"
+
+
+class Answered(NamedTuple):
+    """What is recorded of a request: nothing of what it says."""
+
+    method: str
+    route: str
+    status: int
+    rows: int
+    seconds: float
+    request_id: str
+
+
+class Gate:
+    """ASGI middleware around the whole application.
+
+    Serve's proxy takes or makes ``X-Request-ID`` and puts it on the answer; here it goes into the log.
+
+    Args:
+        app: the application.
+        tokens: whom to let in; None: everybody.
+        record: called once for each request when its answer has gone.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens | None, record: Callable[[Answered], None]) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            await (self._app if self._admits(scope) else _refuse)(scope, receive, watched)
+        except Exception:
+            logger.exception("request %s failed", request_id(scope))
+            if status:
+                raise
+            await failure(500, "internal error; the log of the endpoint says more")(scope, receive, watched)
+        finally:
+            self._record(_answered(scope, status, time.monotonic() - start))
+
+    def _admits(self, scope: Scope) -> bool:
+        return (
+            self._tokens is None
+            or _path(scope) in OPEN_PATHS
+            or self._tokens.admit(Headers(scope=scope).get("authorization"))
+        )
+
+
+def request_id(scope: Scope) -> str:
+    """The request's id as it may be written into a log; ``-`` for one that may not."""
+    found = Headers(scope=scope).get("x-request-id", "")
+    return found if SANE_ID.fullmatch(found) else "-"
+
+
+def log_access(answered: Answered) -> None:
+    """One line for a request."""
+    logger.info(
+        "%s %s %d rows=%d ms=%.1f id=%s",
+        answered.method,
+        answered.route,
+        answered.status,
+        answered.rows,
+        answered.seconds * 1000,
+        answered.request_id,
+    )
+
+
+def _path(scope: Scope) -> str:
+    """The address inside the application."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    answer = failure(401, "Authorization: send `Bearer TOKEN` with one of the endpoint's tokens")
+    await answer(scope, receive, send)
+
+
+def _answered(scope: Scope, status: int, seconds: float) -> Answered:
+    path = _path(scope)
+    route = getattr(scope.get("route"), "path", path if path in OPEN_PATHS else UNROUTED)
+    rows = scope.get("state", {}).get("rows", 0)
+    method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+    return Answered(method, route, status, rows, seconds, request_id(scope))

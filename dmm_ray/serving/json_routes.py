@@ -1,0 +1,46 @@
+"""``POST /v1/*``: the operations on activations, in JSON for people."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic_core import to_json
+
+from dmm_ray.serving.batching import Columns
+from dmm_ray.serving.calls import to_call
+from dmm_ray.serving.context import Context
+from dmm_ray.serving.errors import DOCUMENTED
+from dmm_ray.serving.schemas import BODIES, Body, request_schema
+
+
+def install(api: FastAPI, context: Context) -> None:
+    """Add the routes to ``api``."""
+    for body, answer in BODIES:
+        api.post(
+            f"/v1/{body.OPERATION}",
+            summary=body.__doc__,
+            response_class=JSONResponse,
+            responses={200: {"model": answer}, **DOCUMENTED},
+            openapi_extra={"requestBody": request_schema(body)},
+        )(_route(body, context))
+
+
+def encode(columns: Columns) -> bytes:
+    """An answer as JSON; a NaN inside a column becomes null."""
+    plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in columns.items()}
+    return to_json(plain, inf_nan_mode="null")
+
+
+def _route(kind: type[Body], context: Context) -> Callable[[Request], Awaitable[Response]]:
+    async def route(request: Request) -> Response:
+        body = await context.read_json(request, kind)
+        name = context.priors.resolve(body.model)
+        call, rows = to_call(body, await context.priors.info(name), context.limits)
+        request.state.rows = len(rows["ids"])
+        return Response(encode(await context.priors.compute(name, call, rows)), media_type="application/json")
+
+    route.__name__ = kind.OPERATION
+    return route

@@ -1,0 +1,260 @@
+"""The Open Inference Protocol (KServe V2, REST) with its binary tensor extension: requests in, answers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from dmm_ray.serving.batching import Columns
+from dmm_ray.serving.bodies import parse
+from dmm_ray.serving.config import MOST_ROWS
+from dmm_ray.serving.errors import RequestError, body_error
+from dmm_ray.serving.schemas import (
+    Arguments,
+    Denoise,
+    Encode,
+    Finite,
+    Int64,
+    LogProb,
+    Operation,
+    Sample,
+    StrictBody,
+)
+from dmm_ray.serving.tensors import ITEM_BYTES, datatype_of, from_bytes, from_numbers, raw_bytes
+
+LENGTH_HEADER = "Inference-Header-Content-Length"
+OPERATIONS: dict[Operation, type[Arguments]] = {
+    kind.OPERATION: kind for kind in (LogProb, Denoise, Sample, Encode)
+}
+INPUT_TYPES = {"activations": ("FP32", "FP16", "BF16"), "n": ("INT64",), "ids": ("INT64",)}
+FIRST_OUTPUT = {"log_prob": "nats", "denoise": "activations", "sample": "activations", "encode": "features"}
+LOG_PROB_OUTPUTS = ("nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "evaluations")
+Dimension = Annotated[int, Field(ge=0, lt=2**31)]
+Floats = Annotated[list[Finite], Field(fail_fast=True)]
+Integers = Annotated[list[Int64], Field(fail_fast=True)]
+NUMBERS: dict[tuple[bool, bool], TypeAdapter[Any]] = {
+    (False, False): TypeAdapter(Floats),
+    (False, True): TypeAdapter(Annotated[list[Floats], Field(fail_fast=True)]),
+    (True, False): TypeAdapter(Integers),
+    (True, True): TypeAdapter(Annotated[list[Integers], Field(fail_fast=True)]),
+}
+"""What `data` must be, by: integers or not, nested or not."""
+
+
+class InputParameters(StrictBody):
+    """How an input is sent."""
+
+    binary_data_size: int | None = Field(
+        default=None, ge=0, description="Bytes of this tensor behind the JSON; null: it is in `data`."
+    )
+
+
+class Input(StrictBody):
+    """One tensor of a request."""
+
+    name: str = Field(max_length=64)
+    shape: list[Dimension] = Field(min_length=1, max_length=2)
+    datatype: str = Field(
+        max_length=16, description="FP32, and in binary FP16 or BF16; INT64 for `n` and `ids`."
+    )
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = Field(default=None, description="Numbers, flat or nested, in row-major order.")
+
+
+class OutputParameters(StrictBody):
+    """How an output is wanted."""
+
+    binary_data: bool | None = None
+
+
+class Output(StrictBody):
+    """One tensor that the answer should hold."""
+
+    name: str = Field(max_length=64)
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferBody(StrictBody):
+    """A request in the Open Inference Protocol.
+
+    `parameters` takes what the JSON routes take beside rows and ids (layer, seed, steps, probes, u, mode, block),
+    and `binary_data_output`.
+    """
+
+    id: str | None = Field(default=None, max_length=256, description="Comes back in the answer.")
+    parameters: dict[str, Any] = Field(default={})
+    inputs: list[Input] = Field(min_length=1, max_length=2)
+    outputs: list[Output] | None = Field(default=None, max_length=16, description="null: all there are.")
+
+
+class Inference(NamedTuple):
+    """A request as it was meant."""
+
+    id: str | None
+    arguments: Arguments
+    n: int
+    activations: np.ndarray | None
+    ids: np.ndarray | None
+    outputs: tuple[Output, ...] | None
+    binary: bool
+
+
+def read_inference(operation: Operation, body: bytearray, header_bytes: str | None) -> Inference:
+    """The request in ``body``, whose first ``header_bytes`` (None: all) are JSON and the rest tensors.
+
+    Raises:
+        RequestError: 400 where lengths do not agree or the JSON is none; 413, 422 for a wrong field.
+    """
+    end = _header_length(header_bytes, len(body))
+    message = parse(InferBody, body if end == len(body) else body[:end])
+    tensors = dict(_tensors(message.inputs, memoryview(body)[end:]))
+    main = "n" if operation == "sample" else "activations"
+    if unknown := [name for name in tensors if name not in (main, "ids")]:
+        raise RequestError(
+            422, f"inputs.{unknown[0]}: no such input here; give {main}, and ids if rows have names"
+        )
+    if main not in tensors:
+        raise RequestError(422, f"inputs: {main} is missing")
+    parameters = dict(message.parameters)
+    binary = parameters.pop("binary_data_output", False)
+    if not isinstance(binary, bool):
+        raise RequestError(422, "parameters.binary_data_output: true or false")
+    arguments = _arguments(operation, parameters)
+    n, activations = _rows(tensors[main], operation)
+    outputs = None if message.outputs is None else tuple(message.outputs)
+    return Inference(message.id, arguments, n, activations, tensors.get("ids"), outputs, binary)
+
+
+def write_answer(model: str, asked: Inference, columns: Columns) -> tuple[bytes, int | None]:
+    """The answer's body, and the length of its JSON where tensors follow.
+
+    Raises:
+        RequestError: 422 for an output that this answer has not.
+    """
+    arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in columns.items() if value is not None}
+    wanted = list(_wanted(asked, arrays))
+    tails = [raw_bytes(arrays[name]) for name, binary in wanted if binary]
+    header: dict[str, Any] = {} if asked.id is None else {"id": asked.id}
+    header |= {
+        "model_name": model,
+        "model_version": "1",
+        "outputs": [_output(name, arrays[name], binary) for name, binary in wanted],
+    }
+    json = to_json(header, inf_nan_mode="null")
+    return (b"".join([json, *tails]), len(json)) if tails else (json, None)
+
+
+def metadata(model: str, operation: Operation, d: int) -> dict[str, Any]:
+    """What ``GET /v2/models/{m}`` says: the tensors that are always needed and those that may come back."""
+    given = {"name": "n", "datatype": "INT64", "shape": [1]}
+    rows = {"name": "activations", "datatype": "FP32", "shape": [-1, d]}
+    first = FIRST_OUTPUT[operation]
+    outputs = [{"name": first, "datatype": "FP32", "shape": [-1, d if first == "activations" else -1]}]
+    if operation == "log_prob":
+        outputs = [{"name": name, "datatype": "FP32", "shape": [-1]} for name in LOG_PROB_OUTPUTS[:-1]]
+        outputs.append({"name": "evaluations", "datatype": "INT64", "shape": [1]})
+    inputs = [given if operation == "sample" else rows]
+    return {"name": model, "versions": ["1"], "platform": "dmm-ray", "inputs": inputs, "outputs": outputs}
+
+
+def _header_length(header_bytes: str | None, total: int) -> int:
+    if header_bytes is None:
+        return total
+    if not (header_bytes.isascii() and header_bytes.isdigit() and len(header_bytes) < 12):
+        raise RequestError(400, f"{LENGTH_HEADER}: the number of bytes of the JSON")
+    if int(header_bytes) > total:
+        raise RequestError(400, f"{LENGTH_HEADER}: {header_bytes}, but the body has {total} bytes")
+    return int(header_bytes)
+
+
+def _tensors(inputs: list[Input], rest: memoryview) -> Iterator[tuple[str, np.ndarray]]:
+    if len({given.name for given in inputs}) < len(inputs):
+        raise RequestError(422, "inputs: each name once")
+    used = 0
+    for given in inputs:
+        size = given.parameters.binary_data_size
+        _check_type(given, size is not None)
+        if size is None:
+            yield given.name, _json_tensor(given)
+        else:
+            yield given.name, _binary_tensor(given, rest[used : used + size])
+            used += size
+    if used != len(rest):
+        raise RequestError(
+            400, f"body: {len(rest)} bytes behind the JSON; binary_data_size adds up to {used}"
+        )
+
+
+def _check_type(given: Input, binary: bool) -> None:
+    known = INPUT_TYPES.get(given.name, tuple(ITEM_BYTES))
+    allowed = known if binary else tuple(name for name in known if name in ("FP32", "INT64"))
+    if given.datatype not in allowed:
+        how = "in binary" if binary else "in JSON"
+        raise RequestError(422, f"inputs.{given.name}.datatype: {' or '.join(allowed)} {how}")
+    if binary == (given.data is not None):
+        raise RequestError(422, f"inputs.{given.name}: either data or parameters.binary_data_size")
+    ranks = {"activations": (2,), "n": (1,)}.get(given.name, (1, 2))
+    if len(given.shape) not in ranks:
+        raise RequestError(422, f"inputs.{given.name}.shape: {ranks[0]} dimension(s)")
+
+
+def _binary_tensor(given: Input, raw: memoryview) -> np.ndarray:
+    try:
+        return from_bytes(raw, given.datatype, tuple(given.shape))
+    except ValueError as e:
+        raise RequestError(400, f"inputs.{given.name}: {e}") from e
+
+
+def _json_tensor(given: Input) -> np.ndarray:
+    assert given.data is not None
+    where = f"inputs.{given.name}.data"
+    nested = bool(given.data) and isinstance(given.data[0], list)
+    try:
+        NUMBERS[given.datatype == "INT64", nested].validate_python(given.data, strict=True)
+    except ValidationError as e:
+        raise body_error(e, where) from e
+    try:
+        return from_numbers(given.data, given.datatype, tuple(given.shape))
+    except ValueError as e:
+        raise RequestError(422, f"{where}: {' '.join(str(e).split())}") from e
+
+
+def _arguments(operation: Operation, parameters: dict[str, Any]) -> Arguments:
+    try:
+        return OPERATIONS[operation].model_validate(parameters)
+    except ValidationError as e:
+        raise body_error(e, "parameters") from e
+
+
+def _rows(main: np.ndarray, operation: Operation) -> tuple[int, np.ndarray | None]:
+    if operation == "sample":
+        if main.shape != (1,) or main[0] < 1:
+            raise RequestError(422, "inputs.n: one positive number, shape [1]")
+        return int(main[0]), None
+    if not len(main):
+        raise RequestError(422, "inputs.activations: at least one row")
+    if len(main) > MOST_ROWS:
+        raise RequestError(
+            413, f"rows: {len(main)} asked for, at most {MOST_ROWS} in one request; send several"
+        )
+    return len(main), main
+
+
+def _wanted(asked: Inference, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, bool]]:
+    for output in (Output(name=name) for name in arrays) if asked.outputs is None else asked.outputs:
+        if output.name not in arrays:
+            raise RequestError(422, f"outputs.{output.name}: not in this answer; it has {', '.join(arrays)}")
+        chosen = output.parameters.binary_data
+        yield output.name, asked.binary if chosen is None else chosen
+
+
+def _output(name: str, array: np.ndarray, binary: bool) -> dict[str, Any]:
+    described = {"name": name, "datatype": datatype_of(array), "shape": list(array.shape)}
+    if binary:
+        return {**described, "parameters": {"binary_data_size": math.prod(array.shape) * array.itemsize}}
+    return {**described, "data": array.reshape(-1).tolist()}

@@ -1,0 +1,114 @@
+"""``/v2/*``: health, metadata and inference as the Open Inference Protocol (KServe V2) has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from dmm_ray.config import versions
+from dmm_ray.serving.answers import failure
+from dmm_ray.serving.calls import array_call
+from dmm_ray.serving.context import Context
+from dmm_ray.serving.errors import DOCUMENTED, RequestError
+from dmm_ray.serving.oip import LENGTH_HEADER, OPERATIONS, InferBody, metadata, read_inference, write_answer
+from dmm_ray.serving.schemas import ROWS, Operation, request_schema
+
+UNREADY: dict[int | str, dict[str, Any]] = {503: DOCUMENTED[503]}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: DOCUMENTED[404], **UNREADY}
+EXAMPLE = {
+    "inputs": [{"name": "activations", "shape": [2, 4], "datatype": "FP32", "data": ROWS}],
+    "parameters": {"steps": 32, "probes": 2, "seed": 0},
+    "outputs": [{"name": "nats"}],
+}
+
+
+def install(api: FastAPI, context: Context) -> None:
+    """Add the routes to ``api``."""
+    routes = _Routes(context)
+    router = APIRouter(prefix="/v2")
+    router.get("", summary="What is this server?")(routes.server)
+    router.get("/health/live", summary="Is the HTTP side up?")(routes.live)
+    router.get(
+        "/health/ready", summary="Does every prior (and the language model) answer?", responses=UNREADY
+    )(routes.ready)
+    router.get("/models/{model}", summary="The tensors of a model", responses=UNKNOWN)(routes.model)
+    router.get("/models/{model}/ready", summary="Does a model answer?", responses=UNKNOWN)(routes.model_ready)
+    router.post(
+        "/models/{model}/infer",
+        summary="Ask a model: log_prob, denoise, sample or encode, or NAME.log_prob of another prior",
+        responses=DOCUMENTED,
+        openapi_extra={"requestBody": _documented_body()},
+    )(routes.infer)
+    api.include_router(router)
+
+
+class _Routes:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def server(self) -> dict[str, Any]:
+        """Server metadata."""
+        return {"name": "dmm-ray", "version": versions()["dmm-ray"], "extensions": ["binary_tensor_data"]}
+
+    async def live(self) -> dict[str, bool]:
+        """Liveness."""
+        return {"live": True}
+
+    async def ready(self) -> Response:
+        """Readiness of everything."""
+        if waiting := await self._context.waiting_for():
+            return self._unready(", ".join(waiting))
+        return JSONResponse({"ready": True})
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """Metadata of a model."""
+        name, operation = self._find(model)
+        return metadata(model, operation, (await self._context.priors.info(name)).d)
+
+    async def model_ready(self, model: str) -> Response:
+        """Readiness of a model."""
+        name, _ = self._find(model)
+        if not await self._context.priors.is_up(name):
+            return self._unready(name)
+        return JSONResponse({"name": model, "ready": True})
+
+    async def infer(self, model: str, request: Request) -> Response:
+        """Inference."""
+        name, operation = self._find(model)
+        context = self._context
+        body = await context.read(request)
+        asked = read_inference(operation, body, request.headers.get(LENGTH_HEADER))
+        info = await context.priors.info(name)
+        call, rows = array_call(asked.arguments, asked.n, asked.activations, asked.ids, info, context.limits)
+        request.state.rows = asked.n
+        answer, length = write_answer(model, asked, await context.priors.compute(name, call, rows))
+        if length is None:
+            return Response(answer, media_type="application/json")
+        return Response(answer, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
+
+    def _find(self, model: str) -> tuple[str, Operation]:
+        """The prior and the operation that a model's name means. Raises RequestError 404."""
+        name, _, wanted = model.rpartition(".")
+        for operation in OPERATIONS:
+            if operation == wanted:
+                return self._context.priors.resolve(name or None), operation
+        raise RequestError(404, f"model: no such model; there are {', '.join(OPERATIONS)}, or NAME.log_prob")
+
+    def _unready(self, what: str) -> JSONResponse:
+        return failure(503, f"not ready: {what}", self._context.retry_after_s)
+
+
+def _documented_body() -> dict[str, Any]:
+    body = request_schema(InferBody)
+    body["content"]["application/json"]["schema"]["examples"] = [EXAMPLE]
+    body["content"]["application/octet-stream"] = {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": f"The JSON, {LENGTH_HEADER} bytes of it, then the tensors that have a "
+            "binary_data_size, in their order, little-endian.",
+        }
+    }
+    return body

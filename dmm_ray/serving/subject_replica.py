@@ -1,0 +1,208 @@
+"""The deployment that holds a language model: reads texts, generates, names activations by tokens.
+
+It holds its own copy of every prior of the language model's activations, for projections between two tokens: memory
+for the language model and those priors. Log-probabilities are left to the priors' own deployments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from ray import serve
+
+from dmm_ray.errors import UserError
+from dmm_ray.serving.errors import RequestError
+from dmm_ray.serving.text_schemas import (
+    DirectionInfo,
+    Ended,
+    GenerateBody,
+    NearToken,
+    SubjectInfo,
+    TextRows,
+    TokenEvent,
+    TokenScore,
+)
+
+if TYPE_CHECKING:
+    from dmm_ray.interventions import Direction, Generation, Steering
+    from dmm_ray.prior import ActivationPrior
+
+logger = logging.getLogger("ray.serve.dmm")
+T = TypeVar("T")
+REQUEST_DIRECTION = "of this request"
+
+
+@serve.deployment
+class SubjectDeployment:
+    """Answers the text routes' calls, one forward pass at a time.
+
+    Args:
+        model: the language model's folder or hub id.
+        directions: folder of steering directions, if any.
+        priors: folder or hub id of each prior by name, the default one first.
+        device: where it computes, ``cpu`` or ``cuda``.
+        threads: CPU threads of torch.
+
+    Raises:
+        UserError: one of them does not load, or the default prior or a direction does not fit the model.
+    """
+
+    def __init__(
+        self, model: str, directions: str | None, priors: dict[str, str], device: str, threads: int
+    ) -> None:
+        # Imported here: the HTTP side imports this module to name the deployment, and does without torch.
+        import torch
+
+        from dmm_ray.interventions import LanguageModel, load_directions
+
+        torch.set_num_threads(threads)
+        self._model = LanguageModel.load(model, device=device)
+        self._priors = self._fitting(priors, device)
+        self._directions = load_directions(directions) if directions else {}
+        for direction in self._directions.values():
+            self._check(direction)
+        self._compute = ThreadPoolExecutor(1)  # hooks and caches allow one forward pass at a time
+        self._probe()
+        logger.info("serving %s on %s, directions: %d", model, device, len(self._directions))
+
+    async def describe(self) -> SubjectInfo:
+        """The model's shape; an answer also says that this process is up."""
+        m = self._model
+        directions = [DirectionInfo(name=d.name, layer=d.layer) for d in self._directions.values()]
+        return SubjectInfo(
+            name=Path(m.model_id).name if Path(m.model_id).is_absolute() else m.model_id,
+            layers=m.n_layers,
+            context=m.context,
+            generates=not m.bidirectional,
+            priors=list(self._priors),
+            directions=directions,
+        )
+
+    async def check_health(self) -> None:
+        """Run the model on one token."""
+        await self._run(self._probe)
+
+    async def read(self, name: str, text: str, layer: int | None) -> TextRows:
+        """The tokens of ``text`` and their activations at a layer that prior ``name`` models.
+
+        Raises:
+            RequestError: 413 for more tokens than the model's context, 422 for a prior of another model.
+            UserError: a layer that the prior does not model, or a text without tokens.
+        """
+        prior = self._prior(name)
+        block = prior.layers[prior.layer_row(layer)]
+        reading = await self._run(self._model.read, text, block)
+        tokens = [TokenScore(text=p.text, start=p.start, end=p.end) for p in reading.pieces]
+        return TextRows(tokens, block, reading.rows[1:].numpy())
+
+    async def generate(self, name: str, body: GenerateBody) -> AsyncIterator[TokenEvent | Ended]:
+        """New tokens as they come, then :class:`Ended`; others are served between two tokens.
+
+        Raises:
+            RequestError: as :meth:`read`.
+            UserError: a direction that is not here or does not fit, a model that does not generate.
+        """
+        generation = await self._run(self._start, name, body)
+        while (token := await self._run(next, generation, None)) is not None:
+            yield TokenEvent(id=token.id, text=token.text)
+        yield Ended(await self._run(generation.nats), generation.finish)
+
+    async def nearest(self, rows: np.ndarray, top: int) -> list[list[NearToken]]:
+        """The ``top`` likeliest tokens of each activation (n, d) by the logit lens. Raises UserError for another d."""
+        return await self._run(self._nearest, rows, top)
+
+    def _nearest(self, rows: np.ndarray, top: int) -> list[list[NearToken]]:
+        import torch
+
+        if rows.shape[1] != self._model.d:
+            raise UserError(
+                f"activations: rows have {rows.shape[1]} numbers; this model's activations have d = {self._model.d}"
+            )
+        logits = self._model.lens(torch.from_numpy(rows.copy()).to(self._model.device))
+        p, ids = torch.softmax(logits, dim=1).topk(min(top, logits.shape[1]))
+        return [
+            [
+                NearToken(id=i, text=self._model.token_text(i), probability=q)
+                for i, q in zip(*pair, strict=True)
+            ]
+            for pair in zip(ids.tolist(), p.tolist(), strict=True)
+        ]
+
+    def _start(self, name: str, body: GenerateBody) -> Generation:
+        from dmm_ray.interventions import Generation
+
+        return Generation(
+            self._model,
+            body.prompt,
+            self._steering(name, body),
+            max_tokens=body.max_tokens,
+            temperature=body.temperature,
+            seed=body.seed,
+        )
+
+    def _steering(self, name: str, body: GenerateBody) -> Steering | None:
+        from dmm_ray.interventions import Steering
+
+        prior, direction = self._prior(name), self._direction(body)
+        if direction is None and not body.project:
+            return None
+        u = body.u if body.project else None
+        return Steering(prior, direction, body.strength, u, body.steps, body.layer, body.seed)
+
+    def _direction(self, body: GenerateBody) -> Direction | None:
+        import torch
+
+        from dmm_ray.interventions import Direction
+
+        if body.direction is None or isinstance(body.direction, list):
+            given = body.direction
+            return None if given is None else Direction(REQUEST_DIRECTION, torch.tensor(given), body.layer)
+        if body.direction not in self._directions:
+            raise UserError("direction: no such direction here; GET /v1/directions lists them")
+        return self._directions[body.direction]
+
+    def _prior(self, name: str) -> ActivationPrior:
+        if name not in self._priors:
+            raise RequestError(422, f"model: {name} is no prior of this language model's activations")
+        return self._priors[name]
+
+    def _fitting(self, sources: dict[str, str], device: str) -> dict[str, ActivationPrior]:
+        """The priors of this model's activations, by width and layers."""
+        from dmm_ray.prior import ActivationPrior
+
+        m, found = self._model, {}
+        for name, source in sources.items():
+            prior = ActivationPrior.from_pretrained(source, device=device)
+            if prior.d == m.d and max(prior.layers) < m.n_layers:
+                found[name] = prior
+            elif not found:
+                raise UserError(
+                    f"model: {m.model_id} (d = {m.d}, {m.n_layers} layers) is not the one that prior {source} "
+                    f"(d = {prior.d}, layers {', '.join(map(str, prior.layers))}) is of"
+                )
+        return found
+
+    def _check(self, direction: Direction) -> None:
+        if len(direction.vector) != self._model.d:
+            raise UserError(
+                f"directions: {direction.name} has {len(direction.vector)} numbers; the model's d is {self._model.d}"
+            )
+
+    def _probe(self) -> None:
+        input_ids, mask = self._model.pad([[0]])
+        self._model.capture(input_ids, mask, [self._model.n_layers - 1])
+
+    async def _run(self, work: Callable[..., T], *arguments: object) -> T:
+        """``work`` in the computing thread. Raises RequestError 413 for a text that is too long."""
+        from dmm_ray.interventions import TooLongError
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compute, work, *arguments)
+        except TooLongError as e:
+            raise RequestError(413, str(e)) from e

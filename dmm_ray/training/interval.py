@@ -1,0 +1,146 @@
+"""The figures of the batches between two records, kept on the device until they are asked for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmm_ray.errors import CheckFailed
+from dmm_ray.prior.flow import LEVELS
+from dmm_ray.training.config import TrainConfig
+
+DECILES = 10
+PEAKS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0}
+"""Dense bfloat16 TFLOP/s by a part of the device's name."""
+
+
+def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
+    """What one device can reach, configured or known; None otherwise."""
+    if config.peak_tflops or device.type != "cuda" or config.precision != "bfloat16":
+        return config.peak_tflops
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def batch_figures(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: int) -> Tensor:
+    """What a worker keeps of one global batch, without waiting for the device.
+
+    Args:
+        losses: (n,) of the worker's rows.
+        u: (n,) their noise levels.
+        norm: of the gradient.
+        first: the first row's place in the global batch.
+        batch: size of the global batch.
+
+    Returns:
+        float32 (24,): the share's part of the mean loss, the norm, per decile of the noise level the sum of the losses
+        and their number, and the places of the first and last row whose loss is not finite.
+    """
+    n = torch.arange(DECILES, device=u.device)
+    member = ((u * LEVELS).round().long() - 1)[:, None] * DECILES // LEVELS == n
+    place = torch.arange(first, first + len(losses), device=u.device)
+    bad = ~losses.isfinite()
+    ends = torch.stack([torch.where(bad, place, batch).min(), torch.where(bad, place, -1).max()])
+    sums = torch.where(member, losses[:, None], 0.0).sum(0)
+    return torch.cat([losses.sum()[None] / batch, norm.detach()[None], sums, member.sum(0), ends])
+
+
+def means(sums: Tensor) -> dict[str, Any]:
+    """``loss``, ``grad_norm`` and ``loss_by_level`` (null where no sample) of an interval's batches (n, 22)."""
+    mean, total = sums.double().mean(0), sums.double().sum(0)
+    levels, counts = total[2 : 2 + DECILES].tolist(), total[2 + DECILES :].tolist()
+    by_level = [x / n if n else None for x, n in zip(levels, counts, strict=True)]
+    return {"loss": mean[0].item(), "grad_norm": mean[1].item(), "loss_by_level": by_level}
+
+
+class Interval:
+    """The batches since the last record, whose figures stay on the device until they are asked for.
+
+    Args:
+        config: of the run.
+        batch: global batches done.
+        past: what :meth:`sums` gave when the checkpoint was written that the run goes on from.
+        rank: of this worker.
+        world: number of workers.
+        device: where the figures are.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batch: int,
+        past: Tensor | None,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ) -> None:
+        self.config, self.rank, self.world, self.batch = config, rank, world, batch
+        self.past = torch.zeros(0, 2 + 2 * DECILES) if past is None else past
+        self.peak = peak_tflops(config, device)
+        self.new: list[Tensor] = []
+        self.restart(0.0)
+
+    def add(self, figures: Tensor) -> None:
+        """Take in :func:`batch_figures` of the next batch."""
+        self.new.append(figures)
+        self.fresh += 1
+
+    def sums(self) -> Tensor:
+        """Figures of every batch since the last record (n, 22) over all workers, on the CPU. Every worker asks at once.
+
+        Raises:
+            CheckFailed: a loss or gradient is not finite; the message names the samples.
+        """
+        if self.new:
+            new = torch.stack(self.new)
+            sums, ends = new[:, :-2].contiguous(), new[:, -2:]
+            if self.world > 1:
+                if self.rank > 0:
+                    sums[:, 1] = 0  # every worker has the norm
+                dist.all_reduce(sums)
+            sums = sums.cpu()
+            if not sums.isfinite().all():
+                self._fail(sums, ends)
+            self.past = torch.cat([self.past, sums])
+            self.batch, self.new = self.batch + len(new), []
+        return self.past
+
+    def _fail(self, sums: Tensor, ends: Tensor) -> None:
+        """Name the first batch, and the rows in it where some have a loss that is not finite."""
+        index = int((~sums.isfinite()).any(1).nonzero()[0])
+        ends = ends[index] * torch.tensor([1, -1], device=ends.device)
+        if self.world > 1:
+            dist.all_reduce(ends, op=dist.ReduceOp.MIN)
+        low, high = int(ends[0]), -int(ends[1])
+        size, first = self.config.batch, (self.batch + index) * self.config.batch
+        what = f"gradient's norm is {sums[index, 1]}"
+        if low < size:
+            what = f"loss is {sums[index, 0]}"
+        else:
+            low, high = 0, size - 1
+        raise CheckFailed(
+            f"the {what} between samples {first + low} and {first + high + 1}; lower --lr or train in float32; "
+            f"the last checkpoint in {self.config.out} is kept"
+        )
+
+    def clear(self) -> None:
+        """Forget the figures: they are recorded."""
+        self.past = self.past[:0]
+
+    def restart(self, waited: float) -> None:
+        """Begin to measure speed, having ``waited`` so many seconds for data before."""
+        self.started, self.waited, self.fresh = time.perf_counter(), waited, 0
+
+    def speed(self, flops_per_batch: float, waited: float) -> dict[str, float]:
+        """``samples_per_s``, ``data_wait``, ``tflops`` of all workers and ``utilisation`` if the peak is known."""
+        seconds = time.perf_counter() - self.started
+        tflops = flops_per_batch * self.fresh / seconds / 1e12
+        return {
+            "samples_per_s": self.fresh * self.config.batch / seconds,
+            "data_wait": (waited - self.waited) / seconds,
+            "tflops": tflops,
+        } | ({"utilisation": tflops / (self.peak * self.world)} if self.peak else {})

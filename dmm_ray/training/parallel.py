@@ -1,0 +1,150 @@
+"""Several workers, one run: their shares of a batch, weights copied (DDP) or sharded (FSDP2), small agreements."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.prior.network import Denoiser
+
+
+class Place(NamedTuple):
+    """Where a worker stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+    on_ray: bool = False
+    """In a worker of Ray Train."""
+
+    def share(self, batch: int) -> slice:
+        """This worker's contiguous part of a global batch."""
+        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+
+    def pieces(self, batch: int, most: int | None) -> list[slice]:
+        """The share cut into nearly equal parts of at most ``most`` rows, as many of them as every other worker has."""
+        share, n = self.share(batch), 1
+        if most is not None:
+            largest = -(-batch // self.world)
+            n = -(-largest // most)
+        ends = [share.start + (share.stop - share.start) * i // n for i in range(n + 1)]
+        return [slice(low, high) for low, high in pairwise(ends)]
+
+
+class Model:
+    """The denoiser as one worker trains it.
+
+    With ``fsdp`` its weights lie in shards of rows, one a worker, as DTensors; each block's, and within it each time
+    projection's (which runs before the blocks), are put together while it computes. Else every worker has all.
+
+    Args:
+        denoiser: on the CPU; sharded in place.
+        place: of this worker.
+        sharded: whether to shard.
+        compiled: put the network through torch.compile.
+
+    Raises:
+        UserError: to be compiled on a CPU without a C++ compiler.
+
+    Attributes:
+        denoiser: whose weights they are.
+        called: what a training step calls.
+    """
+
+    def __init__(self, denoiser: Denoiser, place: Place, sharded: bool, compiled: bool) -> None:
+        if compiled:
+            check_compiler(place.device)
+        self.denoiser, self.sharded = denoiser, sharded
+        self._ddp: nn.parallel.DistributedDataParallel | None = None
+        self.called: nn.Module = denoiser
+        if sharded:
+            shard(denoiser, place, compiled)
+            return
+        denoiser.to(place.device)
+        if place.world > 1:
+            self.called = self._ddp = nn.parallel.DistributedDataParallel(denoiser)
+        if compiled:
+            self.called = cast(nn.Module, torch.compile(self.called))
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        """Around a forward and backward pass over a piece of a share: gradients of all workers meet in the last one.
+
+        Sharded ones meet after every piece, so that no worker ever holds all of them.
+        """
+        return self._ddp.no_sync() if self._ddp and not last else nullcontext()
+
+    def settle(self) -> None:
+        """After a forward pass without a backward one: give back what was put together."""
+        if isinstance(self.denoiser, FSDPModule):
+            self.denoiser.reshard()
+
+
+def shard(denoiser: Denoiser, place: Place, compiled: bool) -> None:
+    """Shard the weights over all workers, by rows (FSDP2), and move them to the device, block by block."""
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    for block in denoiser.blocks:
+        if compiled:
+            block.compile()
+        fully_shard(block.time_proj, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(denoiser, mesh=mesh)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError on a CPU without the C++ compiler that torch.compile needs."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "compile: torch.compile needs a C++ compiler (g++, or CXX); install one or leave it out"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This worker's rows of a tensor, sharing its memory; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on its device. For a sharded one every worker asks at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where this worker's rows of a tensor begin."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    chunk = -(-len(tensor) // tensor.device_mesh.size())
+    start = min(len(tensor), chunk * tensor.device_mesh.get_local_rank())
+    assert len(local(tensor)) == min(chunk, len(tensor) - start)
+    return start
+
+
+class Team:
+    """Workers that tell each other small numbers, on the CPU. All of a team build it, and call it, alike.
+
+    Args:
+        rank: of this one.
+        world: how many they are.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def gather(self, numbers: Tensor) -> list[Tensor]:
+        """What every worker says, in order of ranks; all of one shape and dtype."""
+        if self._group is None:
+            return [numbers]
+        found = [torch.empty_like(numbers) for _ in range(self.world)]
+        dist.all_gather(found, numbers, group=self._group)
+        return found

@@ -1,0 +1,81 @@
+"""The loss on fixed validation rows at fixed (u, noise) pairs, each worker doing its share of them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmm_ray.activations.split import VALIDATION
+from dmm_ray.activations.store import ActivationStore
+from dmm_ray.errors import UserError
+from dmm_ray.prior.flow import interpolate
+from dmm_ray.prior.noise import normal
+from dmm_ray.prior.normalizer import Normalizer
+from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.loader import check_finite
+from dmm_ray.training.parallel import Place
+from dmm_ray.training.step import STREAM_VALIDATION, flow_loss
+
+logger = logging.getLogger(__name__)
+LEVELS = 64
+"""Row i is noised to level ``i % LEVELS`` of so many, evenly spread over (0, 1)."""
+
+
+class Validation:
+    """This worker's share of the validation pairs.
+
+    Args:
+        config: of the run.
+        z_BD: all validation rows, normalised, on any device; one or more.
+        place: of this worker.
+    """
+
+    def __init__(self, config: TrainConfig, z_BD: Tensor, place: Place) -> None:
+        self.config, self.place, self.n = config, place, len(z_BD)
+        self.u_M = torch.linspace(0.5 / LEVELS, 1 - 0.5 / LEVELS, LEVELS, device=place.device)
+        pairs = max(
+            self.n, place.world
+        )  # every worker calls the network equally often: some with a row that counts 0
+        self.pieces = []
+        for piece in place.pieces(pairs, config.micro_batch):
+            ids = torch.arange(piece.start, piece.stop)
+            self.pieces.append((ids, z_BD[ids % self.n].to(place.device)))
+
+    @torch.no_grad()
+    def loss(self, denoiser: nn.Module) -> float:
+        """Mean over all rows. Every worker asks at once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        for ids, z_BD in self.pieces:
+            on_device = ids.to(self.place.device)
+            noise = normal(self.config.seed, on_device, z_BD.shape[1], STREAM_VALIDATION)
+            index = on_device % LEVELS
+            z_u = interpolate(z_BD, noise, self.u_M[index])
+            bf16 = self.config.precision == "bfloat16"
+            losses = flow_loss(denoiser, z_u, noise - z_BD, self.u_M, index, bf16)
+            total += losses.double()[on_device < self.n].sum()
+        if self.place.world > 1:
+            dist.all_reduce(total)
+        return float(total) / self.n
+
+
+def load_validation(
+    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, place: Place
+) -> Validation | None:
+    """The validation of a run; None, with a warning, where no document falls into that part.
+
+    Raises:
+        UserError: a row is not finite, or no rows though the best checkpoint is to be kept.
+    """
+    rows = store.select(layer, config.split, VALIDATION, config.validation_rows, config.seed)
+    if len(rows.doc) == 0:
+        if config.keep_best:
+            raise UserError(
+                "keep_best: no document falls into the validation part; change --split or leave it out"
+            )
+        logger.warning("no document falls into the validation part: no validation loss")
+        return None
+    check_finite(store, layer, rows)
+    return Validation(config, normalizer.normalize(rows.activation.to(place.device)), place)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from interventions.conftest import PROMPT, Make
+from subject.families import CAUSAL
+
+from dmm_ray.errors import UserError
+from dmm_ray.interventions import LanguageModel, TooLongError
+from dmm_ray.subject import SubjectModel
+
+LAYER = 1
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_steps_with_a_cache_are_one_whole_pass(family: str, make_model: Make) -> None:
+    folder = str(make_model(family))
+    model = LanguageModel.load(folder)
+    ids = [5 + 7 * i % 300 for i in range(14)]
+    known, cache, found = 4, None, []
+    for position in range(known - 1, len(ids)):
+        new = ids[:known] if cache is None else ids[position : position + 1]
+        logits, cache = model.step(new, cache, LAYER, lambda x, p: x * (1 + 0.1 * p), position)
+        found.append(logits)
+
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
+        scale = 1 + 0.1 * torch.arange(len(ids))
+        scale[: known - 1] = 1
+        return hidden * scale[:, None]
+
+    losses = model.token_losses(*model.pad([ids]), layer=LAYER, edit=edit)[0, known - 1 :]
+    expected = [-row.log_softmax(0)[token] for row, token in zip(found[:-1], ids[known:], strict=True)]
+    torch.testing.assert_close(torch.stack(expected), losses, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_position_is_never_edited(language: LanguageModel) -> None:
+    plain, _ = language.step([0], None, LAYER, None, 0)
+    edited, _ = language.step([0], None, LAYER, lambda x, p: x * 0, 0)
+    assert torch.equal(plain, edited)
+
+
+def test_a_text_is_read_as_the_subject_reads_it(language: LanguageModel, tiny_subject: Path) -> None:
+    subject = SubjectModel.from_pretrained(str(tiny_subject), layers=[LAYER])
+    reading = language.read(PROMPT, LAYER)
+    ids = subject.tokenize([PROMPT], 64)
+    assert [piece.id for piece in reading.pieces] == ids[0]
+    torch.testing.assert_close(reading.rows, subject.capture(*subject.pad(ids), [LAYER])[LAYER][0])
+
+
+@pytest.mark.parametrize(
+    "text", ["the cat", " a  b\n\tc ", "h\u00e9llo \u65e5\u672c \U0001f600!", "<s> the cat"]
+)
+def test_pieces_cover_the_text(language: LanguageModel, text: str) -> None:
+    first, *rest = language.pieces(text)
+    assert first.text == "<s>"
+    assert first.id == language.tokenizer.bos_token_id
+    assert len(rest) == len(language.tokenize([text], 64)[0]) - 1
+    covered = {i for piece in rest for i in range(piece.start, piece.end)}
+    assert not any(not text[i].isspace() for i in range(first.end, len(text)) if i not in covered)
+    assert all(piece.text == text[piece.start : piece.end] for piece in rest if piece.end > piece.start)
+    assert all(a.start <= b.start for a, b in itertools.pairwise(rest))
+
+
+def test_texts_without_tokens_or_with_too_many_are_refused(language: LanguageModel) -> None:
+    with pytest.raises(UserError, match="no tokens"):
+        language.read(" \n", LAYER)
+    with pytest.raises(TooLongError, match="context of 64"):
+        language.read("cat " * 70, LAYER)
+
+
+def test_nats_are_the_token_losses(language: LanguageModel) -> None:
+    ids = language.prompt_ids("the cat sat on a red mat")
+    losses = language.token_losses(*language.pad([ids]))[0, 2:]
+    torch.testing.assert_close(torch.tensor(language.continuation_nats(ids[:3], ids[3:])), losses)
+    assert language.continuation_nats(ids, []) == []
+
+
+def test_the_lens_is_norm_and_unembedding(language: LanguageModel, tiny_subject: Path) -> None:
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_subject)
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain.lm_head(plain.model.norm(rows))
+    torch.testing.assert_close(language.lens(rows), expected)
+
+
+def test_an_encoder_is_read_but_generates_nothing(make_model: Make) -> None:
+    model = LanguageModel.load(str(make_model("bert")))
+    assert model.read(PROMPT, LAYER).rows.shape[1] == 32
+    with pytest.raises(UserError, match="encoder"):
+        model.require_causal()
+
+
+def test_token_texts_name_what_decoding_hides(language: LanguageModel) -> None:
+    assert language.token_text(0) == "<s>"
+    part = language.prompt_ids("\u65e5")[1]
+    assert "\ufffd" not in language.token_text(part)
+    assert language.token_text(language.prompt_ids("the cat")[-1]) == " cat"
