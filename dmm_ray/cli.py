@@ -48,9 +48,9 @@ VERBS = {
         "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
     ),
     "import-glp": Verb(
-        "dmm_ray.prior.glp_verbs",
-        "ImportGlpConfig",
-        "import_glp",
+        "dmm_ray.training.published",
+        "ImportConfig",
+        "import_and_calibrate",
         "make a published prior ours",
         ("source", "out"),
     ),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (8, 32)
 """Tokens of the windows whose means are calibrated."""
-MIN_WINDOWS = 16
+MIN_WINDOWS, CHUNK = 16, 4096
 """Fewest windows that a table of window means is made from."""
 
 
@@ -47,14 +47,16 @@ def calibrate(
     Raises:
         UserError: as ``log_prob``; ids that are not pairs; a score that is not finite.
     """
+    row = prior.layer_row(layer)
     pairs = np.asarray(torch.as_tensor(ids).numpy(force=True))
     if pairs.shape != (len(x), 2):
         raise UserError(f"ids: {len(x)} pairs of document and position are needed, got {pairs.shape}")
-    number = prior.layers[prior.layer_row(layer)]
+    number = prior.layers[row]
     found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=pairs, seed=seed)
     scores = {
         "nats": found.nats,
         "latent": latent_norm(found.base, prior.d),
+        "norm": squared_norm(prior, x, row),
         "velocity_error": prior.velocity_error(x, layer=number, ids=pairs, seed=seed),
     }
     for name, score in scores.items():
@@ -64,18 +66,23 @@ def calibrate(
         "steps": steps, "probes": probes, "seed": seed, "rows": len(pairs), "documents": len(np.unique(pairs[:, 0])),
     }  # fmt: skip
     one = np.ones(len(pairs)) if weights is None else weights
-    return Calibration(prior.d, {number: _tables(scores, found.base, prior.d, pairs, one, about)})
+    return Calibration(prior.d, {number: _tables(scores, prior.d, pairs, one, about)})
+
+
+def squared_norm(prior: ActivationPrior, x: Tensor, row: int) -> Tensor:
+    """``|z|^2`` (n,) float64 of raw rows (n, d) of the layer at index ``row`` of ``prior``."""
+    pieces = (prior.normalizer.normalize(piece.to(prior.device), row) for piece in x.split(CHUNK))
+    return torch.cat([z.double().square().sum(1) for z in pieces])
 
 
 def _tables(
     scores: dict[str, Tensor],
-    base: Tensor,
     d: int,
     pairs: np.ndarray,
     weights: np.ndarray,
     about: dict[str, int],
 ) -> LayerCalibration:
-    """Tables of the scores, of the two percentiles combined, then of means over windows, each needing those before."""
+    """Tables of the scores, of the least percentile, then of means over windows, each needing those before."""
     position = pairs[:, 1]
     edges = bucket_edges(position)
 
@@ -83,10 +90,11 @@ def _tables(
         return Table.of(score.double().numpy(force=True), weights, position, edges)
 
     rows = {name: table(score) for name, score in scores.items()}
-    at = torch.from_numpy(position).to(base.device)
-    _, _, lesser = LayerCalibration(rows, {}, about).combine(scores["nats"], base, d, at)
-    rows["combined"] = table(lesser)
-    combined = 100 * rows["combined"].shares(lesser, at)[0]
+    at = torch.from_numpy(position)
+    raw = LayerCalibration(rows, {}, about)
+    _, _, least = raw.shares(scores["nats"], scores["latent"], scores["norm"], at)
+    rows["combined"] = table(least)
+    combined = 100 * rows["combined"].shares(least, at)[0]
     by_token = {
         "nats_per_dim": (scores["nats"].double() / d).numpy(force=True),
         "combined": combined.numpy(force=True),

@@ -20,7 +20,7 @@ from dmm_ray.prior.folder import CALIBRATION
 from dmm_ray.prior.quantiles import LEVELS, Table
 
 KEY, VERSION = "calibration", 1
-ROW_SCORES = ("nats", "latent", "velocity_error", "combined")
+ROW_SCORES = ("nats", "latent", "norm", "velocity_error", "combined")
 WINDOW_SCORES = ("nats_per_dim", "combined")
 
 
@@ -32,7 +32,8 @@ class Percentiles(NamedTuple):
     latent_percentile: Tensor
     """Two-sided, of the latent norm at u = 1: small is unusual, too short or too long."""
     combined_percentile: Tensor
-    """Of the lesser of the two, calibrated again: small is unusual in either way."""
+    """Of the least of the two and the two-sided percentile of the row's own norm, calibrated again: small is unusual in
+    any of these ways."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,27 @@ class LayerCalibration:
     """The tables of one layer."""
 
     rows: Mapping[str, Table]
-    """By score of ``ROW_SCORES``: ``nats``; ``latent``, the squared norm of z_1; ``velocity_error``; ``combined``, the
-    log of the lesser share of the first two."""
+    """By score of ``ROW_SCORES``: ``nats``; ``latent``, the squared norm of z_1; ``norm``, that of the normalised row;
+    ``velocity_error``; ``combined``, the log of the least share of the first three."""
     windows: Mapping[int, Mapping[str, Table]]
     """By width in tokens and score of ``WINDOW_SCORES``: means over a window."""
     about: Mapping[str, Any]
     """How it was made: steps, probes, seed, rows, documents."""
 
-    def combine(
-        self, nats: Tensor, base: Tensor, d: int, position: Tensor | None
+    def shares(
+        self, nats: Tensor, latent: Tensor, norm: Tensor | None, position: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares (n,) float64: less likely rows; two-sided of the latent norm; and the log of the lesser of both."""
+        """Shares (n,) float64: less likely rows; two-sided of the latent norm; log of the least, the row's norm included."""
         less_likely, _ = self.rows["nats"].shares(nats, position)
-        shorter, longer = self.rows["latent"].shares(latent_norm(base, d), position)
-        two_sided = 2 * torch.minimum(shorter, longer)
-        lesser = torch.minimum(less_likely, two_sided).clamp(min=torch.finfo(torch.float64).tiny)
-        return less_likely, two_sided, lesser.log()
+        two_sided = self.two_sided("latent", latent, position)
+        least = torch.minimum(less_likely, two_sided)
+        if norm is not None:
+            least = torch.minimum(least, self.two_sided("norm", norm, position))
+        return less_likely, two_sided, least.clamp(min=torch.finfo(torch.float64).tiny).log()
+
+    def two_sided(self, name: str, score: Tensor, position: Tensor | None) -> Tensor:
+        """Share (n,) float64 of natural rows further out than each on either side."""
+        return 2 * torch.minimum(*self.rows[name].shares(score, position))
 
 
 class Calibration:
@@ -80,22 +86,29 @@ class Calibration:
         return Calibration(self.d, self.by_layer | other.by_layer)
 
     def percentiles(
-        self, layer: int, nats: Tensor, base: Tensor, position: Tensor | None = None
+        self,
+        layer: int,
+        nats: Tensor,
+        base: Tensor,
+        position: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> Percentiles:
-        """Percentiles of rows from what ``log_prob`` gives of them.
+        """Percentiles of rows from what following their flow gives.
 
         Args:
             layer: which block's output they are.
             nats: (n,) log p(x), the normaliser's log-determinant included.
             base: (n,) log N(z_1; 0, I).
-            position: (n,) tokens from the document's start, of natural rows alike; None compares with all positions.
+            position: (n,) tokens from the document's start, to compare with natural rows near it; None compares with
+                all positions.
+            norm: (n,) squared norm of the normalised rows; without it the combined percentile leaves it out.
 
         Raises:
             UserError: a layer that there are no tables of.
         """
         tables = self._layer(layer)
-        less_likely, two_sided, lesser = tables.combine(nats, base, self.d, position)
-        combined, _ = tables.rows["combined"].shares(lesser, position)
+        less_likely, two_sided, least = tables.shares(nats, latent_norm(base, self.d), norm, position)
+        combined, _ = tables.rows["combined"].shares(least, position)
         return Percentiles(*((100 * share).float() for share in (less_likely, two_sided, combined)))
 
     def proxy_percentile(self, layer: int, velocity_error: Tensor, position: Tensor | None = None) -> Tensor:

@@ -30,8 +30,10 @@ WAIT_S = 30.0
 """Seconds between words on workers that have not started."""
 
 
-def train_on_ray(config: TrainConfig, prior_config: PriorConfig, check: Callable[[], None]) -> None:
-    """Run the workers, and have them stop when this process is told to.
+def train_on_ray(
+    config: TrainConfig, prior_config: PriorConfig, check: Callable[[], None]
+) -> dict[str, float]:
+    """Run the workers, and have them stop when this process is told to; the resources that each of them had.
 
     Args:
         config: of the run.
@@ -69,6 +71,19 @@ def train_on_ray(config: TrainConfig, prior_config: PriorConfig, check: Callable
         raise KeyboardInterrupt
     if not finished:
         raise CheckFailed(f"training failed: {' '.join(str(fit.error).split())[-500:]}") from fit.error
+    return needs
+
+
+def run_like_a_worker(needs: dict[str, float], function: Callable[..., None], *arguments: object) -> None:
+    """Call ``function`` once on the cluster, with the resources of a worker. Raises what it raises."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1)(function)
+    try:
+        ray.get(task.remote(*arguments))
+    except RayTaskError as e:
+        raise e.cause from e
 
 
 def needed(config: TrainConfig) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 import torch
@@ -21,7 +22,7 @@ from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Run
 from dmm_ray.training.notices import Interrupt, Notice
 from dmm_ray.training.parallel import Place
-from dmm_ray.training.ray_trainer import train_on_ray
+from dmm_ray.training.ray_trainer import run_like_a_worker, train_on_ray
 from dmm_ray.training.tracking import StatusLines, read_stats
 
 logger = logging.getLogger(__name__)
@@ -57,16 +58,17 @@ def train(config: TrainConfig) -> str:
 def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run to the end, in a folder that is held."""
     started = time.perf_counter()
+    needs: dict[str, float] | None = None
     status = StatusLines(config)
     status.start()
     try:
         if config.workers == 0:
             _train_here(config, prior_config, lock)
         else:
-            train_on_ray(config, prior_config, lock.check)
+            needs = train_on_ray(config, prior_config, lock.check)
     finally:
         status.stop()
-    _calibrate(config)
+    _calibrate(config, needs)
     checkpoint.finish(
         config.out, config.kept_checkpoints
     )  # last: a run that is killed before goes on from them
@@ -111,13 +113,20 @@ def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock
             raise KeyboardInterrupt
 
 
-def _calibrate(config: TrainConfig) -> None:
-    """Give the finished prior its percentiles; without validation rows it stays without, which has been said."""
-    if config.calibration_rows and read_stats(config.out)[-1]["validation_loss"] is not None:
-        device = "cpu" if config.device == "cpu" else "auto"  # this machine's, which may have no GPU
-        calibrate_prior_on_store(
-            config.out, config.activations, config.calibration_rows, config.seed, device=device
-        )
+def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
+    """Give the finished prior its percentiles; without validation rows it stays without, which has been said.
+
+    A cluster's workers may have GPUs that this machine lacks: there one of their size does it.
+    """
+    if not config.calibration_rows or read_stats(config.out)[-1]["validation_loss"] is None:
+        return
+    logger.info("calibrating the prior's percentiles")
+    device = "cpu" if config.device == "cpu" else "auto"
+    arguments = (config.out, config.activations, config.calibration_rows, config.seed, device)
+    if needs and (os.environ.get("RAY_ADDRESS") or "GPU" in needs):
+        run_like_a_worker(needs, calibrate_prior_on_store, *arguments)
+    else:
+        calibrate_prior_on_store(*arguments)
 
 
 def _summarise(config: TrainConfig, prior_config: PriorConfig, seconds: float) -> None:

@@ -86,7 +86,9 @@ def test_extract_then_train_as_jobs(cluster, tiny_subject, tiny_text, tmp_path):
         "--activations", str(store), "--out", str(prior), "--samples", "4096", "--batch", "256",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ActivationPrior.from_pretrained(str(prior)).d == 32
+    trained = ActivationPrior.from_pretrained(str(prior))
+    assert trained.d == 32
+    assert trained.calibration is not None
     records = [json.loads(line) for line in (prior / "stats.jsonl").read_text().splitlines()]
     assert records[-1]["samples"] == 4096
     failed = submit(

@@ -18,6 +18,7 @@ from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.training import checkpoint, ray_trainer
+from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
 from dmm_ray.training.loop import Run
@@ -94,6 +95,11 @@ def test_a_finished_prior_has_percentiles(train_store, tmp_path):
         config(train_store, tmp_path / "none", **short, split=Split(train=0.9, validation=0, test=0.1))
     )
     assert ActivationPrior.from_pretrained(out).log_prob(rows, steps=2, probes=1).percentile is None
+
+
+def test_calibration_on_a_worker_s_resources_raises_what_went_wrong(ray_local, train_store, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        ray_trainer.run_like_a_worker({"CPU": 1}, calibrate_prior_on_store, str(tmp_path / "none"), train_store)
 
 
 def test_a_finished_run_returns_at_once(finished, train_store):
