@@ -7,7 +7,7 @@ OUT    ?= runs/demo
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: setup setup-dev demo test chaos lint bench clean
+.PHONY: setup setup-dev demo test chaos soak fuzz lint bench clean
 
 setup: $(VENV)/.runtime
 setup-dev: $(VENV)/.dev
@@ -28,9 +28,17 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest
 
-# Extraction stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
+# Extraction, training and the endpoint stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
 chaos: setup-dev
 	DMM_CHAOS_TRIALS=$(or $(DMM_CHAOS_TRIALS),10) $(BIN)/python -m pytest -m fault --timeout=1800
+
+# The endpoint under mixed load for ten minutes: memory flat, every answer right.
+soak: setup-dev
+	DMM_SOAK_S=$(or $(DMM_SOAK_S),600) $(BIN)/python -m pytest tests/serving/test_soak.py --timeout=3600
+
+# Ten thousand odd requests to the endpoint.
+fuzz: setup-dev
+	DMM_FUZZ_REQUESTS=$(or $(DMM_FUZZ_REQUESTS),10000) $(BIN)/python -m pytest tests/serving/test_fuzz.py --timeout=3600
 
 lint: setup-dev
 	$(BIN)/ruff check .

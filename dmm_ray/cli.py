@@ -47,6 +47,16 @@ VERBS = {
     "evaluate": Verb(
         "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
     ),
+    "score": Verb(
+        "dmm_ray.inference.verbs", "ScoreConfig", "score", "how likely each row of a store or text is"
+    ),
+    "denoise": Verb(
+        "dmm_ray.inference.verbs", "DenoiseConfig", "denoise", "move a store's rows to natural ones"
+    ),
+    "encode": Verb(
+        "dmm_ray.inference.verbs", "EncodeConfig", "encode", "the prior's hidden units on a store's rows"
+    ),
+    "sample": Verb("dmm_ray.inference.verbs", "SampleConfig", "sample", "draw activations from a prior"),
     "import-glp": Verb(
         "dmm_ray.training.published",
         "ImportConfig",

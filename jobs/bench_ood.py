@@ -145,7 +145,7 @@ def percentiles(say: Say, setup: Setup, x: Tensor) -> None:
     for rows in ROWS:
         setup.prior.calibration = calibration_of(setup.prior, setup.store, rows, SEED)
         scores = setup.scores(x, setup.runs)
-        for name in ("log_p", "latent", "proxy", "combined"):
+        for name in ("log_p", "latent", "norm", "proxy", "combined"):
             found = ood.uniformity(scores[name], docs)
             says = f"{name:9} distance {found.distance:.3f}, p {found.p_value:.2f}"
             say(f"ood calibrated on {rows:5} rows: {says}")

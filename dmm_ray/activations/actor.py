@@ -1,8 +1,9 @@
-"""The Ray Data actor around an ``Engine``: only a small result travels back."""
+"""Ray Data actors that work on one unit at a time: only a small result travels back."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,38 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import WRITE_MENDS
 
 
-class Extractor:
-    """Holds an engine. Bad input comes back as an error row: Ray wraps what is raised here."""
+class UnitActor(ABC):
+    """Writes into the folder ``out``. Bad input comes back as an error row: Ray wraps what is raised."""
 
-    def __init__(self, task: Task, corpus: Corpus) -> None:
-        self.engine = Engine(task, corpus)
+    def __init__(self, out: str) -> None:
+        self.out = out
+
+    @abstractmethod
+    def work(self, unit: Unit) -> dict[str, Any]:
+        """Do one unit: its small result, with the ``rows`` it has."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Do the one unit of ``batch``: JSON with its ``rows``, how many documents ``failed`` and the last ``failure``,
-        or an ``error``."""
-        unit = Unit(*(int(batch[name][0]) for name in Unit._fields))
+        """The result of the one unit of ``batch`` as JSON, or an ``error``."""
         try:
-            record = self.engine.extract(unit)
-            failure = record.failed[-1][1] if record.failed else None
-            result: dict[str, Any] = {"rows": record.rows, "failed": len(record.failed), "failure": failure}
+            result = self.work(Unit(*(int(batch[name][0]) for name in Unit._fields)))
         except UserError as e:
             result = {"error": str(e)}
         except OSError as e:
             if e.errno not in WRITE_MENDS:
                 raise
-            result = {"error": f"out: {self.engine.task.out}: {WRITE_MENDS[e.errno]}"}
+            result = {"error": f"out: {self.out}: {WRITE_MENDS[e.errno]}"}
         return {"result": [json.dumps(result)]}
+
+
+class Extractor(UnitActor):
+    """Holds an engine."""
+
+    def __init__(self, task: Task, corpus: Corpus) -> None:
+        super().__init__(task.out)
+        self.engine = Engine(task, corpus)
+
+    def work(self, unit: Unit) -> dict[str, Any]:
+        """How many ``rows`` the unit has, how many documents ``failed`` and the last ``failure``."""
+        record = self.engine.extract(unit)
+        failure = record.failed[-1][1] if record.failed else None
+        return {"rows": record.rows, "failed": len(record.failed), "failure": failure}

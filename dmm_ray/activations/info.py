@@ -40,11 +40,12 @@ def describe(uri: str) -> list[str]:
     for record in in_order(lambda unit: read_record(uri, unit), iter(done)):
         figures.add(record)
     try:
-        state = moments_lines(ActivationStore.open(uri))
+        state = [] if m.is_table else moments_lines(ActivationStore.open(uri))
     except UserError as e:
         state = [f"state      {e}"]
     return [
         f"store      {uri} (format {m.version})",
+        *(_derived_lines(m)),
         f"model      {m.subject.id}" + (f" at {m.subject.revision}" if m.subject.revision else ""),
         f"hashes     weights {m.subject.weights_hash[:16]}, tokenizer {m.tokenizer_hash[:16]}",
         f"layers     {', '.join(map(str, m.layers))} of {m.subject.n_layers} ({m.hook}), d {m.d}",
@@ -58,6 +59,18 @@ def describe(uri: str) -> list[str]:
         f"tokens     {figures.tokens:,} through the model, {figures.padding:,} of padding beside them",
         *(_strange_line(figures, layer) for layer in m.layers),
         *state,
+    ]
+
+
+def _derived_lines(m: Manifest) -> list[str]:
+    """What made the rows, where a language model did not."""
+    if m.derived is None:
+        return []
+    source = f" from {m.derived.activations}" if m.derived.activations else ""
+    given = ", ".join(f"{name} {value}" for name, value in m.derived.arguments.items())
+    return [
+        f"made by    dmm {m.derived.verb} with {m.derived.prior} ({m.derived.prior_hash[:16]}){source}; {given}",
+        *(f"column     {name}: {meaning}" for name, meaning in m.derived.columns.items()),
     ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -53,6 +53,33 @@ class CorpusEntry(Config):
     separator: str | None
 
 
+class Derivation(Config):
+    """How the rows of a store were made by a prior, where a language model did not put them out."""
+
+    verb: Literal["score", "denoise", "encode", "sample"]
+    prior: str
+    """Where the prior was."""
+    prior_hash: str
+    """Of its configuration and weights."""
+    activations: str | None
+    """Where the rows were that they were made from."""
+    activations_hash: str | None
+    """The ``config_hash`` of that store."""
+    arguments: dict[str, Any]
+    """All else that decides the numbers."""
+    columns: dict[str, str] = Field(default={})
+    """What the shards hold in place of ``activation``, if that is so: columns and what they mean."""
+
+    def identity(self) -> dict[str, object]:
+        """What a resume must have alike, by option."""
+        return {
+            "verb": self.verb,
+            "prior": self.prior_hash,
+            "activations": self.activations_hash,
+            **self.arguments,
+        }
+
+
 class Manifest(Config):
     """``manifest.json``: all that decides what a store holds, written before the first shard."""
 
@@ -73,6 +100,8 @@ class Manifest(Config):
     documents_per_unit: int
     row_group_rows: int = ROW_GROUP_ROWS
     units: int
+    derived: Derivation | None = None
+    """Of a store that was made from another one; what the other one was made from stands beside it."""
     config_hash: str = ""
 
     def sealed(self) -> Manifest:
@@ -81,7 +110,7 @@ class Manifest(Config):
 
     def identity(self) -> dict[str, object]:
         """What a resume must have alike, by option; where the model and the text lie is not part of it."""
-        return {
+        extracted = {
             "version": self.version,
             "model": [self.subject.weights_hash, self.tokenizer_hash],
             "block_path": self.subject.block_path,
@@ -98,6 +127,18 @@ class Manifest(Config):
             "seed": self.seed,
             "rows_per_shard": f"{self.documents_per_unit} documents a unit",
         }
+        derived = self.derived.identity() if self.derived else {}
+        return {**derived, **{name: value for name, value in extracted.items() if name not in derived}}
+
+    @property
+    def verb(self) -> str:
+        """The command that writes the store."""
+        return self.derived.verb if self.derived else "extract"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the shards hold other columns than activations; there are no moments then."""
+        return self.derived is not None and bool(self.derived.columns)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -141,6 +182,8 @@ class Record(Config):
     outliers: dict[str, int]
     """Rows with a norm over ``OUTLIER_NORM`` times the unit's median, by layer, before any are left out."""
     files: dict[str, FileEntry]
+    figures: dict[str, Any] = Field(default={})
+    """Of the columns of a unit of scores or features: what the summary is made of."""
 
 
 def layer_folder(layer: int) -> str:

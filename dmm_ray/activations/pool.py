@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dmm_ray.activations.actor import Extractor
+from dmm_ray.activations.actor import Extractor, UnitActor
 from dmm_ray.activations.config import ExtractConfig
 from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.engine import Loading, Task
@@ -17,7 +17,7 @@ from dmm_ray.activations.lock import WriterLock
 from dmm_ray.activations.plan import Plan, calibrate, worth_calibrating
 from dmm_ray.activations.resources import Resources, plan_resources
 from dmm_ray.activations.resume import Done
-from dmm_ray.activations.units import unit_at
+from dmm_ray.activations.units import Unit, unit_at
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.errors import UserError
 
@@ -60,7 +60,8 @@ def run_units(
     failed = done.failed
     progress = Progress(len(todo))
     task = Task(out, plan.manifest, config.max_failed_documents, loading)
-    for result in _results(task, corpus, todo, resources):
+    units = [unit_at(unit, corpus.n_documents, plan.manifest.documents_per_unit) for unit in todo]
+    for result in map_units(Extractor, (task, corpus), units, resources):
         lock.check()
         if "error" in result:
             raise UserError(result["error"])
@@ -94,16 +95,17 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
-def _results(task: Task, corpus: Corpus, todo: list[int], resources: Resources) -> Iterator[dict[str, Any]]:
-    """The small result of each unit, in the order they finish."""
+def map_units(
+    actor: type[UnitActor], arguments: tuple[Any, ...], units: Sequence[Unit], resources: Resources
+) -> Iterator[dict[str, Any]]:
+    """The small result of each unit, in the order they finish, from a pool of ``actor(*arguments)``."""
     import ray
 
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
-    per_unit = task.manifest.documents_per_unit
-    units = [unit_at(unit, corpus.n_documents, per_unit)._asdict() for unit in todo]
-    dataset = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
-        Extractor,
-        fn_constructor_args=(task, corpus),
+    items = [unit._asdict() for unit in units]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
+        actor,
+        fn_constructor_args=arguments,
         compute=ray.data.ActorPoolStrategy(
             min_size=resources.fitting,
             max_size=resources.actors,

@@ -111,23 +111,24 @@ def _record(out: str, unit: int, sizes: dict[str, int], manifest: Manifest | Non
     try:
         record = read_record(out, unit)
     except UserError as e:
-        logger.warning("%s; its unit is extracted again", e)
+        logger.warning("%s; its unit is made again", e)
         return None
     if manifest is None or record.config_hash != manifest.config_hash:
-        logger.warning("%s: unit %d is of another configuration; it is extracted again", out, unit)
+        logger.warning("%s: unit %d is of another configuration; it is made again", out, unit)
         return None
     if problem := length_problem(record, sizes):
-        logger.warning("%s: %s; its unit is extracted again", out, problem)
+        logger.warning("%s: %s; its unit is made again", out, problem)
         return None
     return record
 
 
 def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
-    """Which option differs from what the store at ``out`` was extracted with."""
+    """Which option differs from what the store at ``out`` was made with."""
     theirs, ours = there.identity(), manifest.identity()
-    option = next((name for name in ours if theirs[name] != ours[name]), MANIFEST)
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    option = next((name for name in names if theirs.get(name) != ours.get(name)), MANIFEST)
     return (
-        f"{option}: {out} was extracted with {_short(theirs.get(option))}, not {_short(ours.get(option))}; "
+        f"{option}: {out} was made with {_short(theirs.get(option))}, not {_short(ours.get(option))}; "
         "choose another --out, or give the same configuration to resume"
     )
 

@@ -80,12 +80,14 @@ class ActivationStore:
         """
         uri = absolute(uri)
         manifest = read_manifest(uri)
+        if manifest.derived and manifest.is_table:
+            raise UserError(f"{uri}: holds what `dmm {manifest.derived.verb}` wrote, not activations")
         sizes = file_sizes(uri)
         done = [unit for unit in range(manifest.units) if record_name(unit) in sizes]
         if len(done) < manifest.units or STATISTICS not in sizes:
             raise UserError(
                 f"{uri}: extraction is not finished ({len(done)} of {manifest.units} units); "
-                "run the same `dmm extract` again"
+                f"run the same `dmm {manifest.verb}` again"
             )
         records = [read_record(uri, unit) for unit in done]
         for record in records:
@@ -138,17 +140,17 @@ class ActivationStore:
         inside = split.of(found) == part
         kept = np.sort(_draw(found[inside], counts[inside], max_rows, seed))
         wanted = [np.flatnonzero(np.isin(doc, kept)) for doc in docs]
-        return self._gather(layer, self._groups, wanted)
+        return self.gather(layer, self._groups, wanted)
 
     def document(self, layer: int, doc: int) -> Rows:
         """The rows of one document, ordered by position; none if it has none."""
         self._check(layer)
         units = [r.unit for r in self.records if r.first_document <= doc < r.first_document + r.documents]
         groups = [group for group in self._groups if group.shard in units]
-        return self._gather(layer, groups, [np.flatnonzero(self.documents(layer, g) == doc) for g in groups])
+        return self.gather(layer, groups, [np.flatnonzero(self.documents(layer, g) == doc) for g in groups])
 
-    def _gather(self, layer: int, groups: Sequence[RowGroup], wanted: Sequence[np.ndarray]) -> Rows:
-        """Rows ``wanted`` of each group, in order."""
+    def gather(self, layer: int, groups: Sequence[RowGroup], wanted: Sequence[np.ndarray]) -> Rows:
+        """Rows ``wanted`` of each of ``groups``, by index into the group, in order; others are not read."""
         pieces = [
             _take(self.read(layer, g), rows) for g, rows in zip(groups, wanted, strict=True) if len(rows)
         ]

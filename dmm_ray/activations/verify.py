@@ -72,16 +72,16 @@ def verify(config: VerifyConfig) -> str:
     uri = absolute(config.store)
     manifest = read_manifest(uri)
     problems = check_files(uri, manifest)
-    if not problems:
+    if not problems and not manifest.is_table:
         problems = check_statistics(uri, manifest)
-    if not problems:
+    if not problems and not manifest.derived:
         problems = check_rows(config, ActivationStore.open(uri))
     for problem in problems:
         logger.error("%s", problem)
     if problems:
         more = f" (and {len(problems) - 1} more findings, above)" if len(problems) > 1 else ""
         raise CheckFailed(f"{uri}: {problems[0]}{more}")
-    for line in moments_lines(ActivationStore.open(uri)):
+    for line in [] if manifest.is_table else moments_lines(ActivationStore.open(uri)):
         logger.info("%s", line)
     logger.info("%s is whole: %d units, every file as recorded", uri, manifest.units)
     return uri
@@ -90,12 +90,13 @@ def verify(config: VerifyConfig) -> str:
 def check_files(uri: str, manifest: Manifest) -> list[str]:
     """What is wrong with the files: missing, foreign, of another length or hash, units without a record."""
     sizes = file_sizes(uri)
-    problems, expected = [], {MANIFEST, STATISTICS, SUMMARY, LOCK}
+    whole = {SUMMARY} if manifest.is_table else {SUMMARY, STATISTICS}
+    problems, expected = [], {MANIFEST, LOCK, *whole}
     if manifest.sealed().config_hash != manifest.config_hash:
         problems.append(f"{MANIFEST}: its configuration does not match its config_hash: it was edited")
     problems += [
-        f"{name}: missing; run the same `dmm extract` again"
-        for name in (STATISTICS, SUMMARY)
+        f"{name}: missing; run the same `dmm {manifest.verb}` again"
+        for name in sorted(whole)
         if name not in sizes
     ]
     hashes: dict[str, str] = {}
@@ -106,7 +107,7 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
             record = read_record(uri, unit)
         except UserError as e:
             problems.append(
-                f"{name}: missing; run the same `dmm extract` again" if name not in sizes else str(e)
+                f"{name}: missing; run the same `dmm {manifest.verb}` again" if name not in sizes else str(e)
             )
             continue
         expected |= set(record.files)
@@ -120,10 +121,11 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
 
 def _record_problems(record: Record, manifest: Manifest, unit: int) -> list[str]:
     """Whether a record is the one of its unit, with the files and documents that it must have."""
-    files = {shard_name(layer, unit) for layer in manifest.layers} | {moments_name(unit)}
+    files = {shard_name(layer, unit) for layer in manifest.layers}
+    files |= set() if manifest.is_table else {moments_name(unit)}
     first = unit * manifest.documents_per_unit
     if record.config_hash != manifest.config_hash:
-        return [f"{record_name(unit)}: its unit was extracted with another configuration"]
+        return [f"{record_name(unit)}: its unit was made with another configuration"]
     if record.unit == unit and record.first_document == first and set(record.files) == files:
         return []
     return [

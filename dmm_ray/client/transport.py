@@ -29,12 +29,11 @@ class Transport:
         deadline: after this many seconds it is not tried again.
 
     Raises:
-        ClientError: no such address.
+        ClientError: an address or token that cannot be one.
     """
 
     def __init__(self, url: str, token: str | None, timeout: float, retries: int, deadline: float) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ClientError(f"url: http://HOST:PORT or https://... is needed (got {url!r})")
+        _check(url, token)
         self._url = url
         self._timeout = timeout
         self._retries = retries
@@ -91,7 +90,6 @@ class Transport:
             if isinstance(answer, httpx.Response):
                 if answer.status_code == 200:
                     return answer
-                answer.read()
                 _raise_final(answer)
             wait = _wait_s(answer, attempt)
             if attempt == self._retries or time.monotonic() + wait > start + self._deadline:
@@ -106,13 +104,28 @@ class Transport:
     def _try(self, request: httpx.Request, stream: bool) -> httpx.Response | httpx.TransportError:
         """An answer, or how the connection was lost. Raises UnavailableError for an answer that takes too long."""
         try:
-            return self._http.send(request, stream=stream)
+            answer = self._http.send(request, stream=stream)
+            if answer.status_code != 200:
+                answer.read()
+            return answer
         except (httpx.ReadTimeout, httpx.WriteTimeout) as e:
             raise UnavailableError(
                 f"{self._url}: no answer in {self._timeout:g} s; ask for less or give a longer timeout"
             ) from e
         except httpx.TransportError as e:
             return e
+
+
+def _check(url: str, token: str | None) -> None:
+    """Raises ClientError for an address or token that cannot be one."""
+    try:
+        known = httpx.URL(url).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        known = False
+    if not known:
+        raise ClientError(f"url: http://HOST:PORT or https://... is needed (got {url!r})")
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        raise ClientError("token: printable ASCII without spaces around it; is it read from the right place?")
 
 
 def _raise_final(answer: httpx.Response) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.prior.calibrate import squared_norm
 
-SCORES = ("log_p", "typicality", "latent", "proxy", "combined", "product")
+SCORES = ("log_p", "typicality", "latent", "norm", "proxy", "combined", "pair", "product")
 RESAMPLES = 200
 GRID = np.linspace(0.01, 0.99, 99)
 
@@ -47,8 +48,9 @@ def row_scores(
     """Every score of ``SCORES``, (n,) float64, the smaller the less natural, by position from 0 to 1.
 
     ``log_p``: percentile of log p. ``typicality``: the same, two-sided. ``latent``: two-sided percentile of the latent
-    norm. ``proxy``: percentile of the velocity error. ``combined``: the lesser of ``log_p`` and ``latent``, calibrated
-    again. ``product``: ``log_p`` times ``latent``, not calibrated.
+    norm. ``norm``: that of the normalised row's norm. ``proxy``: percentile of the velocity error. ``combined``: as
+    ``log_prob`` gives it. Not calibrated again, ways of combining that are not used: ``pair``, the lesser of ``log_p``
+    and ``latent``, and ``product`` of the two.
 
     Args:
         prior: a calibrated one.
@@ -62,21 +64,23 @@ def row_scores(
     Raises:
         UserError: as ``log_prob``; a prior that is not calibrated for the layer.
     """
-    number = prior.layers[prior.layer_row(layer)]
+    row = prior.layer_row(layer)
+    number, position = prior.layers[row], ids[:, 1]
     if prior.calibration is None:
         raise UserError("prior: not calibrated; `dmm train` does that, others need a store of natural rows")
     found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=ids, seed=seed)
     error = prior.velocity_error(x, layer=number, ids=ids, seed=seed)
-    position = ids[:, 1]
-    log_p, latent, combined, proxy = (
+    norm = squared_norm(prior, x, row)
+    log_p, latent, combined, proxy, own = (
         p.double().numpy(force=True) / 100
         for p in (
             *prior.calibration.percentiles(number, found.nats, found.base, position),
             prior.calibration.proxy_percentile(number, error, position),
+            100 * prior.calibration.by_layer[number].two_sided("norm", norm, position),
         )
     )
     typicality = 2 * np.minimum(log_p, 1 - log_p)
-    every = (log_p, typicality, latent, proxy, combined, log_p * latent)
+    every = (log_p, typicality, latent, own, proxy, combined, np.minimum(log_p, latent), log_p * latent)
     return dict(zip(SCORES, every, strict=True))
 
 

@@ -16,7 +16,7 @@ class JobConfig(Config):
     """What all of them are told."""
 
     prior: str
-    """Prior: a folder, a fsspec URI or a hub id; ours or a published one."""
+    """Prior: a folder, an fsspec URI or a hub id; ours or a published one."""
     out: str
     """Folder to write or to resume; a local path or fsspec URI."""
     layer: int | None = None
@@ -39,8 +39,9 @@ class JobConfig(Config):
     """auto takes GPUs where the cluster has any."""
 
     free: ClassVar[frozenset[str]] = frozenset(
-        {"prior", "out", "layer", "rows_per_shard", "batch_rows", "actors", "cpus_per_actor", "gpus_per_actor"}
-        | {"device", "activations", "model", "text", "revision", "window"}
+        {"prior", "out", "layer", "rows_per_shard", "batch_rows", "device"}
+        | {"actors", "cpus_per_actor", "gpus_per_actor"}
+        | {"activations", "model", "text", "revision", "window"}
     )
     """Fields that touch no number, or that the manifest has elsewhere."""
 

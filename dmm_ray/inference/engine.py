@@ -55,12 +55,16 @@ class Engine(UnitActor):
         """The prior on its device. Raises UserError where there is no such device, or the prior has changed."""
         assert self.task.manifest.derived is not None
         if self.task.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0")
+            raise UserError(
+                "gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0"
+            )
         torch.set_num_threads(self.task.threads)
         about = self.task.manifest.derived
         prior = ActivationPrior.from_pretrained(about.prior)
         if hash_prior(prior.config, prior.state_dict()) != about.prior_hash:
-            raise UserError(f"prior: {about.prior} has changed since this job started; give --out another folder")
+            raise UserError(
+                f"prior: {about.prior} has changed since this job started; give --out another folder"
+            )
         return prior.to(self.task.device)
 
     def work(self, unit: Unit) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class Engine(UnitActor):
             return {"rows": done.rows}
         rows = self.task.source.rows(unit)
         ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1))
-        found: Found = {}
+        found = self.task.operation.nothing
         if len(ids):
             with self._using:
                 found = self.task.operation.unit(self.prior, rows, self._batches(rows.activation, ids))
@@ -98,5 +102,5 @@ def hash_prior(config: PriorConfig, tensors: dict[str, Tensor]) -> str:
     hashes = {}
     for name, tensor in tensors.items():
         raw = tensor.detach().to("cpu", torch.float32).contiguous()
-        hashes[name] = hashlib.sha256(memoryview(raw.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+        hashes[name] = hashlib.sha256(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     return hash_json({"config": config.model_dump(mode="json"), "tensors": hashes})

@@ -52,6 +52,10 @@ class Operation(Protocol):
     def width(self) -> int:
         """Numbers of a row's result, while it is worked on."""
 
+    @property
+    def nothing(self) -> Found:
+        """Results of no rows."""
+
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """Results of rows x (n, d) with ids (n, 2)."""
 
@@ -77,6 +81,11 @@ class Score:
     def width(self) -> int:
         """One number a column."""
         return len(self.columns)
+
+    @property
+    def nothing(self) -> Found:
+        """No columns."""
+        return {}
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """(n,) each."""
@@ -124,13 +133,21 @@ def _mean(values: Tensor, rows: Rows, width: int) -> Tensor:
     return torch.from_numpy(window_means(values.numpy(), rows.doc, rows.position, width).astype(np.float32))
 
 
-class _Plain:
-    """No columns but one, nothing that needs a whole unit."""
+class _Activations:
+    """Rows of activations, each by itself."""
+
+    width: int
+    dtype: str
 
     @property
     def columns(self) -> dict[str, str]:
         """None: activations are written."""
         return {}
+
+    @property
+    def nothing(self) -> Found:
+        """``activation`` (0, d)."""
+        return {ACTIVATION: torch.empty(0, self.width, dtype=DTYPES[self.dtype])}
 
     def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
         """As it is."""
@@ -138,7 +155,7 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class Denoise(_Plain):
+class Denoise(_Activations):
     """Restored rows."""
 
     config: DenoiseConfig
@@ -149,14 +166,36 @@ class Denoise(_Plain):
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """``activation`` (n, d) in the stored dtype."""
         c = self.config
-        how = {"steps": c.steps, "mode": c.mode, "layer": self.layer, "ids": ids, "seed": c.seed}
-        how |= {"precision": c.precision}
-        u = c.u if c.distance is None else prior.level_for_distance(x, c.distance, **how)
-        return {ACTIVATION: prior.denoise(x, u, **how).to(DTYPES[self.dtype]).cpu()}
+        restored = prior.denoise(
+            x,
+            self._levels(prior, x, ids),
+            steps=c.steps,
+            mode=c.mode,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            precision=c.precision,
+        )
+        return {ACTIVATION: restored.to(DTYPES[self.dtype]).cpu()}
+
+    def _levels(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> float | Tensor:
+        c = self.config
+        if c.distance is None:
+            return c.u
+        return prior.level_for_distance(
+            x,
+            c.distance,
+            steps=c.steps,
+            mode=c.mode,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            precision=c.precision,
+        )
 
 
 @dataclass(frozen=True)
-class Encode(_Plain):
+class Encode:
     """Meta-neurons."""
 
     config: EncodeConfig
@@ -174,25 +213,43 @@ class Encode(_Plain):
         meaning = f"{self.kept} little-endian {c.dtype}: hidden units of {place}, {chosen}, at u = {c.u:g}"
         return {FEATURES: meaning}
 
+    @property
+    def nothing(self) -> Found:
+        """``features`` (0, kept)."""
+        return {FEATURES: torch.empty(0, self.kept, dtype=getattr(torch, self.config.dtype))}
+
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """``features`` (n, width) in the stored dtype. Raises UserError if that cannot hold them."""
+        """``features`` (n, kept) in the stored dtype. Raises UserError if that cannot hold them."""
         c = self.config
-        how = {"layer": self.layer, "ids": ids, "seed": c.seed, "noises": c.noises, "precision": c.precision}
-        units = prior.encode(x, u=c.u, block=c.block, **how)
+        units = prior.encode(
+            x,
+            u=c.u,
+            block=c.block,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            noises=c.noises,
+            precision=c.precision,
+        )
         kept = units if c.features is None else units[:, c.features]
         stored = kept.to(getattr(torch, c.dtype)).cpu()
         if not stored.isfinite().all():
             raise UserError(f"dtype: {c.dtype} cannot hold every hidden unit; give --dtype float32")
         return {FEATURES: stored}
 
+    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
+        """As it is."""
+        return found
+
 
 @dataclass(frozen=True)
-class Sample(_Plain):
+class Sample(_Activations):
     """Drawn rows."""
 
     config: SampleConfig
     layer: int
     width: int
+    dtype: str
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """``activation`` (n, d) in the stored dtype; of x the length alone counts."""
@@ -200,7 +257,7 @@ class Sample(_Plain):
         rows = prior.sample(
             len(ids), steps=c.steps, layer=self.layer, ids=ids, seed=c.seed, precision=c.precision
         )
-        return {ACTIVATION: rows.to(DTYPES[c.dtype]).cpu()}
+        return {ACTIVATION: rows.to(DTYPES[self.dtype]).cpu()}
 
 
 def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:

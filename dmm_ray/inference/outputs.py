@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def write_unit(out: str, manifest: Manifest, unit: Unit, rows: Rows, found: Foun
 def _write_activations(
     out: str, manifest: Manifest, unit: int, rows: Rows, found: Found
 ) -> dict[str, FileEntry]:
-    x, layer = found.get(ACTIVATION, torch.empty(0, manifest.d, dtype=manifest.torch_dtype)), manifest.layers[0]
+    x, layer = found[ACTIVATION], manifest.layers[0]
     shard, beside = shard_name(layer, unit), moments_name(unit)
     moments = {layer: Moments.of(x, manifest.covariance)[0]}
     return {
@@ -68,7 +69,7 @@ def _write_activations(
 def _write_table(out: str, manifest: Manifest, unit: int, rows: Rows, found: Found) -> dict[str, FileEntry]:
     assert manifest.derived is not None
     name = shard_name(manifest.layers[0], unit)
-    table = make_table(rows, manifest.derived.columns, found, manifest.derived.arguments.get("dtype"))
+    table = make_table(rows, list(manifest.derived.columns), found)
     with (
         whole_file(join(out, name)) as f,
         pq.ParquetWriter(
@@ -83,13 +84,18 @@ def _write_table(out: str, manifest: Manifest, unit: int, rows: Rows, found: Fou
     return {name: f.entry}
 
 
-def make_table(rows: Rows, columns: dict[str, str], found: Found, dtype: str | None) -> pa.Table:
-    """The rows' names, and each of ``columns``: float32, null where NaN or not found; or bytes where it is wide."""
-    names = {"doc": pa.array(rows.doc), "position": pa.array(rows.position), "token_id": pa.array(rows.token_id)}
-    arrays = {column: _array(found.get(column), len(rows.doc)) for column in columns}
-    width = found[FEATURES].shape[1] if FEATURES in found else None
-    about = {"dtype": dtype, "features": str(width), "byte_order": "little"} if dtype and width else None
-    return pa.table(names | arrays, metadata=about)
+def make_table(rows: Rows, columns: Sequence[str], found: Found) -> pa.Table:
+    """The rows' names and ``columns``: float32, null where NaN or not found; bytes where a row has several numbers."""
+    names = {
+        "doc": pa.array(rows.doc),
+        "position": pa.array(rows.position),
+        "token_id": pa.array(rows.token_id),
+    }
+    table = pa.table(names | {column: _array(found.get(column), len(rows.doc)) for column in columns})
+    if FEATURES not in found:
+        return table
+    dtype, width = str(found[FEATURES].dtype).removeprefix("torch."), found[FEATURES].shape[1]
+    return table.replace_schema_metadata({"dtype": dtype, "features": str(width), "byte_order": "little"})
 
 
 def _array(values: Tensor | None, n: int) -> pa.Array:
@@ -111,6 +117,8 @@ def unit_figures(rows: Rows, found: Found) -> dict[str, Any]:
         "documents": len(np.unique(rows.doc)),
         "means": {name: [len(v), float(v.mean())] for name, v in there.items() if len(v)},
         "quantiles": {
-            name: np.quantile(there[name], QUANTILES).tolist() for name in SUMMARISED if len(there.get(name, ()))
+            name: np.quantile(there[name], QUANTILES).tolist()
+            for name in SUMMARISED
+            if len(there.get(name, ()))
         },
     }

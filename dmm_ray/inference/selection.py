@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,6 +143,8 @@ def expected_rows(store: ActivationStore, selection: Selection, rows: int | None
     return max(1, min(inside, rows or inside))
 
 
-def suspects(store: ActivationStore, layer: int) -> Sequence[int]:
-    """Units of the store of which a row may hold a value that is not finite."""
-    return [record.unit for record in store.records if record.nonfinite.get(str(layer))]
+def suspects(store: ActivationStore, layer: int) -> Iterator[Unit]:
+    """Documents of the store among whose rows there may be one with a value that is not finite."""
+    for record in store.records:
+        if record.nonfinite.get(str(layer)):
+            yield Unit(record.unit, record.first_document, record.first_document + record.documents)

@@ -51,7 +51,7 @@ class LayerCalibration:
     def shares(
         self, nats: Tensor, latent: Tensor, norm: Tensor | None, position: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares (n,) float64: less likely rows; two-sided of the latent norm; log of the least, the row's norm included."""
+        """Shares (n,) float64: less likely rows; two-sided of the latent norm; log of the least of all."""
         less_likely, _ = self.rows["nats"].shares(nats, position)
         two_sided = self.two_sided("latent", latent, position)
         least = torch.minimum(less_likely, two_sided)

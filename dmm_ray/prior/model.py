@@ -12,9 +12,9 @@ from dmm_ray.errors import UserError
 from dmm_ray.prior.denoising import Mode, Restorer, largest_levels, row_levels
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, LogProb, Scale, check_probes, follow, tangents_at_once
-from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
 from dmm_ray.prior.module import PriorModule
 from dmm_ray.prior.module import new_denoiser as new_denoiser
+from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
 from dmm_ray.prior.precision import Precision
 from dmm_ray.prior.rows import Ids, Rows, chunk_rows
 from dmm_ray.prior.solver import Solver, check_level
@@ -35,6 +35,8 @@ class ActivationPrior(PriorModule):
 
     def velocity(self, z: Tensor, u: Tensor | float, layer: int | None = None) -> Tensor:
         """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d), u one number or (n,)."""
+        if z.ndim != 2 or z.shape[1] != self.d:
+            raise UserError(f"z: expected shape (n, {self.d}), got {tuple(z.shape)}")
         levels = row_levels(u, len(z))
         return self._field(self.layer_row(layer)).at_levels(z, levels.to(z.device, torch.float32))
 

@@ -1,12 +1,17 @@
-"""Score the first rows of an activation store through a running endpoint: `python client.py STORE [URL]`."""
+"""Score the first rows of an activation store through a running endpoint: `python client.py STORE [URL]`.
+
+Where the endpoint wants a token: `TOKEN=... python client.py STORE URL`.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
-import httpx
+import numpy as np
 
 from dmm_ray import ActivationStore
+from dmm_ray.client import Client
 
 
 def main(uri: str, url: str = "http://127.0.0.1:8000") -> None:
@@ -14,11 +19,10 @@ def main(uri: str, url: str = "http://127.0.0.1:8000") -> None:
     store = ActivationStore.open(uri)
     layer = store.layers[0]
     rows = store.read(layer, store.row_groups(layer)[0])
-    ids = [[int(doc), int(position)] for doc, position in zip(rows.doc[:8], rows.position[:8], strict=True)]
-    body = {"activations": rows.activation[:8].float().tolist(), "ids": ids, "layer": layer}
-    answer = httpx.post(f"{url}/v1/log_prob", json=body, timeout=60)
-    answer.raise_for_status()
-    for (doc, position), nats in zip(ids, answer.json()["nats_per_dim"], strict=True):
+    ids = np.stack([rows.doc[:8], rows.position[:8]], axis=1)
+    with Client(url, token=os.environ.get("TOKEN")) as client:
+        found = client.log_prob(rows.activation[:8].float().numpy(), layer=layer, ids=ids)
+    for (doc, position), nats in zip(ids, found.nats_per_dim, strict=True):
         sys.stdout.write(f"{doc} {position} {nats:.3f}\n")
 
 

@@ -99,7 +99,7 @@ def test_another_configuration_is_refused(
     run: Callable[..., Path], tiny_store: Path, changes: dict[str, Any], option: str
 ) -> None:
     before = shards(tiny_store)
-    with pytest.raises(UserError, match=f"^{option}: .* was extracted with .*, not .*; choose another --out"):
+    with pytest.raises(UserError, match=f"^{option}: .* was made with .*, not .*; choose another --out"):
         run(out=str(tiny_store), **changes)
     assert shards(tiny_store) == before
     assert not (tiny_store / ".lock").exists()

@@ -216,6 +216,7 @@ def test_velocity_error_is_the_loss():
         (lambda p: p.encode(torch.zeros(2, 16), u=-1), "u: a noise level"),
         (lambda p: p.sample(2, steps=0), "steps: at least 1"),
         (lambda p: p.velocity(torch.zeros(2, 16), 1.5), "u: a noise level"),
+        (lambda p: p.velocity(torch.zeros(2, 15), 0.5), r"z: expected shape \(n, 16\)"),
         (lambda p: p.denoise(torch.zeros(1, 16), mode="other"), "mode: 'sample' or 'mean'"),
         (lambda p: p.encode(torch.zeros(1, 16), block=2), "block: this prior has blocks 0 to 1"),
         (lambda p: p.sample(0), "n: at least 1"),

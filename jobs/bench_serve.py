@@ -1,0 +1,186 @@
+"""The endpoint against the same calls in process: rows a second at saturation, latency at low load, texts by token.
+
+The process that computes has one thread on both sides, so the second core of a small machine is left for HTTP: the
+client's and the rest's shares of the CPU time say how much of it they take.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from timing import medians
+
+from dmm_ray.client import Client
+from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.serving.config import ServeConfig
+from dmm_ray.serving.serve import running
+
+D = 64
+LAYER = 2
+CLIENTS = 8
+CHUNK = 256
+BATCH = 1024
+SMALL = 32
+TEXT = "Tom and his dog went to the park. It was a sunny day and they were happy to play with the ball. "
+Say = Callable[[str], None]
+Calls = dict[str, Callable[[], object]]
+
+
+def small_prior() -> ActivationPrior:
+    """An untrained prior of the demo's size: its cost is that of a trained one."""
+    config = PriorConfig(d=D, layers=(LAYER,), d_model=256, d_mlp=512, n_blocks=6, variance_floor=1e-6)
+    return ActivationPrior.untrained(config, torch.zeros(D), torch.ones(D))
+
+
+class Cpu:
+    """CPU seconds of this process and of all that it started, Ray's included."""
+
+    def __init__(self) -> None:
+        self.own = self.others = 0.0
+
+    def counted(self, call: Callable[[], object]) -> Callable[[], object]:
+        """``call`` with its CPU time added here."""
+
+        def run() -> object:
+            before = self._now()
+            result = call()
+            own, others = (b - a for a, b in zip(before, self._now(), strict=True))
+            self.own, self.others = self.own + own, self.others + others
+            return result
+
+        return run
+
+    @property
+    def share(self) -> float:
+        """This process's part of all."""
+        return self.own / (self.own + self.others)
+
+    def _now(self) -> tuple[float, float]:
+        me = psutil.Process()
+        return _seconds(me), sum(map(_seconds, me.children(recursive=True)))
+
+
+def bench(say: Say, rows: int = 8192, rounds: int = 5, tokens: int = 64) -> None:
+    """All of it.
+
+    Args:
+        say: takes a line of results.
+        rows: of each saturated call.
+        rounds: of the medians; latencies take six times as many.
+        tokens: of the text and the generation.
+    """
+    prior = small_prior()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        prior.save_pretrained(folder)
+        subject = str(importlib.resources.files("dmm_ray.demo") / "subject")
+        config = ServeConfig(prior=(folder,), model=subject, port=0, auth="none", max_batch_rows=BATCH)
+        url = stack.enter_context(running(config))
+        client = stack.enter_context(Client(url, chunk_rows=CHUNK, in_flight=CLIENTS))
+        http = stack.enter_context(httpx.Client(base_url=url, timeout=300))
+        saturation(say, prior, client, http, rows, rounds)
+        latency(say, prior, client, http, rounds * 6)
+        texts(say, client, tokens, rounds)
+    torch.set_num_threads(threads)
+
+
+def saturation(
+    say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rows: int, rounds: int
+) -> None:
+    """Rows a second of each operation: in process, binary, JSON."""
+    x = torch.randn(rows, D)
+    for name, arguments in (("log_prob", {"probes": 2}), ("denoise", {}), ("encode", {"block": 0})):
+        cpu = {"binary": Cpu(), "JSON": Cpu()}
+
+        def in_process(name: str = name, arguments: dict = arguments) -> None:
+            for start in range(0, rows, BATCH):
+                part = x[start : start + BATCH]
+                getattr(prior, name)(part, ids=np.arange(start, start + len(part)), **arguments)
+
+        def binary(name: str = name, arguments: dict = arguments) -> None:
+            getattr(client, name)(x.numpy(), **arguments)
+
+        def in_json(name: str = name, arguments: dict = arguments) -> None:
+            _json_rows(http, name, x, arguments)
+
+        calls: Calls = {"in process": in_process, "binary": cpu["binary"].counted(binary)}
+        calls["JSON"] = cpu["JSON"].counted(in_json)
+        taken = medians(calls, rounds)
+        for how, seconds in taken.items():
+            more = f", {taken['in process'] / seconds:4.0%} of in process" if how in cpu else ""
+            more += f", the client has {cpu[how].share:.0%} of the CPU time" if how in cpu else ""
+            say(f"serve {name:8} saturated, {how:10} {rows / seconds:10,.0f} rows/s{more}")
+
+
+def latency(say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rounds: int) -> None:
+    """Median time of one small request at a time, and what HTTP adds."""
+    for n in (1, SMALL):
+        x = torch.randn(n, D)
+
+        def in_process(x: torch.Tensor = x) -> None:
+            prior.log_prob(x)
+
+        def binary(x: torch.Tensor = x) -> None:
+            client.log_prob(x.numpy())
+
+        def in_json(x: torch.Tensor = x) -> None:
+            _json_rows(http, "log_prob", x, {})
+
+        taken = medians({"in process": in_process, "binary": binary, "JSON": in_json}, rounds)
+        for how, seconds in taken.items():
+            added = 1e3 * (seconds - taken["in process"])
+            say(f"serve log_prob of {n:2} rows, {how:10} p50 {1e3 * seconds:8.1f} ms, {added:+6.1f} ms")
+
+
+def texts(say: Say, client: Client, tokens: int, rounds: int) -> None:
+    """Milliseconds a token of scoring a text, and of generating one plain, steered, and projected."""
+    text = TEXT * 8
+    along = list(range(D))
+    calls: Calls = {
+        "score_text": lambda: client.score_text(text),
+        "generate": lambda: client.generate(TEXT, project=False, max_tokens=tokens),
+        "generate, steered": lambda: client.generate(
+            TEXT, along, layer=LAYER, project=False, max_tokens=tokens
+        ),
+        "generate, projected": lambda: client.generate(TEXT, along, layer=LAYER, max_tokens=tokens),
+    }
+    counts = {name: len(call().tokens) for name, call in calls.items()}  # type: ignore[attr-defined]
+    for name, seconds in medians(calls, rounds).items():
+        say(f"serve {name:20} {1e3 * seconds / counts[name]:8.2f} ms a token of {counts[name]}")
+
+
+def _json_rows(http: httpx.Client, operation: str, x: torch.Tensor, arguments: dict) -> None:
+    """The rows through the JSON route, in parts and at a time as the client's."""
+
+    def post(start: int) -> None:
+        ids = list(range(start, min(start + CHUNK, len(x))))
+        body = {"activations": x[start : start + CHUNK].tolist(), "ids": ids, **arguments}
+        answer = http.post(f"/v1/{operation}", content=json.dumps(body))
+        answer.raise_for_status()
+        answer.json()
+
+    starts = range(0, len(x), CHUNK)
+    if len(starts) == 1:
+        post(0)
+        return
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(post, starts))
+
+
+def _seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system

@@ -1,0 +1,88 @@
+"""Scoring a store through Ray against a bare loop over the same rows; run by ``python jobs/bench.py store``.
+
+A long job less a short one gives the rate without the start of Ray and its actor. The loop reads row groups and asks
+the prior, in this process with as many threads, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_loader import make_store
+
+from dmm_ray.activations.store import ActivationStore
+from dmm_ray.cluster import ensure_ray
+from dmm_ray.inference.config import ScoreConfig
+from dmm_ray.inference.engine import hash_prior
+from dmm_ray.inference.inputs import Inputs
+from dmm_ray.inference.job import run_job
+from dmm_ray.inference.operations import Score
+from dmm_ray.inference.selection import Selection, StoreRows
+from dmm_ray.inference.verbs import store_manifest
+from dmm_ray.prior import ActivationPrior, PriorConfig
+
+LAYER, SHORT = 0, 1 << 15
+Say = Callable[[str], None]
+
+
+def make_prior(d: int) -> ActivationPrior:
+    """An untrained prior of the size that `dmm train` gives d = 64: its cost is that of a trained one."""
+    shape = {"d_model": max(2 * d, 256), "d_mlp": max(4 * d, 512), "n_blocks": 6}
+    config = PriorConfig(d=d, layers=(LAYER,), variance_floor=1e-6, **shape)
+    return ActivationPrior.untrained(config, torch.zeros(d), torch.ones(d))
+
+
+def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, asked: dict[str, Any]) -> float:
+    """Of a whole `dmm score` with one actor on all CPUs, checks left out."""
+    out = tempfile.mkdtemp(dir=folder)
+    config = ScoreConfig(
+        prior=f"{folder}/prior", activations=store.uri, out=out, actors=1,
+        cpus_per_actor=torch.get_num_threads(), **asked,
+    )  # fmt: skip
+    rows = StoreRows(store, LAYER, Selection())
+    digest = hash_prior(prior.config, prior.state_dict())
+    inputs = Inputs(config.prior, digest, LAYER, store, rows, store.rows)
+    operation = Score(config, LAYER)
+    manifest = store_manifest("score", config, inputs, operation, {}, 4 * len(operation.columns))
+    started = time.monotonic()
+    run_job(config, manifest, rows, operation, started)
+    return time.monotonic() - started
+
+
+def loop_seconds(prior: ActivationPrior, store: ActivationStore, asked: dict[str, Any]) -> float:
+    """Of reading every row group and asking the prior."""
+    operation = Score(ScoreConfig(prior="", activations="", out="", **asked), LAYER)
+    started = time.monotonic()
+    for group in store.row_groups(LAYER):
+        rows = store.read(LAYER, group)
+        ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1))
+        operation.batch(prior, rows.activation.to(prior.device), ids)
+    return time.monotonic() - started
+
+
+def bench(say: Say, times: int = 4, d: int = 64, rounds: int = 3, steps: int = 32) -> None:
+    """Rows per second of ``(times - 1) * 32768`` rows, each way in turns, medians: likelihood, then cheap score."""
+    ensure_ray()
+    prior = make_prior(d)
+    with tempfile.TemporaryDirectory() as folder:
+        prior.save_pretrained(f"{folder}/prior")
+        stores = []
+        for name, n in (("short", SHORT), ("long", times * SHORT)):
+            Path(folder, name).mkdir()
+            stores.append(make_store(f"{folder}/{name}", n, d)[0])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for label, asked in (("log_prob", {"steps": steps}), ("velocity error", {"proxy": True})):
+            job, loop = [], []
+            for _ in range(rounds):
+                short, long = (job_seconds(folder, prior.cpu(), store, asked) for store in stores)
+                job.append((long - short) / (times - 1))
+                loop.append(loop_seconds(prior.to(device), stores[0], asked))
+            ours, bare = (SHORT / statistics.median(seconds) for seconds in (job, loop))
+            say(f"store d={d} {label:15} {ours:10,.0f} rows/s, bare loop {bare:10,.0f}: {ours / bare:.0%}")
