@@ -163,3 +163,9 @@ def writer(say: Callable[[str], None], rows: int = 65536, d: int = 2048) -> None
         }
         for name, seconds in medians(calls, rounds=9).items():
             say(f"extract writing {x.nbytes / 1e6:.0f} MB as a {name}: {x.nbytes / 1e6 / seconds:,.0f} MB/s")
+
+
+def bench(say: Callable[[str], None]) -> None:
+    """The writer, then the extraction against a plain loop."""
+    writer(say)
+    compare(say)
