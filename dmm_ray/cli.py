@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from typing import Any, NamedTuple, NoReturn
@@ -108,8 +109,13 @@ def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
         raise UserError(f"{name}: no such verb; one of {', '.join(VERBS)}")
     verb = VERBS[name]
     model = getattr(importlib.import_module(verb.module), verb.config)
-    rest, defaults = _config_file(args)
+    rest, defaults = _config_file([_one_dash(arg) for arg in args])
     return verb, build(model, f"dmm {name}", _named(verb.positional, rest), defaults)
+
+
+def _one_dash(arg: str) -> str:
+    """``--u`` as ``-u``, the only spelling that the parser knows of a field of one letter."""
+    return arg[1:] if re.fullmatch(r"--[a-z](=.*)?", arg, re.DOTALL) else arg
 
 
 def _named(fields: tuple[str, ...], args: list[str]) -> list[str]:

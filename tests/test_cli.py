@@ -46,6 +46,12 @@ def test_the_environment_is_not_read(monkeypatch):
 def test_a_folder_may_stand_first():
     assert parse("verify", ["store", "--seed", "3"])[1].store == "store"
     assert parse("info", ["store"])[1].store == "store"
+    assert parse("export-glp", ["prior", "folder", "--revision", "r"])[1].out == "folder"
+
+
+def test_a_field_of_one_letter_is_a_flag_like_others():
+    assert parse("sample", ["--prior", "p", "--out", "o", "--n", "5"])[1].n == 5
+    assert parse("denoise", ["--prior", "p", "--out", "o", "--activations", "a", "--u=0.25"])[1].u == 0.25
 
 
 @pytest.mark.parametrize(

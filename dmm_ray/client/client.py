@@ -38,6 +38,10 @@ class GenerateOptions(TypedDict, total=False):
     """Block to steer; None: the direction's own."""
 
 
+PERHAPS = ("stderr", "percentile", "latent_percentile", "combined_percentile")
+"""Outputs of log_prob that an answer may lack."""
+
+
 class Client:
     """One endpoint, from any thread. Close it, or use it as a context.
 
@@ -109,7 +113,7 @@ class Client:
     ) -> LogProb:
         """Log-likelihood of raw activations x (n, d) in nats; ``probes=0``: exact trace."""
         found = self._ask("log_prob", Rows.given(x, ids), layer=layer, steps=steps, probes=probes, seed=seed)
-        some = {name: found.get(name) for name in ("stderr", "percentile", "latent_percentile")}
+        some = {name: found.get(name) for name in PERHAPS}
         return LogProb(found["nats"], found["nats_per_dim"], **some, evaluations=int(found["evaluations"][0]))
 
     def denoise(

@@ -20,6 +20,8 @@ class LogProb:
     """Per cent of natural activations less likely; None for a prior without calibration."""
     latent_percentile: np.ndarray | None
     """Two-sided, of the latent norm; None for a prior without calibration."""
+    combined_percentile: np.ndarray | None
+    """Of the least of the two and of the row's own norm, the one to use; None for a prior without calibration."""
     evaluations: int
     """Network evaluations a row."""
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.methods import Methods
 from dmm_ray.prior.flow import interpolate
-from dmm_ray.prior.model import STREAM_PATH
-from dmm_ray.prior.noise import normal
+from dmm_ray.prior.noise import STREAM_PATH, normal
 from dmm_ray.subject import SubjectModel
 
 BATCH_TOKENS = 4096

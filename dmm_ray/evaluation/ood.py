@@ -74,7 +74,7 @@ def row_scores(
     log_p, latent, combined, proxy, own = (
         p.double().numpy(force=True) / 100
         for p in (
-            *prior.calibration.percentiles(number, found.nats, found.base, position),
+            *prior.calibration.percentiles(number, found.nats, found.base, norm, position),
             prior.calibration.proxy_percentile(number, error, position),
             100 * prior.calibration.by_layer[number].two_sided("norm", norm, position),
         )

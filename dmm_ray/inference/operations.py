@@ -25,7 +25,7 @@ SCORES = {
     "stderr": "standard error of nats by the trace estimate; null from one probe",
     "percentile": "per cent of natural rows that are less likely; null without a calibration",
     "latent_percentile": "two-sided percentile of the latent norm, 0 to 100; null without a calibration",
-    "combined_percentile": "percentile of the lesser of the two; null without a calibration",
+    "combined_percentile": "percentile of the least of the two and of the row's own norm; null without a calibration",
     "base": "log N(z_1; 0, I), nats",
     "divergence": "integral of the velocity's divergence along the path, nats",
 }

@@ -92,7 +92,7 @@ def _tables(
     rows = {name: table(score) for name, score in scores.items()}
     at = torch.from_numpy(position)
     raw = LayerCalibration(rows, {}, about)
-    _, _, least = raw.shares(scores["nats"], scores["latent"], None, at)
+    _, _, least = raw.shares(scores["nats"], scores["latent"], scores["norm"], at)
     rows["combined"] = table(least)
     combined = 100 * rows["combined"].shares(least, at)[0]
     by_token = {

@@ -49,14 +49,12 @@ class LayerCalibration:
     """How it was made: steps, probes, seed, rows, documents."""
 
     def shares(
-        self, nats: Tensor, latent: Tensor, norm: Tensor | None, position: Tensor | None
+        self, nats: Tensor, latent: Tensor, norm: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares (n,) float64: less likely rows; two-sided of the latent norm; log of the least of all."""
+        """Shares (n,) float64: less likely rows; two-sided of ``latent``; log of the least of these and ``norm``'s."""
         less_likely, _ = self.rows["nats"].shares(nats, position)
         two_sided = self.two_sided("latent", latent, position)
-        least = torch.minimum(less_likely, two_sided)
-        if norm is not None:
-            least = torch.minimum(least, self.two_sided("norm", norm, position))
+        least = torch.minimum(torch.minimum(less_likely, two_sided), self.two_sided("norm", norm, position))
         return less_likely, two_sided, least.clamp(min=torch.finfo(torch.float64).tiny).log()
 
     def two_sided(self, name: str, score: Tensor, position: Tensor | None) -> Tensor:
@@ -90,8 +88,8 @@ class Calibration:
         layer: int,
         nats: Tensor,
         base: Tensor,
+        norm: Tensor,
         position: Tensor | None = None,
-        norm: Tensor | None = None,
     ) -> Percentiles:
         """Percentiles of rows from what following their flow gives.
 
@@ -99,9 +97,9 @@ class Calibration:
             layer: which block's output they are.
             nats: (n,) log p(x), the normaliser's log-determinant included.
             base: (n,) log N(z_1; 0, I).
+            norm: (n,) squared norm of the normalised rows.
             position: (n,) tokens from the document's start, to compare with natural rows near it; None compares with
                 all positions.
-            norm: (n,) squared norm of the normalised rows; without it the combined percentile leaves it out.
 
         Raises:
             UserError: a layer that there are no tables of.

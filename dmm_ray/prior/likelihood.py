@@ -29,11 +29,11 @@ class Scale(NamedTuple):
     layer: int
     positions: Tensor | None
 
-    def percentiles(self, nats: Tensor, base: Tensor) -> Percentiles | None:
-        """Those of rows by log-likelihood (n,) and its base (n,); None without a calibration of the layer."""
+    def percentiles(self, nats: Tensor, base: Tensor, norm: Tensor) -> Percentiles | None:
+        """Those of rows by log p, its base and ``|z|^2``, (n,) each; None without a calibration of the layer."""
         if self.calibration is None or self.layer not in self.calibration.layers:
             return None
-        return self.calibration.percentiles(self.layer, nats, base, self.positions)
+        return self.calibration.percentiles(self.layer, nats, base, norm, self.positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LogProb:
     latent_percentile: Tensor | None
     """Two-sided percentile of the latent norm at u = 1; None for a prior without calibration."""
     combined_percentile: Tensor | None
-    """Percentile of the two together, small where either is unusual; None for a prior without calibration."""
+    """Percentile of the two and the row's own norm together, small where any is unusual; None without calibration."""
     base: Tensor
     """log N(z_1; 0, I) of the latent that the row flows to."""
     divergence: Tensor
@@ -65,10 +65,10 @@ class LogProb:
     def of(
         cls, parts: Tensor, log_determinant: float, d: int, probes: int, evaluations: int, scale: Scale
     ) -> LogProb:
-        """From base, divergence and its standard error (3, n), float64."""
-        base, divergence, stderr = parts
+        """From base, divergence, its standard error and ``|z|^2`` (4, n), float64."""
+        base, divergence, stderr, norm = parts
         nats = base + divergence + log_determinant
-        found = scale.percentiles(nats, base)
+        found = scale.percentiles(nats, base, norm)
         return cls(
             nats=nats.float(),
             nats_per_dim=(nats / d).float(),
@@ -102,7 +102,7 @@ def tangents_at_once(probes: int, d: int) -> int:
 def follow(
     field: VelocityField, piece: Piece, solver: Solver, points: list[float], seed: int, probes: int
 ) -> Tensor:
-    """Base log-density, divergence and its standard error (3, m), float64, of rows followed along ``points``.
+    """Base log-density, divergence, its standard error and ``|z|^2`` (4, m), float64, of rows led along ``points``.
 
     ``log p(z_0) = log N(z_1; 0, I) + integral_0^1 div v(z_u, u) du`` (Chen et al. 2018).
     """
@@ -118,4 +118,4 @@ def follow(
 
     z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
     base = -0.5 * (z_1.double().square().sum(1) + z_1.shape[1] * math.log(2 * math.pi))
-    return torch.stack([base, divergence, variance.sqrt()])
+    return torch.stack([base, divergence, variance.sqrt(), piece.z.double().square().sum(1)])

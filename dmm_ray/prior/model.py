@@ -13,7 +13,6 @@ from dmm_ray.prior.denoising import Mode, Restorer, largest_levels, row_levels
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, LogProb, Scale, check_probes, follow, tangents_at_once
 from dmm_ray.prior.module import PriorModule
-from dmm_ray.prior.module import new_denoiser as new_denoiser
 from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
 from dmm_ray.prior.precision import Precision
 from dmm_ray.prior.rows import Ids, Rows, chunk_rows
@@ -76,7 +75,7 @@ class ActivationPrior(PriorModule):
         check_probes(probes, self.d, exact_limit)
         points, field = solver.points(0.0, 1.0, steps), self._field(row, precision)
         rows = self._rows(x, ids, row)
-        parts = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
+        parts = torch.empty(4, len(rows), dtype=torch.float64, device=self.device)
         for piece in rows.pieces(1 + tangents_at_once(probes, self.d)):
             parts[:, piece.at] = follow(field, piece, solver, points, seed, probes)
         log_det = self.normalizer.log_determinant(row)

@@ -33,7 +33,9 @@ OPERATIONS: dict[Operation, type[Arguments]] = {
 }
 INPUT_TYPES = {"activations": ("FP32", "FP16", "BF16"), "n": ("INT64",), "ids": ("INT64",)}
 FIRST_OUTPUT = {"log_prob": "nats", "denoise": "activations", "sample": "activations", "encode": "features"}
-LOG_PROB_OUTPUTS = ("nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "evaluations")
+LOG_PROB_OUTPUTS = (
+    "nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "combined_percentile", "evaluations",
+)  # fmt: skip
 Dimension = Annotated[int, Field(ge=0, lt=2**31)]
 Floats = Annotated[list[Finite], Field(fail_fast=True)]
 Integers = Annotated[list[Int64], Field(fail_fast=True)]

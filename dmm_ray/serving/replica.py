@@ -30,7 +30,7 @@ def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
     result = getattr(prior, call.operation)(subject, **arguments)
     if call.operation != "log_prob":
         return {NAMED_ANSWERS[call.operation]: result.cpu().numpy()}
-    names = ("nats", "nats_per_dim", "stderr", "percentile", "latent_percentile")
+    names = ("nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "combined_percentile")
     found = {name: getattr(result, name) for name in names}
     columns: Columns = {name: None if value is None else value.cpu().numpy() for name, value in found.items()}
     return {**columns, "evaluations": result.evaluations}
@@ -85,7 +85,7 @@ class PriorDeployment:
 
     async def describe(self) -> PriorInfo:
         """The prior's shape; an answer also says that this process is up."""
-        from dmm_ray.prior.model import EXACT_TRACE_MAX_D
+        from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D
 
         assert self._prior
         c = self._prior.config

@@ -163,6 +163,9 @@ class LogProbAnswer(BaseModel):
     latent_percentile: Numbers | None = Field(
         description="Two-sided, of the latent norm; null without calibration."
     )
+    combined_percentile: Numbers | None = Field(
+        description="Of the least of the two and of the row's own norm, the one to use; null without calibration."
+    )
     evaluations: int = Field(description="Network evaluations a row.")
 
 

@@ -111,7 +111,7 @@ class TrainConfig(Config):
     """Samples between validation losses; default a tenth of the run."""
     validation_rows: int = Field(default=4096, ge=1)
     """Rows of the validation part that the validation loss is taken on, the same every time."""
-    calibration_rows: int = Field(default=2048, ge=0)
+    calibration_rows: int = Field(default=4096, ge=0)
     """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""

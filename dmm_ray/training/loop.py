@@ -15,7 +15,8 @@ from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.files import join
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.prior.model import ActivationPrior, new_denoiser
+from dmm_ray.prior.model import ActivationPrior
+from dmm_ray.prior.module import new_denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig

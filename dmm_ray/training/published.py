@@ -14,7 +14,7 @@ class ImportConfig(ImportGlpConfig):
     activations: str | None = None
     """Activation store of the prior's language model and layer, on which its percentiles are calibrated; without it the
     prior has none."""
-    calibration_rows: int = Field(default=2048, ge=1)
+    calibration_rows: int = Field(default=4096, ge=1)
     """Rows of that store to calibrate on."""
     seed: int = 0
     """Of the draw of those rows."""

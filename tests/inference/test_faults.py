@@ -15,11 +15,7 @@ import ray
 from extractions import LIMIT_S, Run, units_of
 from inference_cases import SCORE, files
 
-RUN = (
-    "import json, sys; from dmm_ray.cli import VERBS, Verb, main;"
-
-    "main(['score', *sys.argv[1:]])"
-)
+RUN = "import json, sys; from dmm_ray.cli import VERBS, Verb, main;main(['score', *sys.argv[1:]])"
 
 
 def start(options: dict[str, Any], out: Path, log: Path) -> Run:

@@ -66,15 +66,28 @@ def test_shrunken_rows_fool_log_p_but_not_the_combined_score(calibrated):
     assert larger.combined_percentile.median() < 1
 
 
+def test_the_combined_score_sees_a_norm_that_the_others_do_not(calibrated):
+    x, ids = documents(3000, 16)
+    usual = calibrated.log_prob(x, steps=STEPS, ids=ids)
+    middle = [usual.nats.median().expand(3), usual.base.median().expand(3)]
+    norms = torch.tensor([0.01, 11.0, 99.0])
+    found = calibrated.calibration.percentiles(LAYER, *middle, norms)
+    assert (found.combined_percentile < torch.tensor([2.0, 100.0, 2.0])).all()
+    assert found.combined_percentile[1] > 50
+
+
 def test_percentiles_rise_with_the_score_and_never_touch_the_ends(calibrated):
     nats = torch.linspace(-60, 10, 500)
     base = torch.full((500,), -0.5 * D * 2.84)
-    found = calibrated.calibration.percentiles(LAYER, nats, base)
+    norm = torch.full((500,), float(D))
+    found = calibrated.calibration.percentiles(LAYER, nats, base, norm)
     assert (found.percentile.diff() >= 0).all()
     assert found.percentile[0] > 0
     assert found.percentile[-1] > 99.9
     assert (found.percentile[:100].diff() > 0).all()
-    unknown = calibrated.calibration.percentiles(LAYER, torch.tensor([float("nan"), -20.0]), base[:2])
+    unknown = calibrated.calibration.percentiles(
+        LAYER, torch.tensor([float("nan"), -20.0]), base[:2], norm[:2]
+    )
     assert unknown.percentile.isnan().tolist() == [True, False]
     assert unknown.combined_percentile.isnan().tolist() == [True, False]
 
@@ -88,10 +101,11 @@ def test_saved_with_the_prior_and_read_back(calibrated, tmp_path):
     prior.calibration = calibrated.calibration
     prior.save_pretrained(str(tmp_path))
     again = ActivationPrior.from_pretrained(str(tmp_path)).calibration
-    nats, base, position = torch.randn(50) * 20, -torch.rand(50) * 30, torch.arange(50)
+    nats, base = torch.randn(50) * 20, -torch.rand(50) * 30
+    norm, position = torch.rand(50) * 30, torch.arange(50)
     for one, other in zip(
-        again.percentiles(LAYER, nats, base, position),
-        calibrated.calibration.percentiles(LAYER, nats, base, position),
+        again.percentiles(LAYER, nats, base, norm, position),
+        calibrated.calibration.percentiles(LAYER, nats, base, norm, position),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -130,7 +144,7 @@ def test_layers_join_and_others_are_refused(calibrated):
     both = one | Calibration(D, {5: one.by_layer[LAYER]})
     assert both.layers == (3, 5)
     with pytest.raises(UserError, match=r"layer: calibrated for 3, 5 \(got 4\)"):
-        both.percentiles(4, torch.zeros(1), torch.zeros(1))
+        both.percentiles(4, *torch.zeros(3, 1))
     with pytest.raises(UserError, match="width: windows calibrated are 8, of nats_per_dim and combined"):
         both.window_percentile(5, "combined", np.zeros(1), 16)
 

@@ -99,7 +99,9 @@ def test_a_finished_prior_has_percentiles(train_store, tmp_path):
 
 def test_calibration_on_a_worker_s_resources_raises_what_went_wrong(ray_local, train_store, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        ray_trainer.run_like_a_worker({"CPU": 1}, calibrate_prior_on_store, str(tmp_path / "none"), train_store)
+        ray_trainer.run_like_a_worker(
+            {"CPU": 1}, calibrate_prior_on_store, str(tmp_path / "none"), train_store
+        )
 
 
 def test_a_finished_run_returns_at_once(finished, train_store):
