@@ -21,7 +21,7 @@ def test_help_shows_every_field(name, capsys):
     shown = capsys.readouterr().out
     fields = getattr(__import__(VERBS[name].module, fromlist=["x"]), VERBS[name].config).model_fields
     for field, about in fields.items():
-        assert f"--{field.replace('_', '-')}" in shown
+        assert ("-" if len(field) == 1 else "--") + field.replace("_", "-") in shown
         assert about.description, field
     assert f"usage: dmm {name}" in shown
 
