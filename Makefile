@@ -25,8 +25,9 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 demo: setup
 	@$(BIN)/dmm demo --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) $(if $(LAYER),--layer $(LAYER)) $(ARGS)
 
+# Two processes, a file at a time in each: most of the time tests wait for Ray's processes to start.
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Extraction, training and the endpoint stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
 chaos: setup-dev

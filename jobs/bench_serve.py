@@ -31,6 +31,12 @@ CHUNK = 256
 BATCH = 1024
 SMALL = 32
 TEXT = "Tom and his dog went to the park. It was a sunny day and they were happy to play with the ball. "
+OPERATIONS: tuple[tuple[str, int, dict], ...] = (
+    ("log_prob", 4, {"probes": 2}),
+    ("denoise", 2, {}),
+    ("encode", 1, {"block": 0}),
+)
+"""Name, by what the number of rows is divided, arguments."""
 Say = Callable[[str], None]
 Calls = dict[str, Callable[[], object]]
 
@@ -69,12 +75,12 @@ class Cpu:
         return _seconds(me), sum(map(_seconds, me.children(recursive=True)))
 
 
-def bench(say: Say, rows: int = 8192, rounds: int = 5, tokens: int = 64) -> None:
+def bench(say: Say, rows: int = 8192, rounds: int = 3, tokens: int = 64) -> None:
     """All of it.
 
     Args:
         say: takes a line of results.
-        rows: of each saturated call.
+        rows: of a saturated call of the cheapest operation; others take fewer.
         rounds: of the medians; latencies take six times as many.
         tokens: of the text and the generation.
     """
@@ -99,19 +105,19 @@ def saturation(
     say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rows: int, rounds: int
 ) -> None:
     """Rows a second of each operation: in process, binary, JSON."""
-    x = torch.randn(rows, D)
-    for name, arguments in (("log_prob", {"probes": 2}), ("denoise", {}), ("encode", {"block": 0})):
+    for name, part, arguments in OPERATIONS:
+        x = torch.randn(rows // part, D)
         cpu = {"binary": Cpu(), "JSON": Cpu()}
 
-        def in_process(name: str = name, arguments: dict = arguments) -> None:
-            for start in range(0, rows, BATCH):
-                part = x[start : start + BATCH]
-                getattr(prior, name)(part, ids=np.arange(start, start + len(part)), **arguments)
+        def in_process(x: torch.Tensor = x, name: str = name, arguments: dict = arguments) -> None:
+            for start, batch in enumerate(x.split(BATCH)):
+                ids = np.arange(start * BATCH, start * BATCH + len(batch))
+                getattr(prior, name)(batch, ids=ids, **arguments)
 
-        def binary(name: str = name, arguments: dict = arguments) -> None:
+        def binary(x: torch.Tensor = x, name: str = name, arguments: dict = arguments) -> None:
             getattr(client, name)(x.numpy(), **arguments)
 
-        def in_json(name: str = name, arguments: dict = arguments) -> None:
+        def in_json(x: torch.Tensor = x, name: str = name, arguments: dict = arguments) -> None:
             _json_rows(http, name, x, arguments)
 
         calls: Calls = {"in process": in_process, "binary": cpu["binary"].counted(binary)}
@@ -120,7 +126,7 @@ def saturation(
         for how, seconds in taken.items():
             more = f", {taken['in process'] / seconds:4.0%} of in process" if how in cpu else ""
             more += f", the client has {cpu[how].share:.0%} of the CPU time" if how in cpu else ""
-            say(f"serve {name:8} saturated, {how:10} {rows / seconds:10,.0f} rows/s{more}")
+            say(f"serve {name:8} saturated, {how:10} {len(x) / seconds:10,.0f} rows/s{more}")
 
 
 def latency(say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rounds: int) -> None:
