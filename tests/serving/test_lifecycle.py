@@ -19,6 +19,9 @@ from dmm_ray.serving.config import AppConfig, Limits, ServeConfig
 from dmm_ray.serving.serve import APPLICATION, running
 
 D = 16
+NAME = "lifecycle"
+"""Of the prior: other tests' endpoints in the same cluster count into the same metrics."""
+OURS = {"deployment": f"prior-{NAME}"}
 DEADLINE_S = 60.0
 LIMITS = Limits(max_steps=1 << 20, max_work=1 << 40)
 X = torch.randn(2, D, generator=torch.Generator().manual_seed(0))
@@ -28,7 +31,9 @@ SLOW = {"activations": X.tolist(), "steps": 5000, "probes": 1}
 
 @pytest.fixture(scope="module")
 def url(ray_local: None, single: str) -> Iterator[str]:
-    with running(ServeConfig(prior=(single,), port=0, cpus=0.5, limits=LIMITS, auth="none")) as base:
+    with running(
+        ServeConfig(prior=(f"{NAME}={single}",), port=0, cpus=0.5, limits=LIMITS, auth="none")
+    ) as base:
         yield base
 
 
@@ -86,9 +91,9 @@ def test_rows_of_a_client_that_has_gone_are_not_computed(url: str) -> None:
         assert not busy.done()
         assert busy.result().status_code == 200
     assert httpx.post(f"{url}/v1/denoise", json={"activations": X.tolist()}).status_code == 200
-    text = wait_for("dmm_solved_rows", 2, operation="denoise")  # the same process counts all of them
-    assert figure(text, "dmm_solved_rows", operation="log_prob") == 2
-    assert figure(text, "dmm_solved_rows", operation="sample") == 0
+    text = wait_for("dmm_solved_rows", 2, operation="denoise", **OURS)  # the same process counts all of them
+    assert figure(text, "dmm_solved_rows", operation="log_prob", **OURS) == 2
+    assert figure(text, "dmm_solved_rows", operation="sample", **OURS) == 0
 
 
 def test_metrics_are_exported(url: str) -> None:
@@ -121,7 +126,7 @@ def test_new_weights_come_without_a_lost_request(url: str, single: str, other: s
 
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask) for _ in range(2)]
-        config = AppConfig(prior=(other,), cpus=0.5, limits=LIMITS, auth="none")
+        config = AppConfig(prior=(f"{NAME}={other}",), cpus=0.5, limits=LIMITS, auth="none")
         serve.run(build(config), name=APPLICATION, route_prefix="/")
         after = [log_prob(url) for _ in range(3)]
         enough.set()
