@@ -114,6 +114,24 @@ def test_writing_goes_on_beside_the_run(tmp_path, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("dmm-checkpoint")]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_writing_starts_no_compute_threads(tmp_path):
+    # OpenMP threads of the writer's own make the training step's spin less: it then takes twice as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    large = {"weight": torch.ones(1 << 20)}
+    try:
+        with checkpoint.Writer(str(tmp_path), LAST_2) as writer:
+            writer.save(1000, {"weight": torch.ones(4)})
+            writer.wait()
+            before = set(os.listdir("/proc/self/task"))
+            writer.save(2000, large)
+            writer.wait()
+            assert set(os.listdir("/proc/self/task")) <= before
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
     save_all(tmp_path, LAST_2, {100: None})
 
