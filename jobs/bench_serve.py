@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import numpy as np
@@ -21,8 +26,6 @@ from timing import medians
 
 from dmm_ray.client import Client
 from dmm_ray.prior import ActivationPrior, PriorConfig
-from dmm_ray.serving.config import ServeConfig
-from dmm_ray.serving.serve import running
 
 D = 64
 LAYER = 2
@@ -30,6 +33,7 @@ CLIENTS = 8
 CHUNK = 256
 BATCH = 1024
 SMALL = 32
+TOKEN = "bench"
 TEXT = "Tom and his dog went to the park. It was a sunny day and they were happy to play with the ball. "
 OPERATIONS: tuple[tuple[str, int, dict], ...] = (
     ("log_prob", 4, {"probes": 2}),
@@ -76,7 +80,7 @@ class Cpu:
 
 
 def bench(say: Say, rows: int = 8192, rounds: int = 3, tokens: int = 64) -> None:
-    """All of it.
+    """All of it, behind each of the two proxies.
 
     Args:
         say: takes a line of results.
@@ -87,18 +91,51 @@ def bench(say: Say, rows: int = 8192, rounds: int = 3, tokens: int = 64) -> None
     prior = small_prior()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        prior.save_pretrained(folder)
-        subject = str(importlib.resources.files("dmm_ray.demo") / "subject")
-        config = ServeConfig(prior=(folder,), model=subject, port=0, auth="none", max_batch_rows=BATCH)
-        url = stack.enter_context(running(config))
-        client = stack.enter_context(Client(url, chunk_rows=CHUNK, in_flight=CLIENTS))
-        http = stack.enter_context(httpx.Client(base_url=url, timeout=300))
-        saturation(say, prior, client, http, rows, rounds)
-        latency(say, prior, client, http, rounds * 6)
-        texts(say, client, tokens, rounds)
+    for proxy in ("serve", "haproxy"):
+        say(f"serve --proxy {proxy}")
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            prior.save_pretrained(folder)
+            url = stack.enter_context(endpoint(folder, proxy))
+            client = stack.enter_context(Client(url, token=TOKEN, chunk_rows=CHUNK, in_flight=CLIENTS))
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            http = stack.enter_context(httpx.Client(base_url=url, timeout=300, headers=headers))
+            saturation(say, prior, client, http, rows, rounds)
+            latency(say, prior, client, http, rounds * 6)
+            texts(say, client, tokens, rounds)
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def endpoint(prior: str, proxy: str) -> Iterator[str]:
+    """`dmm serve` in a process of its own, with the demo's language model; its URL once it is ready."""
+    subject = str(importlib.resources.files("dmm_ray.demo") / "subject")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable,
+        "-c",
+        "from dmm_ray.cli import main; main()",
+        "serve",
+        "--prior",
+        prior,
+        "--port",
+        port,
+    ]
+    command += ["--model", subject, "--proxy", proxy, "--max-batch-rows", str(BATCH)]
+    environment = {**os.environ, "DMM_SERVE_TOKENS": TOKEN}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stderr
+        if not any("ready: " in line for line in process.stderr):
+            raise RuntimeError(f"`dmm serve --proxy {proxy}` did not start; run it by hand to see why")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def saturation(

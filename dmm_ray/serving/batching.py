@@ -11,11 +11,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 Rows = dict[str, np.ndarray]
 """Named arrays with one leading entry a row."""
 Columns = dict[str, "np.ndarray | int | None"]
@@ -33,16 +36,22 @@ class _Piece(NamedTuple, Generic[Key]):
 class RowBatcher(Generic[Key]):
     """Runs ``solve`` in a thread, one call at a time, on rows of one key joined up to ``max_rows``.
 
+    All calls are made by one thread, which others may borrow: each thread that computes would have OpenMP threads of
+    its own, and where those are more than the cores they hardly spin while they wait, which halves the speed.
+
     Args:
         solve: (key, rows) -> columns; a row's columns must not depend on the other rows.
         max_rows: most rows of a call.
-        wait_s: how long to wait for more rows when the first has just arrived.
+        wait_s: how long to wait for more rows when the first has just arrived. Only after a call that joined several
+            requests: a client that asks alone does not wait.
     """
 
     def __init__(self, solve: Callable[[Key, Rows], Columns], max_rows: int, wait_s: float) -> None:
         self.max_rows = max_rows
         self._solve = solve
         self._wait_s = wait_s
+        self._company = False
+        self._thread = ThreadPoolExecutor(1, "dmm-solver")
         self._waiting: deque[_Piece[Key]] = deque()
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -57,6 +66,10 @@ class RowBatcher(Generic[Key]):
     def busy_s(self) -> float:
         """How long the solver call that runs has taken; 0 while none runs."""
         return 0.0 if self._began is None else time.monotonic() - self._began
+
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, done by the solver's thread between two calls. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def submit(self, key: Key, rows: Rows) -> Columns:
         """The columns of ``rows`` (arrays of equal, positive length).
@@ -94,8 +107,8 @@ class RowBatcher(Generic[Key]):
                 await self._run(batch)
 
     async def _fill(self) -> None:
-        """Wait until the oldest piece has waited long enough or a full batch is there."""
-        first = self._waiting[0] if self._waiting else None
+        """Where company is likely, wait until the oldest piece has waited long enough or a full batch is there."""
+        first = self._waiting[0] if self._waiting and self._company else None
         while first and sum(p.size for p in self._waiting if p.key == first.key) < self.max_rows:
             left = first.arrived + self._wait_s - time.monotonic()
             if left <= 0:
@@ -128,10 +141,11 @@ class RowBatcher(Generic[Key]):
         return batch
 
     async def _run(self, batch: list[_Piece[Key]]) -> None:
+        self._company = len(batch) > 1
         rows = {name: np.concatenate([piece.rows[name] for piece in batch]) for name in batch[0].rows}
         self._began = time.monotonic()
         (outcome,) = await asyncio.gather(
-            asyncio.to_thread(self._solve, batch[0].key, rows), return_exceptions=True
+            self.aside(partial(self._solve, batch[0].key, rows)), return_exceptions=True
         )
         self._began = None
         if isinstance(outcome, BaseException) and len(batch) > 1:

@@ -65,7 +65,8 @@ class AppConfig(Config):
     max_batch_rows: int = Field(default=1024, gt=0)
     """Rows of one solver call: small requests are joined up to it, large ones cut."""
     batch_wait_ms: float = Field(default=2.0, ge=0)
-    """How long an idle prior waits for more rows before it starts on the first, milliseconds."""
+    """How long an idle prior waits for more rows before it starts on the first, milliseconds; only while requests come
+    several at a time."""
     max_ongoing_requests: int = Field(default=128, gt=0)
     """Requests that one process of a prior holds at a time, waiting to be joined or being computed."""
     max_queued_requests: int = Field(default=256, gt=0)
@@ -142,3 +143,6 @@ class ServeConfig(AppConfig):
     """Address to listen on; the default is reachable from this machine only."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    proxy: Literal["serve", "haproxy"] = "serve"
+    """Who takes requests in: Serve's own proxy, or the HAProxy that Ray brings along (Linux), with a third of the
+    latency. Its processes listen on every address of this machine: it needs tokens, and a firewall."""

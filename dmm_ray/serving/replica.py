@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -66,10 +68,14 @@ class PriorDeployment:
 
         Raises:
             UserError: no prior there.
-        CheckFailed: its answers are not finite.
+            CheckFailed: its answers are not finite.
         """
         source = user_config["source"]
-        prior = await asyncio.to_thread(_warm, source, self._device)
+        with ThreadPoolExecutor(
+            1
+        ) as short_lived:  # beside the solver's thread, which goes on with the prior before
+            loop = asyncio.get_running_loop()
+            prior = await loop.run_in_executor(short_lived, _warm, source, self._device)
         self._prior = prior
         c = prior.config
         logger.info("serving %s on %s: d %d, layers %s", source, self._device, c.d, c.layers)
@@ -81,7 +87,7 @@ class PriorDeployment:
         if self._batcher.busy_s > self._hung_s:
             raise RuntimeError(f"a solver call has run for more than {self._hung_s:g} s")
         if not self._batcher.busy_s:
-            await asyncio.to_thread(_one_sample, self._prior)
+            await self._batcher.aside(partial(_one_sample, self._prior))
 
     async def describe(self) -> PriorInfo:
         """The prior's shape; an answer also says that this process is up."""

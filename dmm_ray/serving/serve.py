@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import sys
 import threading
@@ -22,6 +23,12 @@ logger = logging.getLogger(__name__)
 APPLICATION = "dmm"
 READY_DEADLINE_S = 60.0
 POLL_S = 0.1
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # its 30 s are for load balancers of others
+}
+"""Read by Serve when it is imported, here and in the processes it starts."""
 
 
 def serve(config: ServeConfig) -> str:
@@ -44,14 +51,16 @@ def running(config: ServeConfig) -> Iterator[str]:
     """The endpoint for as long as the context lasts; gives its base URL once it answers.
 
     Raises:
-        UserError: no prior at a folder, the port is taken, this cluster runs Serve already, or the address is
-            reachable from elsewhere and no tokens are given.
+        UserError: no prior at a folder, the port is taken, this cluster runs Serve already, the address is reachable
+            from elsewhere and no tokens are given, or HAProxy is wanted on a cluster that runs.
         CheckFailed: the application did not start.
     """
     config = settled(config)
     for source in config.priors.values():
         _check_prior(source)
     port = _free_port(config.host, config.port)
+    if config.proxy == "haproxy":
+        _use_haproxy()
     # Imported here: the command line's help does without, and it takes seconds.
     import ray
     from ray import serve as ray_serve
@@ -76,6 +85,14 @@ def running(config: ServeConfig) -> Iterator[str]:
             ray_serve.shutdown()
             if owned:
                 ray.shutdown()
+
+
+def _use_haproxy() -> None:
+    """Have the Serve that is started next use HAProxy. Raises UserError where that is too late."""
+    if os.environ.get("RAY_ADDRESS") or "ray.serve" in sys.modules:
+        settings = " ".join(f"{name}={value}" for name, value in HAPROXY.items())
+        raise UserError(f"proxy: haproxy is up to the cluster; start every node of it with {settings}")
+    os.environ.update(HAPROXY)
 
 
 def _deploy(config: ServeConfig, port: int) -> None:

@@ -16,6 +16,7 @@ class Doubler:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[int]]] = []
+        self.thread = ""
         self.go = threading.Event()
         self.go.set()
         self.started = threading.Event()
@@ -23,6 +24,7 @@ class Doubler:
     def __call__(self, key: str, rows: Rows) -> Columns:
         x = rows["x"]
         self.calls.append((key, x.tolist()))
+        self.thread = threading.current_thread().name
         self.started.set()
         assert self.go.wait(10)
         if key == "bad" and (x < 0).any():
@@ -118,13 +120,31 @@ def test_cancelled_requests_are_not_computed() -> None:
     assert run(body).calls == [("blocker", [0]), ("a", [2])]
 
 
-def test_an_idle_batcher_waits_for_more_rows_until_the_batch_is_full() -> None:
+def test_after_company_an_idle_batcher_waits_until_the_batch_is_full() -> None:
     async def body(batcher: RowBatcher[str], solver: Doubler) -> None:
-        await asyncio.gather(
-            *(batcher.submit("a", rows(i)) for i in range(4))
-        )  # full: does not wait for 60 s
+        await asyncio.gather(batcher.submit("a", rows(0)), batcher.submit("a", rows(1)))
+        first = asyncio.create_task(batcher.submit("a", rows(2)))
+        await asyncio.to_thread(lambda: None)  # the loop turns: the first would have been started by now
+        await asyncio.gather(first, *(batcher.submit("a", rows(i)) for i in (3, 4, 5)))
 
-    assert run(body, wait_s=60.0).calls == [("a", [0, 1, 2, 3])]
+    assert run(body, wait_s=60.0).calls == [("a", [0, 1]), ("a", [2, 3, 4, 5])]
+
+
+def test_a_client_that_asks_alone_does_not_wait() -> None:
+    async def body(batcher: RowBatcher[str], solver: Doubler) -> None:
+        for i in range(3):
+            await batcher.submit("a", rows(i))
+
+    assert run(body, wait_s=60.0).calls == [("a", [0]), ("a", [1]), ("a", [2])]
+
+
+def test_all_is_computed_by_one_thread() -> None:
+    async def body(batcher: RowBatcher[str], solver: Doubler) -> None:
+        await batcher.submit("a", rows(1))
+        names = {await batcher.aside(lambda: threading.current_thread().name) for _ in range(3)}
+        assert names == {solver.thread}
+
+    run(body)
 
 
 def test_the_event_loop_stays_free_while_the_solver_works() -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -54,20 +55,24 @@ def test_a_prior_that_does_not_load_says_why(ray_local: None, single: str, tmp_p
 
 
 @pytest.mark.slow
-def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str) -> None:
+@pytest.mark.parametrize("proxy", ["serve", "haproxy"])
+def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str, proxy: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [*DMM, "serve", "--prior", single, "--port", str(port), "--cpus", "0.5"]
+    environment["DMM_SERVE_TOKENS"] = "word"
+    command = [*DMM, "serve", "--prior", single, "--port", str(port), "--cpus", "0.5", "--proxy", proxy]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert process.stderr
         assert any(f"ready: {url}" in line for line in process.stderr)
-        found = httpx.post(f"{url}/v1/sample", json={"n": 2, "steps": 2}, timeout=60)
-        assert found.status_code == 200
+        ask = partial(httpx.post, f"{url}/v1/sample", json={"n": 2, "steps": 2}, timeout=60)
+        assert ask().status_code == 401
+        found = ask(headers={"Authorization": "Bearer word", "X-Request-ID": "mine-1"})
+        assert (found.status_code, found.headers["X-Request-ID"]) == (200, "mine-1")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=DEADLINE_S)
     finally:
@@ -76,3 +81,11 @@ def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str) -> N
     assert out.splitlines() == [single]
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_haproxy_is_refused_where_serve_is_there_already(ray_local: None, single: str) -> None:
+    import ray.serve  # noqa: F401
+
+    config = ServeConfig(prior=single, port=0, proxy="haproxy", token_file=__file__)
+    with pytest.raises(UserError, match=r"^proxy: .*RAY_SERVE_ENABLE_HA_PROXY=1"), running(config):
+        pass
