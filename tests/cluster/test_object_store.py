@@ -56,7 +56,7 @@ def finished(run: subprocess.Popen[str]) -> str:
     """What a command that must succeed logged."""
     out, log = run.communicate(timeout=240)
     assert run.returncode == 0, log
-    assert out.endswith("store\n")
+    assert out.strip()
     return log
 
 
@@ -91,6 +91,41 @@ def test_the_same_rows_as_on_a_local_disk(bucket: str, local: str, tiny_subject:
             assert torch.equal(ours.activation, theirs.activation)
             assert np.array_equal(ours.doc, theirs.doc)
     assert "is whole" in finished(start("verify", out))
+
+
+def test_a_prior_and_its_scores_are_those_of_a_local_disk(bucket: str, local: str, tmp_path: Path) -> None:
+    training = [
+        "--samples",
+        "2048",
+        "--batch",
+        "256",
+        "--workers",
+        "0",
+        "--layer",
+        "2",
+        "--wandb",
+        "disabled",
+    ]
+    scoring = [
+        "--activations",
+        local,
+        "--actors",
+        "1",
+        "--cpus-per-actor",
+        "1",
+        "--steps",
+        "2",
+        "--split",
+        "test",
+    ]
+    found = []
+    for store, out in ((f"{bucket}/runs/one/store", f"{bucket}/runs/one"), (local, str(tmp_path))):
+        finished(start("train", "--activations", store, "--out", f"{out}/prior", *training))
+        finished(start("score", "--prior", f"{out}/prior", "--out", f"{out}/scores", *scoring))
+        found.append(content(f"{out}/scores"))
+        found[-1]["weights"] = files.read_bytes(f"{out}/prior/model.safetensors")
+    assert found[0] == found[1]
+    assert "is whole" in finished(start("verify", f"{bucket}/runs/one/scores"))
 
 
 @pytest.mark.parametrize(("text", "out"), [("s3://none/a.jsonl", "{}/x"), ("{}/text/a.jsonl", "s3://none/x")])

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -24,9 +25,12 @@ from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
 
+Parallel = Literal["ddp", "fsdp"]
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(600)]
 TRIALS = int(os.environ.get("DMM_CHAOS_TRIALS", "2"))
 """Runs in one process that are killed; half as many on Ray."""
+ON_RAY: list[tuple[int, Parallel]] = [(2, "ddp"), (1, "ddp"), (2, "fsdp")]
+"""Workers, and whether their weights are sharded, in turns."""
 LOG, SAVE = 3, 20
 """Batches. Records and checkpoints do not fall together: an interval under way goes into the checkpoint."""
 BATCHES, RAY_BATCHES = 600, 1500
@@ -54,7 +58,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config(store: str, out: Path, workers: int) -> TrainConfig:
+def config(store: str, out: Path, workers: int, parallel: Parallel = "ddp") -> TrainConfig:
     return TrainConfig(
         activations=store,
         out=str(out),
@@ -66,6 +70,7 @@ def config(store: str, out: Path, workers: int) -> TrainConfig:
         n_blocks=2,
         lr=3e-3,
         workers=workers,
+        parallel=parallel,
         cpus_per_worker=1,
         log_every=LOG * 64,
         checkpoint_every=SAVE * 64,
@@ -153,14 +158,13 @@ def is_agent(process: psutil.Process) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(
     store: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], tuple[bytes, list[Any]]]:
+) -> Callable[..., tuple[bytes, list[Any]]]:
     """What a run of so many workers leaves, each made once."""
-    folder, found = tmp_path_factory.mktemp("undisturbed"), dict[int, tuple[bytes, list[Any]]]()
+    folder = tmp_path_factory.mktemp("undisturbed")
 
-    def make(workers: int) -> tuple[bytes, list[Any]]:
-        if workers not in found:
-            found[workers] = content(Path(train(config(store, folder / str(workers), workers))))
-        return found[workers]
+    @cache
+    def make(workers: int, parallel: Parallel = "ddp") -> tuple[bytes, list[Any]]:
+        return content(Path(train(config(store, folder / f"{parallel}-{workers}", workers, parallel))))
 
     return make
 
@@ -179,8 +183,8 @@ def test_killed_in_one_process(store, undisturbed, tmp_path, trial):
 @pytest.mark.parametrize("trial", range(max(1, TRIALS // 2)))
 def test_driver_and_worker_killed_on_ray(store, undisturbed, tmp_path, trial):
     """The driver is killed, then interrupted, then one of its workers is killed, by the process number."""
-    draw, workers = random.Random(trial), 2 - trial % 2
-    this = config(store, tmp_path / "prior", workers)
+    draw, (workers, parallel) = random.Random(trial), ON_RAY[trial % len(ON_RAY)]
+    this = config(store, tmp_path / "prior", workers, parallel)
     run = Command.start(this)
     run.until_batch(draw.randrange(SAVE, RAY_BATCHES // 10))
     run.stop(signal.SIGKILL)
@@ -201,4 +205,4 @@ def test_driver_and_worker_killed_on_ray(store, undisturbed, tmp_path, trial):
     draw.choice(run.workers()).kill()
     assert run.process.wait(LIMIT_S) == 0, run.log.read_text()
     assert f"resuming after {saved} samples" in run.log.read_text()
-    assert content(run.out) == undisturbed(workers)
+    assert content(run.out) == undisturbed(workers, parallel)
