@@ -133,8 +133,16 @@ def _mean(values: Tensor, rows: Rows, width: int) -> Tensor:
     return torch.from_numpy(window_means(values.numpy(), rows.doc, rows.position, width).astype(np.float32))
 
 
-class _Activations:
-    """Rows of activations, each by itself."""
+class _EachByItself:
+    """What is found of a row depends on no other."""
+
+    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
+        """As it is."""
+        return found
+
+
+class _Activations(_EachByItself):
+    """Rows of activations."""
 
     width: int
     dtype: str
@@ -148,10 +156,6 @@ class _Activations:
     def nothing(self) -> Found:
         """``activation`` (0, d)."""
         return {ACTIVATION: torch.empty(0, self.width, dtype=DTYPES[self.dtype])}
-
-    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
-        """As it is."""
-        return found
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ class Denoise(_Activations):
 
 
 @dataclass(frozen=True)
-class Encode:
+class Encode(_EachByItself):
     """Meta-neurons."""
 
     config: EncodeConfig
@@ -236,10 +240,6 @@ class Encode:
         if not stored.isfinite().all():
             raise UserError(f"dtype: {c.dtype} cannot hold every hidden unit; give --dtype float32")
         return {FEATURES: stored}
-
-    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
-        """As it is."""
-        return found
 
 
 @dataclass(frozen=True)

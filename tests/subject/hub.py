@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import queue
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+
+from hub_http import HubHandler
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,95 +36,44 @@ class Hub:
     @contextmanager
     def running(self) -> Iterator[Hub]:
         """Serve on a free port inside the block."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        self.url = f"http://127.0.0.1:{server.server_port}"
-        try:
-            yield self
-        finally:
-            self.released.set()
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        with _Handler.serving(self) as self.url:
+            try:
+                yield self
+            finally:
+                self.released.set()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(HubHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._about(match[1], match[2] or "revision", match[3] or "main")
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(match[1], match[2], match[3])
-        else:
-            self._refuse(404, "EntryNotFound")
-
-    def _about(self, model: str, what: str, revision: str) -> None:
-        if not self._there(model, revision):
+    def about(self, name: str, what: str, revision: str) -> None:
+        if not self._there(name, revision):
             return
         if what == "revision":
             self.hub.revisions.put(revision)
-        files = [_entry(file) for file in sorted(self.hub.models[model].iterdir())]
-        siblings = [{"rfilename": file["path"]} for file in files]
-        info = {
-            "id": model,
-            "sha": COMMIT,
-            "siblings": siblings,
-            "private": False,
-            "tags": [],
-            "downloads": 0,
-        }
-        self._send(
-            json.dumps(files if what == "tree" else info).encode(), {"Content-Type": "application/json"}
-        )
+        files = {file.name: file.read_bytes() for file in self.hub.models[name].iterdir()}
+        self.send_about(what, COMMIT, files, id=name, private=False, downloads=0)
 
-    def _file(self, model: str, revision: str, name: str) -> None:
-        if not self._there(model, revision):
+    def file(self, name: str, revision: str, path: str) -> None:
+        if not self._there(name, revision):
             return
-        if model in self.hub.gated:
-            return self._refuse(403, "GatedRepo")
-        file = self.hub.models[model] / name
+        if name in self.hub.gated:
+            return self.refuse(403, "GatedRepo")
+        file = self.hub.models[name] / path
         if not file.is_file():
-            return self._refuse(404, "EntryNotFound")
+            return self.refuse(404, "EntryNotFound")
         if self.command == "GET":
-            self.hub.gets[name] += 1
-            if name in self.hub.hold:
+            self.hub.gets[path] += 1
+            if path in self.hub.hold:
                 self.hub.asked.set()
                 self.hub.released.wait(60)
-        data = file.read_bytes()
-        tag = hashlib.sha256(data).hexdigest()
-        self._send(data, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        self.send_file(COMMIT, file.read_bytes())
 
-    def _there(self, model: str, revision: str) -> bool:
-        if model not in self.hub.models:
-            self._refuse(404, "RepoNotFound")
+    def _there(self, name: str, revision: str) -> bool:
+        if name not in self.hub.models:
+            self.refuse(404, "RepoNotFound")
         elif revision not in ("main", "v1", COMMIT):
-            self._refuse(404, "RevisionNotFound")
+            self.refuse(404, "RevisionNotFound")
         else:
             return True
         return False
-
-    def _refuse(self, status: int, code: str) -> None:
-        self._send(b"", {"X-Error-Code": code, "X-Error-Message": code}, status)
-
-    def _send(self, data: bytes, headers: dict[str, str], status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    return {"type": "file", "path": file.name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
