@@ -63,6 +63,7 @@ def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str, prox
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["DMM_SERVE_TOKENS"] = "word"
     command = [*DMM, "serve", "--prior", single, "--port", str(port), "--cpus", "0.5", "--proxy", proxy]
+    command += ["--limits.max-rows", "65536"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -73,6 +74,13 @@ def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str, prox
         assert ask().status_code == 401
         found = ask(headers={"Authorization": "Bearer word", "X-Request-ID": "mine-1"})
         assert (found.status_code, found.headers["X-Request-ID"]) == (200, "mine-1")
+        large = httpx.post(
+            f"{url}/v1/sample",
+            json={"n": 1 << 16, "steps": 1},
+            headers={"Authorization": "Bearer word"},
+            timeout=60,
+        )
+        assert len(large.json()["activations"]) == 1 << 16  # 4 MiB and what is around them
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=DEADLINE_S)
     finally:
