@@ -28,7 +28,7 @@ from dmm_ray.inference.selection import Selection, StoreRows
 from dmm_ray.inference.verbs import store_manifest
 from dmm_ray.prior import ActivationPrior, PriorConfig
 
-LAYER, SHORT = 0, 1 << 15
+LAYER, SHORT = 0, 1 << 14
 Say = Callable[[str], None]
 
 
@@ -67,7 +67,7 @@ def loop_seconds(prior: ActivationPrior, store: ActivationStore, asked: dict[str
     return time.monotonic() - started
 
 
-def bench(say: Say, times: int = 4, d: int = 64, rounds: int = 3, steps: int = 32) -> None:
+def bench(say: Say, times: int = 4, d: int = 64, rounds: int = 3, steps: int = 4) -> None:
     """Rows per second of ``(times - 1) * 32768`` rows, each way in turns, medians: likelihood, then cheap score."""
     ensure_ray()
     prior = make_prior(d)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -64,13 +64,14 @@ class Task:
 class Engine:
     """Extracts units with a truncated subject that it loads at the first one.
 
-    ``extract`` may be called from several threads: one runs the model while the others read, tokenise and write.
+    ``extract`` may be called from several threads: one of its own runs the model while they read, tokenise and write.
+    (If each ran it in turn, each would have OpenMP threads, more in all than cores, which then hardly spin.)
     """
 
     def __init__(self, task: Task, corpus: Corpus) -> None:
         self.task = task
         self.corpus = corpus
-        self._model = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "dmm-subject")
 
     @cached_property
     def forward(self) -> Forward:
@@ -89,12 +90,9 @@ class Engine:
         if exists(name) and (done := read_record(self.task.out, unit.unit)).config_hash == m.config_hash:
             return done
         documents = list(self.corpus.read(unit.first, unit.stop))
-        with self._model:
-            forward = self.forward
-        read = read_pieces(documents, m.window, m.kept, m.seed, forward.subject.tokenizer)
-        with self._model:
-            outputs = forward(read.pieces)
-            result = Result.of(m, read.pieces, outputs)
+        tokenizer = self._thread.submit(lambda: self.forward.subject.tokenizer).result()
+        read = read_pieces(documents, m.window, m.kept, m.seed, tokenizer)
+        outputs, result = self._thread.submit(self._run, read.pieces).result()
         failed = read.failed + sorted(outputs.failed.items())
         if len(failed) > self.task.max_failed:
             raise UserError(too_many_failed([error for _, error in failed], self.task.max_failed))
@@ -115,6 +113,10 @@ class Engine:
         )
         write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return record
+
+    def _run(self, pieces: Sequence[Piece]) -> tuple[Outputs, Result]:
+        outputs = self.forward(pieces)
+        return outputs, Result.of(self.task.manifest, pieces, outputs)
 
     def _write(self, unit: int, result: Result) -> dict[str, FileEntry]:
         files: dict[str, FileEntry] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmm_ray.activations.actor import UnitActor
 from dmm_ray.activations.manifest import Manifest, read_record, record_name
+from dmm_ray.activations.store import Rows
 from dmm_ray.activations.units import Unit
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, hash_json, join, write_bytes
@@ -42,13 +43,14 @@ class Task:
 class Engine(UnitActor):
     """Holds a prior, loaded at the first unit.
 
-    Several threads may work: one at a time uses the prior, while others read and write.
+    Several threads may work: one of its own uses the prior, while they read and write. (If each used it in turn, each
+    would have OpenMP threads, more in all than cores, which then hardly spin while they wait.)
     """
 
     def __init__(self, task: Task) -> None:
         super().__init__(task.out)
         self.task = task
-        self._using = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "dmm-prior")
 
     @cached_property
     def prior(self) -> ActivationPrior:
@@ -82,11 +84,13 @@ class Engine(UnitActor):
         ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1))
         found = self.task.operation.nothing
         if len(ids):
-            with self._using:
-                found = self.task.operation.unit(self.prior, rows, self._batches(rows.activation, ids))
+            found = self._thread.submit(self._ask, rows, ids).result()
         record = write_unit(out, manifest, unit, rows, found)
         write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return {"rows": record.rows}
+
+    def _ask(self, rows: Rows, ids: Tensor) -> Found:
+        return self.task.operation.unit(self.prior, rows, self._batches(rows.activation, ids))
 
     def _batches(self, x: Tensor, ids: Tensor) -> Found:
         size = min(self.task.batch_rows or len(x), max(1, BATCH_FLOATS // self.task.operation.width))

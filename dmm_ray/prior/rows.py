@@ -16,9 +16,9 @@ from dmm_ray.prior.noise import row_ids
 from dmm_ray.prior.normalizer import Normalizer
 
 Ids = Tensor | np.ndarray | None
-CHUNK_FLOATS = 1 << 24
-"""Rows are worked through in pieces whose widest intermediate holds about this many numbers (64 MB)."""
-CUDA_CHUNKS = 8
+CHUNK_FLOATS = 1 << 21
+"""Rows are worked through in pieces whose widest intermediate holds about this many numbers (8 MB, for the caches)."""
+CUDA_CHUNKS = 64
 """A GPU gets pieces this many times as large."""
 TOO_WIDE = 9.0
 """Rows whose median mean square after normalisation is not within this factor of 1 bring a warning."""
