@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 
-import torch
-from timing import say
-
 from dmm_ray.cluster import quiet
+
+quiet()  # OpenMP reads its settings when torch is imported: what runs in this process gets what `dmm` gives the others
+
+import torch  # noqa: E402
+from timing import say  # noqa: E402
 
 BENCHES = {
     "extract": ("bench_extract",),
@@ -27,7 +29,6 @@ BENCHES = {
 ASKED_FOR = {"ood"}
 
 if __name__ == "__main__":
-    quiet()
     unknown = set(sys.argv[1:]) - set(BENCHES)
     if unknown:
         sys.stderr.write(f"bench: no benchmark {sorted(unknown)[0]}; one of {', '.join(BENCHES)}\n")
