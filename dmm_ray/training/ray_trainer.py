@@ -28,6 +28,8 @@ STOP_S = 60
 """Time that workers have to save and end."""
 WAIT_S = 30.0
 """Seconds between words on workers that have not started."""
+LET_GO_S = 4.0
+"""How long actors that have ended may hold their resources: Ray takes them back by and by."""
 
 
 def train_on_ray(
@@ -86,6 +88,18 @@ def run_like_a_worker(needs: dict[str, float], function: Callable[..., None], *a
         raise e.cause from e
 
 
+def _free(wanted: dict[str, float]) -> dict[str, float]:
+    """What is free on the cluster: work that has just ended is given some seconds to let go of what is wanted."""
+    import ray
+
+    deadline = time.monotonic() + LET_GO_S
+    while True:
+        free = ray.available_resources()
+        if time.monotonic() > deadline or all(n <= free.get(kind, 0) for kind, n in wanted.items()):
+            return free
+        time.sleep(LET_GO_S / 20)
+
+
 def needed(config: TrainConfig) -> dict[str, float]:
     """The resources of one worker on the cluster that this process is connected to.
 
@@ -96,7 +110,7 @@ def needed(config: TrainConfig) -> dict[str, float]:
     """
     import ray
 
-    has, free = ray.cluster_resources(), ray.available_resources()
+    has = ray.cluster_resources()
     use_gpu = config.device == "cuda" or (
         config.device == "auto" and has.get("GPU", 0) >= (config.min_workers or config.workers)
     )
@@ -111,6 +125,8 @@ def needed(config: TrainConfig) -> dict[str, float]:
                 f"workers: {fewest} of {each:g} {kind}s need more than the cluster's {has.get(kind, 0):g}; "
                 f"lower --workers{' or --cpus-per-worker' if kind == 'CPU' else ''}"
             )
+    free = _free({kind: each * fewest for kind, each in needs.items()})
+    for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
             logger.warning(
                 "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
