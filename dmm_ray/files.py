@@ -105,6 +105,14 @@ def exists(uri: str) -> bool:
         return bool(fs.exists(path))
 
 
+def remove_folder(uri: str) -> None:
+    """Delete a folder and all in it, if it is there; one that holds nothing is not there on an object store."""
+    fs, path = filesystem(uri)
+    with plain_errors(uri):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
 def list_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """Every file below ``uri`` (or ``uri`` itself when it is a file, or a glob's matches), sorted by path."""
     fs, path = filesystem(uri)

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import CheckFailed, UserError
-from dmm_ray.files import exists, filesystem, join, list_files, read_json, sha256, write_bytes, write_json
+from dmm_ray.files import (
+    exists,
+    filesystem,
+    join,
+    list_files,
+    read_json,
+    remove_folder,
+    sha256,
+    write_bytes,
+    write_json,
+)
 from dmm_ray.training.config import Policy
 from dmm_ray.training.parallel import Team
 from dmm_ray.training.state import Joined
@@ -108,11 +118,11 @@ def _loss(out: str, samples: int) -> float | None:
 
 def _remove(out: str, samples: int, marked: bool) -> None:
     """Delete one checkpoint, its marker first."""
-    fs, path = filesystem(_folder(out, samples))
+    folder = _folder(out, samples)
     if marked:
-        fs.rm(f"{path}/{MARKER}")
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+        fs, path = filesystem(join(folder, MARKER))
+        fs.rm(path)
+    remove_folder(folder)
 
 
 class Writer:
@@ -221,8 +231,7 @@ def finish(out: str, policy: Policy) -> None:
         return
     prune(out, policy._replace(last=0))
     if not complete(out):
-        fs, path = filesystem(root)
-        fs.rm(path, recursive=True)
+        remove_folder(root)
 
 
 def _folder(out: str, samples: int) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.errors import CheckFailed, UserError
-from dmm_ray.files import exists, filesystem, join, read_json, write_json
+from dmm_ray.files import exists, filesystem, join, read_json, remove_folder, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
@@ -223,9 +223,7 @@ def _lost_workers(marker: str) -> Any:
 
 def clear(out: str) -> None:
     """Delete what a Ray run left: its own state, refusals and stop requests."""
-    fs, path = filesystem(join(out, RAY_FOLDER))
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    remove_folder(join(out, RAY_FOLDER))
 
 
 def _path(out: str, name: str) -> str:
