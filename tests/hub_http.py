@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler, ABC):
     """Finds what a GET means; ``hub`` is what it is about."""
 
     hub: Any
@@ -47,13 +48,13 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound")
 
+    @abstractmethod
     def about(self, name: str, what: str, revision: str) -> None:
         """Answer with a repository's description, or its files where ``what`` is "tree"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def file(self, name: str, revision: str, path: str) -> None:
         """Answer with a file."""
-        raise NotImplementedError
 
     def send_about(self, what: str, commit: str, files: dict[str, bytes], **info: object) -> None:
         """A description of ``files``, or their list."""

@@ -76,7 +76,7 @@ def running(config: ServeConfig) -> Iterator[str]:
     url = f"http://{_reachable(config.host)}:{port}"
     try:
         _deploy(config, port)
-        _wait_ready(url)
+        wait_ready(url)
         yield url
     finally:
         # Ray reports the end of Serve's controller as a failed task, on stdout, which belongs to results.
@@ -149,7 +149,8 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait_ready(url: str) -> None:
+def wait_ready(url: str) -> None:
+    """Until an endpoint's parts all answer. Raises CheckFailed after a minute."""
     deadline = time.monotonic() + READY_DEADLINE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):

@@ -1,12 +1,9 @@
 """``serve deploy`` of a checked file against a cluster started by hand, and again with other weights."""
 
-import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +11,7 @@ from serving.conftest import D, save_prior
 
 from dmm_ray import ActivationPrior
 from dmm_ray.client import Client
+from dmm_ray.serving.serve import wait_ready
 
 ROOT = Path(__file__).parents[2]
 SERVE = str(Path(sys.executable).with_name("serve"))
@@ -27,15 +25,6 @@ def run(env: dict[str, str], *command: str) -> None:
 
 def nats(prior: str) -> np.ndarray:
     return ActivationPrior.from_pretrained(prior).log_prob(X, steps=2, probes=2).nats.numpy()
-
-
-def until_ready(url: str) -> None:
-    for _ in range(100_000):
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=10).status_code == 200:
-                return
-        os.sched_yield()
-    raise AssertionError(f"{url}: not ready")
 
 
 @pytest.mark.slow
@@ -58,7 +47,7 @@ def test_deploy_then_other_weights(cluster: dict[str, str], free_port: int, tmp_
 
     try:
         deploy()
-        until_ready(f"http://127.0.0.1:{free_port}/v2/health/ready")
+        wait_ready(f"http://127.0.0.1:{free_port}")
         with Client(f"http://127.0.0.1:{free_port}", token="word") as client:
             assert np.allclose(client.log_prob(X, steps=2, probes=2).nats, nats(first), atol=1e-3)
             app["args"]["prior"] = [second]
