@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,15 @@ from dmm_ray.files import WRITE_MENDS
 
 
 class UnitActor(ABC):
-    """Writes into the folder ``out``. Bad input comes back as an error row: Ray wraps what is raised."""
+    """Writes into the folder ``out``. Bad input comes back as an error row: Ray wraps what is raised.
+
+    Once such a row is out nothing more is written, by no thread: what is left over can be removed then.
+    """
 
     def __init__(self, out: str) -> None:
         self.out = out
+        self._writing = threading.Lock()
+        self._failed: str | None = None
 
     @abstractmethod
     def work(self, unit: Unit) -> dict[str, Any]:
@@ -30,12 +38,26 @@ class UnitActor(ABC):
         try:
             result = self.work(Unit(*(int(batch[name][0]) for name in Unit._fields)))
         except UserError as e:
-            result = {"error": str(e)}
+            result = {"error": self._stop(str(e))}
         except OSError as e:
             if e.errno not in WRITE_MENDS:
                 raise
-            result = {"error": f"out: {self.out}: {WRITE_MENDS[e.errno]}"}
+            result = {"error": self._stop(f"out: {self.out}: {WRITE_MENDS[e.errno]}")}
         return {"result": [json.dumps(result)]}
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time writes. Raises UserError, the first failure again, after a failure."""
+        with self._writing:
+            if self._failed is not None:
+                raise UserError(self._failed)
+            yield
+
+    def _stop(self, error: str) -> str:
+        """Let nothing more be written; the first error."""
+        with self._writing:
+            self._failed = self._failed or error
+            return self._failed
 
 
 class Extractor(UnitActor):
@@ -47,6 +69,6 @@ class Extractor(UnitActor):
 
     def work(self, unit: Unit) -> dict[str, Any]:
         """How many ``rows`` the unit has, how many documents ``failed`` and the last ``failure``."""
-        record = self.engine.extract(unit)
+        record = self.engine.extract(unit, self.turn)
         failure = record.failed[-1][1] if record.failed else None
         return {"rows": record.rows, "failed": len(record.failed), "failure": failure}

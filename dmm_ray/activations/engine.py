@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -78,9 +79,9 @@ class Engine:
         """The model and how rows are taken from it, loaded at the first unit."""
         return load_forward(self.task.manifest, self.task.loading)
 
-    def extract(self, unit: Unit) -> Record:
-        """Extract, write the shards, then the moments, then the record; a unit that has its record is done, unless a
-        straggler of another run left it.
+    def extract(self, unit: Unit, turn: Callable[[], AbstractContextManager[None]] = nullcontext) -> Record:
+        """Extract and, in a ``turn``, write the shards, then the moments, then the record; a unit that has its record
+        is done, unless a straggler of another run left it.
 
         Raises:
             UserError: more documents failed than are to be skipped.
@@ -96,22 +97,23 @@ class Engine:
         failed = read.failed + sorted(outputs.failed.items())
         if len(failed) > self.task.max_failed:
             raise UserError(too_many_failed([error for _, error in failed], self.task.max_failed))
-        record = Record(
-            config_hash=m.config_hash,
-            unit=unit.unit,
-            first_document=unit.first,
-            documents=len(documents),
-            failed=tuple(failed),
-            long=read.long,
-            tokens=sum(len(piece.ids) for piece in read.pieces),
-            padding=outputs.padding,
-            rows=result.table.rows,
-            excluded=result.excluded,
-            nonfinite=result.nonfinite,
-            outliers=result.outliers,
-            files=self._write(unit.unit, result),
-        )
-        write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
+        with turn():
+            record = Record(
+                config_hash=m.config_hash,
+                unit=unit.unit,
+                first_document=unit.first,
+                documents=len(documents),
+                failed=tuple(failed),
+                long=read.long,
+                tokens=sum(len(piece.ids) for piece in read.pieces),
+                padding=outputs.padding,
+                rows=result.table.rows,
+                excluded=result.excluded,
+                nonfinite=result.nonfinite,
+                outliers=result.outliers,
+                files=self._write(unit.unit, result),
+            )
+            write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return record
 
     def _run(self, pieces: Sequence[Piece]) -> tuple[Outputs, Result]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 from dmm_ray.activations.actor import Extractor, UnitActor
@@ -61,17 +62,18 @@ def run_units(
     progress = Progress(len(todo))
     task = Task(out, plan.manifest, config.max_failed_documents, loading)
     units = [unit_at(unit, corpus.n_documents, plan.manifest.documents_per_unit) for unit in todo]
-    for result in map_units(Extractor, (task, corpus), units, resources):
-        lock.check()
-        if "error" in result:
-            raise UserError(result["error"])
-        failed += result["failed"]
-        if failed > config.max_failed_documents:
-            raise UserError(
-                f"text: {failed} documents failed, the last: {result['failure']}; "
-                f"skip more with --max-failed-documents (now {config.max_failed_documents})"
-            )
-        progress.add(result["rows"])
+    with closing(map_units(Extractor, (task, corpus), units, resources)) as results:
+        for result in results:
+            lock.check()
+            if "error" in result:
+                raise UserError(result["error"])
+            failed += result["failed"]
+            if failed > config.max_failed_documents:
+                raise UserError(
+                    f"text: {failed} documents failed, the last: {result['failure']}; "
+                    f"skip more with --max-failed-documents (now {config.max_failed_documents})"
+                )
+            progress.add(result["rows"])
     return progress.rows_per_s
 
 
@@ -97,8 +99,11 @@ def _duration(seconds: float) -> str:
 
 def map_units(
     actor: type[UnitActor], arguments: tuple[Any, ...], units: Sequence[Unit], resources: Resources
-) -> Iterator[dict[str, Any]]:
-    """The small result of each unit, in the order they finish, from a pool of ``actor(*arguments)``."""
+) -> Generator[dict[str, Any]]:
+    """The small result of each unit, in the order they finish, from a pool of ``actor(*arguments)``.
+
+    Close it when an error ends the run: the pool goes on with units as long as it is open.
+    """
     import ray
 
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

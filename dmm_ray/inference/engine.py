@@ -85,8 +85,9 @@ class Engine(UnitActor):
         found = self.task.operation.nothing
         if len(ids):
             found = self._thread.submit(self._ask, rows, ids).result()
-        record = write_unit(out, manifest, unit, rows, found)
-        write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
+        with self.turn():
+            record = write_unit(out, manifest, unit, rows, found)
+            write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return {"rows": record.rows}
 
     def _ask(self, rows: Rows, ids: Tensor) -> Found:

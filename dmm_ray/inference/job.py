@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,12 @@ def run_units(
     _announce(manifest, resources, len(todo))
     progress = Progress(len(todo))
     units = [unit_at(unit, manifest.corpus.documents, manifest.documents_per_unit) for unit in todo]
-    for result in map_units(Engine, (task,), units, resources):
-        lock.check()
-        if "error" in result:
-            raise UserError(result["error"])
-        progress.add(result["rows"])
+    with closing(map_units(Engine, (task,), units, resources)) as results:
+        for result in results:
+            lock.check()
+            if "error" in result:
+                raise UserError(result["error"])
+            progress.add(result["rows"])
     return progress.rows_per_s
 
 
