@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dmm_ray.activations.actor import UnitActor
 from dmm_ray.activations.manifest import Manifest, read_record, record_name
+from dmm_ray.activations.moments import Moments
 from dmm_ray.activations.store import Rows
 from dmm_ray.activations.units import Unit
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, hash_json, join, write_bytes
-from dmm_ray.inference.operations import Found, Operation
+from dmm_ray.inference.operations import ACTIVATION, Found, Operation
 from dmm_ray.inference.outputs import write_unit
 from dmm_ray.inference.selection import Source
 from dmm_ray.prior import ActivationPrior, PriorConfig
@@ -43,8 +44,8 @@ class Task:
 class Engine(UnitActor):
     """Holds a prior, loaded at the first unit.
 
-    Several threads may work: one of its own uses the prior, while they read and write. (If each used it in turn, each
-    would have OpenMP threads, more in all than cores, which then hardly spin while they wait.)
+    Several threads may work: one of its own uses the prior, while they read and write, by numpy. (Each thread in which
+    torch computes gets OpenMP threads; where there are more in all than cores, they hardly spin while they wait.)
     """
 
     def __init__(self, task: Task) -> None:
@@ -82,16 +83,20 @@ class Engine(UnitActor):
             return {"rows": done.rows}
         rows = self.task.source.rows(unit)
         ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1))
-        found = self.task.operation.nothing
-        if len(ids):
-            found = self._thread.submit(self._ask, rows, ids).result()
+        found, moments = self._thread.submit(self._ask, rows, ids).result()
         with self.turn():
-            record = write_unit(out, manifest, unit, rows, found)
+            record = write_unit(out, manifest, unit, rows, found, moments)
             write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return {"rows": record.rows}
 
-    def _ask(self, rows: Rows, ids: Tensor) -> Found:
-        return self.task.operation.unit(self.prior, rows, self._batches(rows.activation, ids))
+    def _ask(self, rows: Rows, ids: Tensor) -> tuple[Found, Moments | None]:
+        """Results, and moments of the activations among them."""
+        operation, found = self.task.operation, self.task.operation.nothing
+        if len(ids):
+            found = operation.unit(self.prior, rows, self._batches(rows.activation, ids))
+        if self.task.manifest.is_table:
+            return found, None
+        return found, Moments.of(found[ACTIVATION], self.task.manifest.covariance)[0]
 
     def _batches(self, x: Tensor, ids: Tensor) -> Found:
         size = min(self.task.batch_rows or len(x), max(1, BATCH_FLOATS // self.task.operation.width))

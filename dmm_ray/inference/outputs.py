@@ -32,10 +32,15 @@ SUMMARISED = ("nats_per_dim", "velocity_error")
 """Columns whose quantiles go into the records."""
 
 
-def write_unit(out: str, manifest: Manifest, unit: Unit, rows: Rows, found: Found) -> Record:
-    """Write the files of a unit; its record, which the caller writes last."""
-    write = _write_table if manifest.is_table else _write_activations
+def write_unit(
+    out: str, manifest: Manifest, unit: Unit, rows: Rows, found: Found, moments: Moments | None
+) -> Record:
+    """Write the files of a unit, a table or activations with their ``moments``; its record, which is written last."""
     layer = str(manifest.layers[0])
+    if moments is None:
+        files = _write_table(out, manifest, unit.unit, rows, found)
+    else:
+        files = _write_activations(out, manifest, unit.unit, rows, found[ACTIVATION], moments)
     return Record(
         config_hash=manifest.config_hash,
         unit=unit.unit,
@@ -49,20 +54,19 @@ def write_unit(out: str, manifest: Manifest, unit: Unit, rows: Rows, found: Foun
         excluded=0,
         nonfinite={layer: 0},
         outliers={layer: 0},
-        files=write(out, manifest, unit.unit, rows, found),
-        figures=unit_figures(rows, found) if manifest.is_table else {},
+        files=files,
+        figures=unit_figures(rows, found) if moments is None else {},
     )
 
 
 def _write_activations(
-    out: str, manifest: Manifest, unit: int, rows: Rows, found: Found
+    out: str, manifest: Manifest, unit: int, rows: Rows, x: Tensor, moments: Moments
 ) -> dict[str, FileEntry]:
-    x, layer = found[ACTIVATION], manifest.layers[0]
+    layer = manifest.layers[0]
     shard, beside = shard_name(layer, unit), moments_name(unit)
-    moments = {layer: Moments.of(x, manifest.covariance)[0]}
     return {
         shard: write_shard(join(out, shard), x, rows.doc, rows.position, rows.token_id),
-        beside: write_moments(out, beside, moments),
+        beside: write_moments(out, beside, {layer: moments}),
     }
 
 
@@ -111,7 +115,7 @@ def _array(values: Tensor | None, n: int) -> pa.Array:
 
 def unit_figures(rows: Rows, found: Found) -> dict[str, Any]:
     """Documents with rows; count and mean of each score's values that are there; quantiles of the main one."""
-    scores = {name: values.double().numpy() for name, values in found.items() if values.ndim == 1}
+    scores = {name: values.numpy().astype(np.float64) for name, values in found.items() if values.ndim == 1}
     there = {name: values[np.isfinite(values)] for name, values in scores.items()}
     return {
         "documents": len(np.unique(rows.doc)),

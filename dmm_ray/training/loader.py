@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.activations.split import TRAIN, Split
-from dmm_ray.activations.store import ActivationStore, RowGroup, Rows
+from dmm_ray.activations.store import ActivationStore, RowGroup, Rows, empty_rows, records
 from dmm_ray.errors import UserError
 from dmm_ray.training.order import Order, Window
 
@@ -131,15 +131,14 @@ class Loader:
         check_finite(self.store, self.layer, rows)
         slot = np.full(len(rows.doc), len(out) - 1, dtype=np.int64)
         slot[self._is_train(rows.doc)] = slots
-        _records(out)[slot] = _records(rows.activation)
+        records(out)[slot] = records(rows.activation)
 
     def _empty(self, n: int) -> Tensor:
         """Memory for rows, (n, d)."""
         d, dtype = self.store.d, self.store.manifest.torch_dtype
         if self.pin:
             return torch.empty(n, d, dtype=dtype, pin_memory=True)
-        # numpy's comes in huge pages: faults on small ones took about 15 % of the loading
-        return torch.from_numpy(np.empty((n, d * dtype.itemsize), dtype=np.uint8)).view(dtype)
+        return empty_rows(n, d, dtype)
 
     def _counts(self) -> np.ndarray:
         """Training rows in each row group, (groups,) int64."""
@@ -183,9 +182,3 @@ class _Ahead:
 
     def _start(self) -> Future[Tensor]:
         return self._thread.submit(self._load, next(self._windows), self._readers)
-
-
-def _records(rows: Tensor) -> np.ndarray:
-    """Rows (n, d) as n opaque values that share their memory."""
-    raw = rows.view(torch.uint8).numpy()
-    return raw.view(np.dtype((np.void, raw.shape[1])))[:, 0]
