@@ -272,7 +272,8 @@ def _concatenate(pieces: Iterable[Rows], wanted: Sequence[np.ndarray], d: int, d
 
 def empty_rows(n: int, d: int, dtype: torch.dtype) -> Tensor:
     """Memory for rows, (n, d); numpy's, which comes in huge pages: faults on small ones took 15 % of the reading."""
-    return torch.from_numpy(np.empty((n, d * dtype.itemsize), dtype=np.uint8)).view(dtype)
+    raw = torch.from_numpy(np.empty((n, d * dtype.itemsize), dtype=np.uint8))
+    return raw.view(dtype) if n else torch.empty(0, d, dtype=dtype)  # no rows have strides that forbid a view
 
 
 def records(rows: Tensor) -> np.ndarray:
