@@ -1,6 +1,6 @@
 """The training loader measured from the page cache: ours, row groups alone, one row at a time from a memory map.
 
-Run by ``python jobs/bench.py loader``. All read the same bfloat16 rows. Ours draws batches as ``dmm train``
+Run by ``python jobs/bench.py train``. All read the same bfloat16 rows. Ours draws batches as ``dmm train``
 does with one worker, the first window included; nothing is done with them.
 """
 

@@ -1,4 +1,4 @@
-"""``dmm demo`` as a user runs it, on less of everything."""
+"""``make demo`` as a user runs it, on less of everything."""
 
 import json
 import re
@@ -8,26 +8,20 @@ from pathlib import Path
 
 import pytest
 
-SMALL = """
-documents: 150
-samples: 20_000
-batch: 256
-evaluation: {max_rows: 1000, train_rows: 5000, mixture_sizes: [64], sae_samples: 20000, lm_documents: 5, nll_rows: 16,
-             samples: 200, two_sample_rows: 100}
-"""
+ROOT = Path(__file__).parents[2]
+SHORT = "jobs/configs/demo_short.yaml"
 
 
-def run(out: Path, *args: str) -> subprocess.CompletedProcess:
-    config = out.parent / "demo.yaml"
-    config.write_text(SMALL)
-    command = [sys.executable, "-m", "dmm_ray", "demo", "--config", str(config), "--out", str(out), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
 def test_demo_leaves_a_report_and_refuses_another_one_there(tmp_path):
-    out = tmp_path / "demo"
-    done = run(out)
+    out, venv = tmp_path / "demo", sys.prefix
+    done = run(
+        "make", "demo", f"OUT={out}", f"ARGS=--config {SHORT}", f"VENV={venv}", "-o", f"{venv}/.runtime"
+    )  # -o: what is installed is used
     assert done.returncode == 0, done.stderr
     report = Path(done.stdout.splitlines()[-1])
     assert report.is_file()
@@ -44,6 +38,6 @@ def test_demo_leaves_a_report_and_refuses_another_one_there(tmp_path):
         "sae",
         "untrained",
     }
-    other = run(out, "--seed", "5")
+    other = run(sys.executable, "-m", "dmm_ray", "demo", "--config", SHORT, "--out", str(out), "--seed", "5")
     assert other.returncode == 2
     assert len([line for line in other.stderr.splitlines() if line.startswith("dmm demo: ")]) == 1
