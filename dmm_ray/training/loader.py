@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,8 +87,9 @@ class Loader:
     def batches(self, first: int, size: int, share: slice) -> Generator[Tensor]:
         """Rows ``share`` of every global batch of ``size`` from batch number ``first`` on, without end, (n, d).
 
-        A batch may be a view of its window, which stays in memory as long as the batch. Closing the generator ends
-        its threads.
+        A batch may be a view of its window, whose memory later windows take over: use it, or copy it, before the next.
+        (Page-locked windows stay as long as their batches; CUDA's allocator uses their memory again.) Closing the
+        generator ends its threads.
 
         Raises:
             UserError: a row is not finite; the message names its document and position.
@@ -95,35 +97,40 @@ class Loader:
         n = share.stop - share.start
         assert n > 0
 
-        def load(window: Window, readers: Executor) -> Tensor:
-            return self._load(window, self.order.used(window, first * size, size, share), readers)
+        room = _Room(self._empty)
+
+        def load(window: Window, readers: Executor) -> Loaded:
+            return self._load(window, self.order.used(window, first * size, size, share), room, readers)
 
         with closing(_Ahead(load, self.order.from_sample(first * size))) as ahead:
-            rows, at = self._wait(ahead), 0
+            loaded, at = self._wait(ahead), 0
             while True:
-                batch = rows[at : at + n]
+                batch = loaded.rows[at : at + n]
                 at += n
                 while len(batch) < n:
                     batch = batch.clone()
-                    del rows  # before the next but one begins to load
-                    rows, at = self._wait(ahead), n - len(batch)
-                    batch = torch.cat([batch, rows[:at]])
+                    if not self.pin:
+                        room.give_back(loaded.memory)
+                    del loaded  # before the next but one begins to load
+                    loaded, at = self._wait(ahead), n - len(batch)
+                    batch = torch.cat([batch, loaded.rows[:at]])
                 yield batch
 
-    def _wait(self, ahead: _Ahead) -> Tensor:
+    def _wait(self, ahead: _Ahead) -> Loaded:
         started = time.perf_counter()
-        rows = ahead.take()
+        loaded = ahead.take()
         self.waited += time.perf_counter() - started
-        return rows
+        return loaded
 
-    def _load(self, window: Window, used: np.ndarray, readers: Executor) -> Tensor:
-        """Rows ``used`` (n,) of a window, in that order, (n, d)."""
-        out = self._empty(len(used) + 1)  # the last row takes those that other workers use
-        slots = np.full(window.rows, len(used), dtype=np.int64)
-        slots[used] = np.arange(len(used))
+    def _load(self, window: Window, used: np.ndarray, room: _Room, readers: Executor) -> Loaded:
+        """Rows ``used`` (n,) of a window, in that order."""
+        n = len(used)
+        memory = room.take(n + 1)  # row n takes those that other workers use
+        slots = np.full(window.rows, n, dtype=np.int64)
+        slots[used] = np.arange(n)
         ends = np.cumsum(self.order.counts[list(window.groups)])
-        list(readers.map(partial(self._place, out), window.groups, np.split(slots, ends[:-1])))
-        return out[:-1]
+        list(readers.map(partial(self._place, memory[: n + 1]), window.groups, np.split(slots, ends[:-1])))
+        return Loaded(memory[:n], memory)
 
     def _place(self, out: Tensor, index: int, slots: np.ndarray) -> None:
         """Read a row group; its i-th training row becomes ``out[slots[i]]``, all others ``out[-1]``."""
@@ -156,6 +163,39 @@ class Loader:
         return self.split.of(doc) == TRAIN
 
 
+class Loaded(NamedTuple):
+    """A window's rows (n, d), and the memory that they lie at the beginning of."""
+
+    rows: Tensor
+    memory: Tensor
+
+
+class _Room:
+    """Memory for windows: that of one that is done with, where it is large enough. Page faults on fresh memory can take
+    more time than all else.
+
+    Args:
+        make: memory for n rows.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make = make
+        self._spare: list[Tensor] = []
+        self._grow = False
+
+    def take(self, n: int) -> Tensor:
+        """Memory for ``n`` rows or more."""
+        if self._spare and len(self._spare[-1]) >= n:
+            return self._spare.pop()
+        self._grow |= bool(self._spare)
+        self._spare.clear()
+        return self._make(n + n // 8 if self._grow else n)  # windows differ a little
+
+    def give_back(self, memory: Tensor) -> None:
+        """Nobody reads ``memory`` any more."""
+        self._spare.append(memory)
+
+
 class _Ahead:
     """Windows one after the other, the next being loaded by a thread while one is in use.
 
@@ -164,12 +204,12 @@ class _Ahead:
         windows: which; without end.
     """
 
-    def __init__(self, load: Callable[[Window, Executor], Tensor], windows: Iterator[Window]) -> None:
+    def __init__(self, load: Callable[[Window, Executor], Loaded], windows: Iterator[Window]) -> None:
         self._load, self._windows = load, windows
         self._thread, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(READERS)
         self._loading = self._start()
 
-    def take(self) -> Tensor:
+    def take(self) -> Loaded:
         """The rows of the next window, once they are there; begins to load the one after. Raises what loading did."""
         rows = self._loading.result()
         self._loading = self._start()
@@ -180,5 +220,5 @@ class _Ahead:
         self._readers.shutdown(cancel_futures=True)
         self._thread.shutdown(cancel_futures=True)
 
-    def _start(self) -> Future[Tensor]:
+    def _start(self) -> Future[Loaded]:
         return self._thread.submit(self._load, next(self._windows), self._readers)

@@ -200,6 +200,18 @@ def test_a_worker_of_two_holds_half_of_two_windows(store):
     batches.close()
 
 
+def test_windows_take_turns_in_the_same_memory(store):
+    loader = Loader(store, 0, Split(train=1, validation=0, test=0), window_rows=72, seed=4)
+    batches, places = loader.batches(0, SIZE, slice(0, SIZE)), list[int]()
+    for _ in range(60):
+        storage = next(batches).untyped_storage()
+        if storage.nbytes() > SIZE * 3 * 4:  # a view of a window
+            places.append(storage.data_ptr())
+    batches.close()
+    assert len(places) > 30
+    assert len(set(places)) == 2
+
+
 def test_waiting_is_counted(store):
     loader = Loader(store, 0, SPLIT, 90, seed=4)
     assert loader.waited == 0
@@ -221,7 +233,7 @@ def test_validation_rows_alone_are_no_training_rows(store):
 def test_batches_are_pinned_for_a_gpu(store):
     loader = Loader(store, 0, SPLIT, 90, seed=4, pin=True)
     batches = loader.batches(0, SIZE, slice(0, SIZE))
-    found = [next(batches) for _ in range(10)]
+    found = [next(batches) for _ in range(10)]  # pinned windows are not overwritten
     assert sum(batch.is_pinned() for batch in found) >= 5
     assert torch.equal(torch.cat(found), plain(loader, 10 * SIZE))
     batches.close()

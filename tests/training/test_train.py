@@ -136,7 +136,7 @@ def test_only_training_documents_are_read(train_store):
     assert loader.order.epoch_rows == len(rows)
     n = len(rows) // 4
     batches = loader.batches(0, n, slice(0, n))
-    seen = torch.cat([next(batches) for _ in range(4)])
+    seen = torch.cat([next(batches).clone() for _ in range(4)])
     every = {r.tobytes() for r in rows.view(torch.int16).numpy()}
     assert {r.tobytes() for r in seen.view(torch.int16).numpy()} <= every
     assert len(torch.unique(seen.view(torch.int16), dim=0)) > 0.95 * len(
