@@ -159,7 +159,8 @@ def test_a_node_is_lost_and_comes_back(cluster: Any, store: str, tmp_path: Path)
     assert "they take all 2 CPUs of the cluster" in log.read_text()
     seen = records(out)
     assert [r["samples"] for r in seen] == [2 * BATCH * (i + 1) for i in range(len(seen))]
-    assert [workers for workers, _ in groupby(r["workers"] for r in seen)] == [2, 1, 2]
+    phases = [workers for workers, _ in groupby(r["workers"] for r in seen)]
+    assert phases in ([2, 1, 2], [1, 2, 1, 2])  # on a busy machine it begins with the worker that is there first
     saved = checkpoint.newest(this.out)
     assert saved is not None
     assert saved > seen[-1]["samples"] - 2 * BATCH
