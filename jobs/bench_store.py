@@ -71,7 +71,7 @@ def loop_seconds(prior: str, store: ActivationStore, asked: dict[str, Any]) -> f
 
 
 def bench(say: Say, times: int = 3, d: int = 64, rounds: int = 3, steps: int = 4) -> None:
-    """Rows per second of ``(times - 1) * 16384`` rows, each way in turns, medians: likelihood, then cheap score."""
+    """Rows per second of ``(times - 1) * SHORT`` rows, each way in turns, medians: likelihood, then cheap score."""
     ensure_ray()
     prior = make_prior(d)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as apart:

@@ -21,7 +21,8 @@ from dmm_ray.files import WRITE_MENDS
 class UnitActor(ABC):
     """Writes into the folder ``out``. Bad input comes back as an error row: Ray wraps what is raised.
 
-    Once such a row is out nothing more is written, by no thread: what is left over can be removed then.
+    Once such a row is out this actor writes nothing more, in no thread: what it left over can be removed then. (Others
+    may be writing still when the run ends; what they leave over the next run removes.)
     """
 
     def __init__(self, out: str) -> None:

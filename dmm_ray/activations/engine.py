@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,11 +74,17 @@ class Engine:
         self.task = task
         self.corpus = corpus
         self._thread = ThreadPoolExecutor(1, "dmm-subject")
+        self._tokenising = Lock()
 
     @cached_property
     def forward(self) -> Forward:
         """The model and how rows are taken from it, loaded at the first unit."""
         return load_forward(self.task.manifest, self.task.loading)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The subject's; once it is there, units are tokenised while the model runs on others."""
+        return self._thread.submit(lambda: self.forward.subject.tokenizer).result()
 
     def extract(self, unit: Unit, turn: Callable[[], AbstractContextManager[None]] = nullcontext) -> Record:
         """Extract and, in a ``turn``, write the shards, then the moments, then the record; a unit that has its record
@@ -91,8 +98,9 @@ class Engine:
         if exists(name) and (done := read_record(self.task.out, unit.unit)).config_hash == m.config_hash:
             return done
         documents = list(self.corpus.read(unit.first, unit.stop))
-        tokenizer = self._thread.submit(lambda: self.forward.subject.tokenizer).result()
-        read = read_pieces(documents, m.window, m.kept, m.seed, tokenizer)
+        tokenizer = self.tokenizer
+        with self._tokenising:  # a tokenizer is not made for several threads
+            read = read_pieces(documents, m.window, m.kept, m.seed, tokenizer)
         outputs, result = self._thread.submit(self._run, read.pieces).result()
         failed = read.failed + sorted(outputs.failed.items())
         if len(failed) > self.task.max_failed:

@@ -213,14 +213,16 @@ def to_rows(table: pa.Table, d: int, dtype: torch.dtype) -> Rows:
 
 
 def _activations(column: pa.ChunkedArray, d: int, dtype: torch.dtype) -> Tensor:
-    out = np.empty((len(column), d * dtype.itemsize), dtype=np.uint8)
-    at = 0
+    rows = empty_rows(len(column), d, dtype)
+    if not len(column):
+        return rows
+    out, at = records(rows), 0
     for chunk in column.chunks:
-        width, n = out.shape[1], len(chunk)
-        flat = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-        out[at : at + n] = flat[chunk.offset * width : (chunk.offset + n) * width].reshape(n, width)
+        n = len(chunk)
+        stored = np.frombuffer(chunk.buffers()[1], dtype=out.dtype, count=chunk.offset + n)
+        out[at : at + n] = stored[chunk.offset :]
         at += n
-    return torch.from_numpy(out).view(dtype)
+    return rows
 
 
 def _row_groups(records: Sequence[Record], size: int) -> Iterator[RowGroup]:

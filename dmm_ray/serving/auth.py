@@ -90,16 +90,11 @@ def settled(config: ServeConfig) -> ServeConfig:
     """``config`` with ``auth`` decided by the address: a loopback one does without tokens unless some are given.
 
     Raises:
-        UserError: an address that others reach, or HAProxy, which listens on all of them, without tokens.
+        UserError: an address that others reach, without tokens.
     """
     given = config.token_file is not None or bool(hashes(os.environ.get(VARIABLE, "")))
-    if config.auth == "none" or not given:
-        if not is_loopback(config.host):
-            raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {MEND}")
-        if config.proxy == "haproxy":
-            raise UserError(
-                f"proxy: haproxy listens on every address of this machine and needs tokens; {MEND}"
-            )
+    if not is_loopback(config.host) and (config.auth == "none" or not given):
+        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {MEND}")
     if config.auth is None and not given:
         return config.model_copy(update={"auth": "none"})
     if config.auth != "none":

@@ -104,6 +104,7 @@ class RowBatcher(Generic[Key]):
             await self._arrival.wait()
             await self._fill()
             if batch := self._take():
+                self._company = len(batch) > 1
                 await self._run(batch)
 
     async def _fill(self) -> None:
@@ -141,7 +142,6 @@ class RowBatcher(Generic[Key]):
         return batch
 
     async def _run(self, batch: list[_Piece[Key]]) -> None:
-        self._company = len(batch) > 1
         rows = {name: np.concatenate([piece.rows[name] for piece in batch]) for name in batch[0].rows}
         self._began = time.monotonic()
         (outcome,) = await asyncio.gather(

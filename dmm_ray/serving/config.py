@@ -144,5 +144,5 @@ class ServeConfig(AppConfig):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     proxy: Literal["serve", "haproxy"] = "serve"
-    """Who takes requests in: Serve's own proxy, or the HAProxy that Ray brings along (Linux), with a third of the
-    latency. Its processes listen on every address of this machine: it needs tokens, and a firewall."""
+    """Who takes requests in: Serve's own proxy, or the HAProxy that Ray brings along (Linux), which adds a third of the
+    time to a request. Its statistics are open on ports 8404 and 9101 of every address of this machine."""

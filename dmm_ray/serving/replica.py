@@ -71,11 +71,12 @@ class PriorDeployment:
             CheckFailed: its answers are not finite.
         """
         source = user_config["source"]
-        with ThreadPoolExecutor(
-            1
-        ) as short_lived:  # beside the solver's thread, which goes on with the prior before
+        apart = ThreadPoolExecutor(1)  # the solver's thread goes on with the prior before
+        try:
             loop = asyncio.get_running_loop()
-            prior = await loop.run_in_executor(short_lived, _warm, source, self._device)
+            prior = await loop.run_in_executor(apart, _warm, source, self._device)
+        finally:
+            apart.shutdown(wait=False)
         self._prior = prior
         c = prior.config
         logger.info("serving %s on %s: d %d, layers %s", source, self._device, c.d, c.layers)

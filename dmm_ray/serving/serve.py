@@ -60,10 +60,11 @@ def running(config: ServeConfig) -> Iterator[str]:
     for source in config.priors.values():
         _check_prior(source)
     port = _free_port(config.host, config.port)
-    if config.proxy == "haproxy":
-        _use_haproxy()
     # Imported here: the command line's help does without, and it takes seconds.
     import ray
+
+    if config.proxy == "haproxy":
+        _use_haproxy(late=ray.is_initialized())
     from ray import serve as ray_serve
 
     owned = not ray.is_initialized()
@@ -88,9 +89,9 @@ def running(config: ServeConfig) -> Iterator[str]:
                 ray.shutdown()
 
 
-def _use_haproxy() -> None:
-    """Have the Serve that is started next use HAProxy. Raises UserError where that is too late."""
-    if os.environ.get("RAY_ADDRESS") or "ray.serve" in sys.modules:
+def _use_haproxy(late: bool) -> None:
+    """Have the Serve that is started next use HAProxy. Raises UserError where that is too late, or was before."""
+    if late or os.environ.get("RAY_ADDRESS") or "ray.serve" in sys.modules:
         settings = " ".join(f"{name}={value}" for name, value in HAPROXY.items())
         raise UserError(f"proxy: haproxy is up to the cluster; start every node of it with {settings}")
     os.environ.update(HAPROXY)

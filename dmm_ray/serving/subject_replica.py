@@ -62,13 +62,14 @@ class SubjectDeployment:
         from dmm_ray.interventions import LanguageModel, load_directions
 
         torch.set_num_threads(threads)
-        self._model = LanguageModel.load(model, device=device)
-        self._priors = self._fitting(priors, device)
+        # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
+        self._compute = ThreadPoolExecutor(1)
+        self._model = self._compute.submit(LanguageModel.load, model, device=device).result()
+        self._priors = self._compute.submit(self._fitting, priors, device).result()
         self._directions = load_directions(directions) if directions else {}
         for direction in self._directions.values():
             self._check(direction)
-        self._compute = ThreadPoolExecutor(1)  # hooks and caches allow one forward pass at a time
-        self._probe()
+        self._compute.submit(self._probe).result()
         logger.info("serving %s on %s, directions: %d", model, device, len(self._directions))
 
     async def describe(self) -> SubjectInfo:

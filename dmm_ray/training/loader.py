@@ -53,7 +53,8 @@ class Loader:
         store: where the rows are.
         layer: which layer.
         split: whose train part is used.
-        window_rows: rows shuffled together; a worker holds its share of two windows in the stored dtype.
+        window_rows: rows shuffled together; a worker holds its share of two windows, or an eighth more, in the
+            stored dtype.
         seed: of the order.
         pin: put windows into page-locked memory, from which a GPU copies while it computes; needs CUDA.
 
@@ -185,10 +186,11 @@ class _Room:
 
     def take(self, n: int) -> Tensor:
         """Memory for ``n`` rows or more."""
-        if self._spare and len(self._spare[-1]) >= n:
-            return self._spare.pop()
-        self._grow |= bool(self._spare)
-        self._spare.clear()
+        spare = self._spare.pop() if self._spare else None
+        if spare is not None and len(spare) >= n:
+            return spare
+        self._grow |= spare is not None
+        del spare
         return self._make(n + n // 8 if self._grow else n)  # windows differ a little
 
     def give_back(self, memory: Tensor) -> None:

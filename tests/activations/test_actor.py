@@ -3,7 +3,7 @@
 import errno
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def test_an_error_waits_for_what_is_being_written_and_is_the_last_word() -> None
     with ThreadPoolExecutor(2) as threads:
         written, failed = threads.submit(ask, actor, 1), threads.submit(ask, actor, 0)
         actor.writing.wait()
-        assert not failed.done()
+        assert not wait([failed], timeout=0.5).done
         actor.go_on.set()
         assert written.result() == {"rows": 1}
         assert failed.result() == {"error": FULL}

@@ -160,7 +160,8 @@ def test_a_node_is_lost_and_comes_back(cluster: Any, store: str, tmp_path: Path)
     seen = records(out)
     assert [r["samples"] for r in seen] == [2 * BATCH * (i + 1) for i in range(len(seen))]
     phases = [workers for workers, _ in groupby(r["workers"] for r in seen)]
-    assert phases in ([2, 1, 2], [1, 2, 1, 2])  # on a busy machine it begins with the worker that is there first
+    # On a busy machine it begins with the worker that is there first.
+    assert phases in ([2, 1, 2], [1, 2, 1, 2])
     saved = checkpoint.newest(this.out)
     assert saved is not None
     assert saved > seen[-1]["samples"] - 2 * BATCH

@@ -96,14 +96,6 @@ def test_another_address_needs_tokens(host: str, monkeypatch: pytest.MonkeyPatch
         settled(config(host=host, auth="none"))
 
 
-def test_haproxy_needs_tokens_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for fields in ({}, {"auth": "none"}):
-        with pytest.raises(UserError, match=f"^proxy: .*{VARIABLE}"):
-            settled(config(proxy="haproxy", **fields))
-    monkeypatch.setenv(VARIABLE, "a")
-    assert settled(config(proxy="haproxy")).auth is None
-
-
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from dmm_ray.errors import CheckFailed, UserError
@@ -81,6 +82,8 @@ def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str, prox
             timeout=60,
         )
         assert len(large.json()["activations"]) == 1 << 16  # 4 MiB and what is around them
+        listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+        assert [c.laddr.ip for c in listening if c.laddr.port == port] == ["127.0.0.1"]
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=DEADLINE_S)
     finally:
@@ -94,6 +97,6 @@ def test_the_verb_serves_until_a_signal_and_ends_what_it_began(single: str, prox
 def test_haproxy_is_refused_where_serve_is_there_already(ray_local: None, single: str) -> None:
     import ray.serve  # noqa: F401
 
-    config = ServeConfig(prior=single, port=0, proxy="haproxy", token_file=__file__)
+    config = ServeConfig(prior=single, port=0, proxy="haproxy")
     with pytest.raises(UserError, match=r"^proxy: .*RAY_SERVE_ENABLE_HA_PROXY=1"), running(config):
         pass
