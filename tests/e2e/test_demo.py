@@ -20,8 +20,10 @@ def run(*command: str) -> subprocess.CompletedProcess:
 def test_demo_leaves_a_report_and_refuses_another_one_there(tmp_path):
     out, venv = tmp_path / "demo", sys.prefix
     done = run(
-        "make", "demo", f"OUT={out}", f"ARGS=--config {SHORT}", f"VENV={venv}", "-o", f"{venv}/.runtime"
-    )  # -o: what is installed is used
+        "make", "demo", f"OUT={out}", f"ARGS=--config {SHORT}", f"VENV={venv}",
+        "-o", f"{venv}/.runtime",  # what is installed is used
+        "--no-print-directory",  # `make test` calls this
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = Path(done.stdout.splitlines()[-1])
     assert report.is_file()
