@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from dmm_ray.errors import UserError
+from dmm_ray.precision import has_fast_bfloat16
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -16,6 +24,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 OBJECT_STORE_BYTES = 512 << 20
+ANSWER_S = 12.0
+"""How long a cluster may take to answer before it is taken for gone: Ray itself asks again for minutes."""
+T = TypeVar("T")
 
 
 def quiet() -> None:
@@ -24,11 +35,20 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
 
 
+def cluster_address() -> str | None:
+    """The cluster that ``RAY_ADDRESS`` names; None where Ray is to run on this machine alone."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def ensure_ray(num_cpus: int | None = None) -> None:
     """Connect to Ray unless this process already is.
 
     Inside a Ray job, or with ``RAY_ADDRESS`` set, that cluster is used; otherwise a local one is started with
     ``num_cpus`` CPUs (default: this machine's). It ends with this process. A SIGTERM handler of ours stays.
+
+    Raises:
+        UserError: no cluster answers there, or Ray cannot run on this machine.
     """
     quiet()
     import ray
@@ -36,17 +56,100 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            configure_logging=True,
-        )
+    address = cluster_address()
+    if address is not None:
+        check_cluster(address)
+    try:
+        if address is not None:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=True,
+            )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+        raise UserError(_why(e, address)) from e
     if callable(on_terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place
+
+
+def check_cluster(address: str) -> None:
+    """Ask a cluster whether it is there, from a process of its own that can be ended.
+
+    Raises:
+        UserError: none answers within ``ANSWER_S`` seconds, or it refuses.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return  # this process is that cluster's own job
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} is for `ray job submit`; set it to the head's host:port (6379 by default), or "
+            "submit this command as a job"
+        )
+    remedy = "start it, or unset RAY_ADDRESS to use this machine"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        except OSError as e:
+            raise UserError(f"RAY_ADDRESS: no Ray cluster at {address} ({e}); {remedy}") from e
+    code = "import ray; ray.init(logging_level='ERROR', log_to_driver=False, configure_logging=False)"
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=ANSWER_S, check=False
+        )
+    except subprocess.TimeoutExpired as e:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} within {ANSWER_S:g} s; {remedy}"
+        ) from e
+    if asked.returncode:
+        said = [line.strip() for line in asked.stderr.splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(f"RAY_ADDRESS: no Ray cluster can be used at {address} ({said[-1][:300]}); {remedy}")
+
+
+def _why(error: Exception, address: str | None) -> str:
+    """One line on why Ray did not start."""
+    reason = " ".join(str(error).split())[:300]
+    if address is not None:
+        return f"RAY_ADDRESS: {address}: {reason}"
+    if "AF_UNIX path" in reason:
+        name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(n)), "RAY_TMPDIR")
+        return f"{name}: too long a path for the sockets that Ray makes in it; set RAY_TMPDIR to a short one, as /tmp"
+    return f"Ray cannot start on this machine: {reason}"
+
+
+def call_on_workers(
+    workers: int, function: Callable[..., T], *arguments: object, cpus: float, gpus: float
+) -> list[T]:
+    """Call ``function`` on the cluster in so many processes at once, each with the resources of a worker.
+
+    Raises:
+        Exception: what the first of them raises that raises something.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(function)
+    try:
+        return ray.get([task.remote(*arguments) for _ in range(workers)])
+    except RayTaskError as e:
+        raise e.cause from e
+
+
+def workers_have_fast_bfloat16(cpus: float, gpus: float) -> bool:
+    """:func:`~dmm_ray.precision.has_fast_bfloat16` of the machines that will do the work.
+
+    Args:
+        cpus: of each worker.
+        gpus: of each worker; with any, its GPU is asked.
+    """
+    device = "cuda" if gpus else "cpu"
+    if cluster_address() is None:  # workers run on this machine
+        return has_fast_bfloat16(device)
+    [fast] = call_on_workers(1, has_fast_bfloat16, device, cpus=cpus, gpus=gpus)
+    return fast

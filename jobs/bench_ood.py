@@ -24,6 +24,7 @@ from dmm_ray.activations.store import ActivationStore
 from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation import ood, shifts
 from dmm_ray.files import join
+from dmm_ray.precision import affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.subject import SubjectModel
 from dmm_ray.training.calibrate import calibration_of
@@ -71,7 +72,7 @@ def set_up(folder: str, documents: int) -> Setup:
     subject = SubjectModel.from_pretrained(
         manifest.subject.id,
         layers=[layer],
-        dtype=DTYPES[manifest.compute_dtype],
+        dtype=DTYPES[affordable_precision(manifest.compute_dtype, "cpu")],
         revision=manifest.subject.revision,
     )
     tokens = dict(zip(texts, subject.tokenize(list(texts.values()), manifest.window), strict=True))

@@ -10,8 +10,8 @@ import torch
 from timing import medians
 from torch import Tensor
 
+from dmm_ray.precision import Precision
 from dmm_ray.prior import ActivationPrior, PriorConfig
-from dmm_ray.prior.precision import Precision
 
 Say = Callable[[str], None]
 STEPS, PAIRS = 4, 8

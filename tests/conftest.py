@@ -16,6 +16,21 @@ import pytest
 import torch
 from texts import make_texts
 
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Refuse parameters whose names may change from one run to the next: two test processes must collect the same.
+
+    Bytes may hold a clock (gzip's header does); a set's order is that of its process; a path or an address is the
+    machine's.
+    """
+    text = str(val) if isinstance(val, str | os.PathLike) else ""
+    if isinstance(val, bytes | set | frozenset) or text.startswith(
+        ("/tmp", str(Path.home()), str(Path.cwd()))
+    ):
+        raise pytest.UsageError(f"{argname}: name this parameter with ids= or a key: {val!r:.60}")
+    return None
+
+
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

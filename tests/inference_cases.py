@@ -12,7 +12,12 @@ from torch import Tensor
 from dmm_ray.activations.store import ActivationStore, Rows
 
 LAYER = 2
-OPTIONS: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1, "rows_per_shard": 90}
+OPTIONS: dict[str, Any] = {
+    "actors": 1,
+    "cpus_per_actor": 1,
+    "rows_per_shard": 90,
+    "precision": "float32",
+}
 SCORE = {"steps": 2, "window_tokens": 8}
 
 

@@ -8,6 +8,7 @@ from dmm_ray.activations.kept import Kept
 from dmm_ray.activations.manifest import DtypeName, Excluded
 from dmm_ray.config import Config
 from dmm_ray.files import absolute
+from dmm_ray.precision import PrecisionOption
 
 
 class Source(Config):
@@ -41,8 +42,9 @@ class ExtractConfig(Kept, Source):
 
     dtype: DtypeName = "bfloat16"
     """Stored number format."""
-    compute_dtype: DtypeName | None = None
-    """Number format of the model's computation; by default the same as dtype."""
+    compute_dtype: PrecisionOption = "auto"
+    """Number format of the model's computation. auto is float32 where float32 is stored, else bfloat16 where the
+    actors' devices are fast in it and float32 elsewhere; a resumed store keeps what was chosen."""
     window: int | None = Field(default=None, ge=2)
     """Most tokens that go through the model together; by default 2048 or the model's context if less."""
     text_field: str = "text"

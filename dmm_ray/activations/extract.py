@@ -12,19 +12,23 @@ from dmm_ray.activations.kept import Kept
 from dmm_ray.activations.lock import writer_lock
 from dmm_ray.activations.manifest import (
     DTYPES,
+    MANIFEST,
     SUMMARY,
     CorpusEntry,
     Manifest,
     SubjectEntry,
+    read_manifest,
 )
 from dmm_ray.activations.plan import Plan, Sample, choose_documents_per_unit
 from dmm_ray.activations.pool import run_units
+from dmm_ray.activations.resources import actors_have_fast_bfloat16
 from dmm_ray.activations.resume import check_target, finish, prepare, remove_temporary
 from dmm_ray.activations.store import file_sizes
 from dmm_ray.activations.units import count_units
 from dmm_ray.config import versions
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, join, make_folder, write_json
+from dmm_ray.files import absolute, exists, join, make_folder, write_json
+from dmm_ray.precision import Precision, choose_precision
 from dmm_ray.subject import SubjectSource
 
 logger = logging.getLogger(__name__)
@@ -48,7 +52,8 @@ def extract(config: ExtractConfig) -> str:
         errors = [problem.error or "" for problem in corpus.problems]
         raise UserError(too_many_failed(errors, config.max_failed_documents))
     sample = Sample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
-    manifest = make_manifest(config, source, n_layers, corpus, window, sample)
+    compute_dtype = choose_compute_dtype(config, out)
+    manifest = make_manifest(config, compute_dtype, source, n_layers, corpus, window, sample)
     plan = Plan(manifest, sample)
     plan.check_room(out, sum(file_sizes(out).values()))
     logger.info("%s", plan.line())
@@ -82,6 +87,20 @@ def choose_window(window: int | None, context: int) -> int:
     return window or min(DEFAULT_WINDOW, context)
 
 
+def choose_compute_dtype(config: ExtractConfig, out: str) -> Precision:
+    """The number format of the model's computation: asked for, that of the store at ``out``, or by the devices."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    if exists(join(out, MANIFEST)):
+        return read_manifest(out).compute_dtype
+    if config.dtype == "float32":
+        return "float32"
+    fast = actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus_per_actor)
+    chosen = choose_precision("auto", fast)
+    logger.info("compute_dtype: %s, which the devices are fast in (--compute-dtype to choose)", chosen)
+    return chosen
+
+
 def kept_of(config: ExtractConfig) -> Kept:
     """The part of the configuration that says which tokens are kept."""
     return Kept(**{name: getattr(config, name) for name in Kept.model_fields})
@@ -89,6 +108,7 @@ def kept_of(config: ExtractConfig) -> Kept:
 
 def make_manifest(
     config: ExtractConfig,
+    compute_dtype: Precision,
     source: SubjectSource,
     n_layers: int,
     corpus: Corpus,
@@ -114,7 +134,7 @@ def make_manifest(
         tokenizer_hash=source.tokenizer_hash,
         layers=tuple(config.layers),
         dtype=config.dtype,
-        compute_dtype=config.compute_dtype or config.dtype,
+        compute_dtype=compute_dtype,
         d=source.d,
         corpus=CorpusEntry(
             uris=tuple(config.uris),

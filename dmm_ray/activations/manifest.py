@@ -15,6 +15,7 @@ from dmm_ray.activations.moments import Moments
 from dmm_ray.config import Config, one_line
 from dmm_ray.errors import UserError
 from dmm_ray.files import hash_json, join, read_bytes, read_json, write_bytes
+from dmm_ray.precision import Precision
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
@@ -89,7 +90,7 @@ class Manifest(Config):
     layers: tuple[int, ...]
     hook: Literal["block_output"] = "block_output"
     dtype: DtypeName
-    compute_dtype: DtypeName
+    compute_dtype: Precision
     d: int
     corpus: CorpusEntry
     window: int

@@ -23,6 +23,7 @@ from dmm_ray.activations.pieces import Piece
 from dmm_ray.activations.units import documents_per_unit
 from dmm_ray.errors import UserError
 from dmm_ray.files import filesystem, is_local
+from dmm_ray.seeds import numpy_rng
 
 logger = logging.getLogger(__name__)
 SAMPLE_SPOTS, SPOT_DOCUMENTS = 32, 8
@@ -74,7 +75,7 @@ def _draw(corpus: Corpus, seed: int) -> list[Document]:
     spots = -(-corpus.n_documents // SPOT_DOCUMENTS)
     chosen = np.arange(spots)
     if spots > SAMPLE_SPOTS:
-        chosen = np.sort(np.random.default_rng(seed).choice(spots, SAMPLE_SPOTS, replace=False))
+        chosen = np.sort(numpy_rng(seed).choice(spots, SAMPLE_SPOTS, replace=False))
     return [
         document
         for spot in chosen.tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
@@ -19,7 +18,7 @@ from dmm_ray.activations.plan import Plan, calibrate, worth_calibrating
 from dmm_ray.activations.resources import Resources, plan_resources
 from dmm_ray.activations.resume import Done
 from dmm_ray.activations.units import Unit, unit_at
-from dmm_ray.cluster import ensure_ray
+from dmm_ray.cluster import call_on_workers, cluster_address, ensure_ray
 from dmm_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -81,11 +80,9 @@ def expected_time(plan: Plan, loading: Loading, resources: Resources, todo: int)
     """How long the units to do will take, by a short calibration; empty for a job not much longer than that."""
     if not worth_calibrating(plan.sample, loading.batch_tokens):
         return ""
-    if resources.gpus or os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=1)(calibrate)
-        rate = ray.get(remote.remote(plan.manifest, loading, plan.sample.pieces))
+    if resources.gpus or cluster_address():
+        arguments = (plan.manifest, loading, plan.sample.pieces)
+        [rate] = call_on_workers(1, calibrate, *arguments, cpus=resources.cpus, gpus=resources.gpus)
     else:
         rate = calibrate(plan.manifest, loading, plan.sample.pieces)
     seconds = plan.sample.tokens * todo / plan.manifest.units / (rate * resources.actors)

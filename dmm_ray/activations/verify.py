@@ -36,6 +36,8 @@ from dmm_ray.activations.store import ActivationStore, file_sizes, length_proble
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.files import absolute, join, sha256
+from dmm_ray.precision import affordable_precision
+from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject import SubjectModel, SubjectSource
 
 logger = logging.getLogger(__name__)
@@ -189,7 +191,7 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     subject = SubjectModel.from_pretrained(
         source.model_id,
         layers=m.layers,
-        dtype=DTYPES[m.compute_dtype],
+        dtype=DTYPES[affordable_precision(m.compute_dtype, "cpu")],
         revision=m.subject.revision,
         block_path=config.block_path or m.subject.block_path,
         trust_remote_code=config.trust_remote_code,
@@ -246,7 +248,7 @@ def _difference(stored: Tensor, computed: Tensor) -> float:
 def _sample(store: ActivationStore, count: int, seed: int) -> list[int]:
     """Documents that have rows, drawn by ``seed`` from as many row groups as possible."""
     groups = store.row_groups(store.layers[0])
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     chosen = rng.choice(len(groups), size=min(count, len(groups)), replace=False)
     found: set[int] = set()
     for number, i in enumerate(chosen):

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dmm_ray.seeds import torch_rng
+
 FLOOR = 1e-4
 """Smallest variance a fitted density may have in a direction (normalised space: the data's own is about 1)."""
 
@@ -82,7 +84,7 @@ def shrink(variance: Tensor, u: Tensor | float) -> Tensor:
 
 def validation_loss(method: Denoiser, z_nd: Tensor, levels: int = 50, seed: int = 0) -> float:
     """Flow-matching loss per dimension on rows spread evenly over ``levels`` mid-points of [0, 1], fixed noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_rng(seed)
     noise_nd = torch.randn(z_nd.shape, generator=generator).to(z_nd.device)
     u_n = (torch.arange(len(z_nd), device=z_nd.device) % levels + 0.5) / levels
     noised_nd = (1 - u_n[:, None]) * z_nd + u_n[:, None] * noise_nd

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.baselines.base import FLOOR, gain, levels_of, shrink
+from dmm_ray.seeds import torch_rng
 
 CHUNK = 65536
 
@@ -73,7 +74,7 @@ class Gaussian:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_rng(seed)
         noise_nd = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64).to(
             self.mean.device
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.baselines.base import gain, map_levels, shrink, validation_loss
+from dmm_ray.seeds import torch_rng
 
 logger = logging.getLogger(__name__)
 CHUNK = 8192
@@ -61,7 +62,7 @@ class Mixture:
     def fit(cls, z_nd: Tensor, components: int, seed: int = 0, em_steps: int = EM_STEPS) -> Self:
         """k-means on a subsample of the training rows (n, d), then classification EM over all of them."""
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_rng(seed)
         order_n = torch.randperm(len(z_nd), generator=generator).to(z_nd.device)
         some_nd = z_nd[order_n[: max(START_ROWS, components)]]
         centres_kd = kmeans(some_nd, min(components, len(z_nd)), LLOYD_STEPS)
@@ -128,7 +129,7 @@ class Mixture:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_rng(seed)
         which_n = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator)
         noise_nd = torch.randn(n, self.means.shape[1], generator=generator).to(self.means.device)
         which_n = which_n.to(self.means.device)

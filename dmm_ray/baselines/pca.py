@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmm_ray.baselines.base import levels_of, shrink, velocity_from_mean
 from dmm_ray.baselines.gaussian import moments
+from dmm_ray.seeds import torch_rng
 
 
 class PCA:
@@ -58,7 +59,7 @@ class PCA:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32, all in the span of the components."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_rng(seed)
         noise_nk = torch.randn(n, self.components, generator=generator, dtype=torch.float64).to(
             self.mean.device
         )

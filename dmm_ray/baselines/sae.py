@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmm_ray.baselines.base import levels_of, velocity_from_mean
+from dmm_ray.seeds import torch_rng
 
 BATCH = 512
 PEAK_LR = 5e-3
@@ -29,7 +30,7 @@ class SAE:
     """
 
     def __init__(self, mean_d: Tensor, latents: int, k: int, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_rng(seed)
         directions_ld = F.normalize(torch.randn(latents, len(mean_d), generator=generator), dim=1).to(
             mean_d.device
         )
@@ -56,7 +57,7 @@ class SAE:
         start = time.perf_counter()
         model = cls(z_nd.mean(0), latents, k, seed)
         with torch.enable_grad():
-            model._train(z_nd, samples, noised, torch.Generator().manual_seed(seed))
+            model._train(z_nd, samples, noised, torch_rng(seed))
         model.seconds = time.perf_counter() - start
         return model
 

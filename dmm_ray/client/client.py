@@ -180,7 +180,7 @@ class Client:
                 yield Generated.read(value) if kind == "done" else Token(value["id"], value["text"])
 
     def _json(self, body: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-        content = json.dumps({**body, "model": self._model}).encode()
+        content = json.dumps({**_plain_numbers(body), "model": self._model}).encode()
         return content, {"Content-Type": "application/json"}
 
     def _ask(self, operation: str, rows: Rows, **arguments: Any) -> Columns:
@@ -201,7 +201,7 @@ class Client:
         return _joined(list(self._pool.map(ask, rows.cut(self._chunk_rows))))
 
     def _infer(self, route: str, part: Rows, arguments: dict[str, Any]) -> Columns:
-        content, length = pack(part.tensors(), arguments)
+        content, length = pack(part.tensors(), _plain_numbers(arguments))
         headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(length)}
         answer = self._transport.post(route, content, headers)
         try:
@@ -213,6 +213,11 @@ class Client:
 def _joined(parts: list[Columns]) -> Columns:
     """Columns of parts one behind the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _plain_numbers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with numbers of numpy and torch as Python's, which JSON can hold."""
+    return {name: v.item() if getattr(v, "shape", None) == () else v for name, v in arguments.items()}
 
 
 def _plain(direction: str | Sequence[float] | None) -> str | list[float] | None:

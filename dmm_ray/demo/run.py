@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,20 +18,26 @@ from dmm_ray.activations.split import TEST, Split
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config
+from dmm_ray.demo.steps import Steps
 from dmm_ray.demo.stories import write_corpus
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
 from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
 from dmm_ray.files import absolute, exists, join, make_folder, read_json, write_json
+from dmm_ray.seeds import torch_rng
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
 from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.training.claim import saved_run
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
 
 logger = logging.getLogger(__name__)
 SUBJECT = Path(__file__).parent / "subject"
 SHOWN_TOKENS = 120
+MINUTES = 5.5
+LEAST_SHARE = 0.3
+"""Of the time, that the training gets at least."""
 
 
 class DemoConfig(Config):
@@ -46,8 +53,11 @@ class DemoConfig(Config):
     """Layer to model; default the middle one."""
     documents: int = Field(default=3000, ge=100)
     """Stories to generate where no text is given."""
-    samples: int = Field(default=3_000_000, ge=1)
-    """Training samples."""
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Time for everything, about: the training gets what the other steps leave. Default 5.5; a run that is resumed
+    keeps its number of samples."""
+    samples: int | None = Field(default=None, ge=1)
+    """Training samples, instead of a time."""
     batch: int = Field(default=1024, ge=1)
     """Samples in a training batch."""
     lr: float | None = Field(default=None, gt=0)
@@ -67,10 +77,22 @@ def demo(config: DemoConfig) -> str:
         UserError: bad input of any step, named.
     """
     started = time.perf_counter()
+    if config.samples is not None and config.minutes is not None:
+        raise UserError("minutes: excludes samples; give --samples or --minutes, not both")
     out = absolute(config.out)
     make_folder(out)
     model = config.model or str(SUBJECT)
     layer = _layer(config, model)
+    with Steps(None if config.samples else config.minutes or MINUTES) as steps:
+        path, summary = _run(config, steps, out, model, layer)
+    write_json(join(out, "summary.json"), summary | {"seconds": time.perf_counter() - started})
+    logger.info("done in %.0f s", time.perf_counter() - started)
+    return path
+
+
+def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> tuple[str, dict[str, Any]]:
+    """Every step; the report's path and the summary."""
+    steps.begin("extract")
     ensure_ray()
     store = extract(
         ExtractConfig(
@@ -82,28 +104,38 @@ def demo(config: DemoConfig) -> str:
             out=join(out, "activations"),
         )
     )
+    steps.begin("train")
     prior = train(
         TrainConfig(
             activations=store,
             out=join(out, "prior"),
             samples=config.samples,
+            minutes=_training_minutes(config, steps, join(out, "prior")),
             batch=config.batch,
             lr=config.lr,
             seed=config.seed,
         )
     )
+    steps.begin("evaluate")
     fields = {"seed": config.seed} | config.evaluation
     report = evaluate(
         EvaluateConfig(prior=prior, activations=store, model=model, out=join(out, "report"), **fields)  # type: ignore[arg-type]
     )
     summary = read_json(join(report, "summary.json"))
+    steps.begin("serve")
     path = write_report(report, summary, scored=_score(config, prior, store, model, layer))
     figures = {"report": path, "headline": summary["fidelity"], "layer": layer}
-    write_json(
-        join(out, "summary.json"), summary | {"figures": figures, "seconds": time.perf_counter() - started}
-    )
-    logger.info("done in %.0f s", time.perf_counter() - started)
-    return path
+    return path, summary | {"figures": figures}
+
+
+def _training_minutes(config: DemoConfig, steps: Steps, prior: str) -> float | None:
+    """The time that training gets; that of the run in its folder where there is one. None with a number of samples."""
+    if config.samples is not None:
+        return None
+    saved = saved_run(prior)
+    if saved is not None and saved.config.minutes is not None:
+        return saved.config.minutes
+    return round(max(LEAST_SHARE * steps.total_s, steps.left_for("train")) / 60, 2)
 
 
 def _layer(config: DemoConfig, model: str) -> int:
@@ -126,7 +158,7 @@ def _score(config: DemoConfig, prior: str, store_uri: str, model: str, layer: in
     subject = SubjectModel.from_pretrained(model, layers=[layer])
     text = _test_text(store_uri, prior)
     words = text.split()
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(len(words), generator=torch_rng(config.seed)).tolist()
     with running(ServeConfig(prior=(prior,), port=0, auth="none")) as url:
         return [
             ScoredText(title, _score_text(subject, one, layer, url))

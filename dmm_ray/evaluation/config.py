@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dmm_ray.config import Config
+from dmm_ray.precision import PrecisionOption
 
 
 class EvaluateConfig(Config):
@@ -60,3 +61,9 @@ class EvaluateConfig(Config):
     """Of noise, draws and fits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
+    precision: PrecisionOption = "auto"
+    """Of the prior's matrix products; states and sums are float32, as are the baselines. auto is bfloat16 where the
+    device is fast in it, else float32."""
+    compute_dtype: PrecisionOption = "auto"
+    """Number format of the language model's computation. auto is what the store was computed in, or float32 where the
+    device is slow in that."""

@@ -17,6 +17,7 @@ from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.prefixes import unseen_prefixes
+from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.subject import SubjectModel
 from dmm_ray.training.loader import check_finite
@@ -48,6 +49,8 @@ class Inputs:
     layer: int
     store: ActivationStore
     subject: SubjectModel
+    compute_dtype: Precision
+    """Of the subject."""
     train: Part
     validation: Part
     test: Part
@@ -71,17 +74,23 @@ def load(config: EvaluateConfig) -> Inputs:
             that is not finite.
     """
     device = pick_device(config.device)
-    prior = ActivationPrior.from_pretrained(config.prior, device=device)
+    prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
     store = ActivationStore.open(config.activations)
     layer = check_match(prior, store, config)
     manifest = store.manifest
+    compute_dtype = (
+        affordable_precision(manifest.compute_dtype, device)
+        if config.compute_dtype == "auto"
+        else config.compute_dtype
+    )
+    logger.info("on %s: the prior in %s, the language model in %s", device, prior.precision, compute_dtype)
     model = config.model or manifest.subject.id
     revision = manifest.subject.revision if model == manifest.subject.id else None
     subject = SubjectModel.from_pretrained(
         model,
         head=True,
         device=device,
-        dtype=torch.float32 if device == "cpu" else DTYPES[manifest.compute_dtype],
+        dtype=DTYPES[compute_dtype],
         revision=revision,
         block_path=manifest.subject.block_path,
     )
@@ -104,7 +113,18 @@ def load(config: EvaluateConfig) -> Inputs:
     unseen = None
     if config.unseen_prefix:
         unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window))
-    return Inputs(prior, layer, store, subject, parts[TRAIN], parts[VALIDATION], parts[TEST], tokens, unseen)
+    return Inputs(
+        prior,
+        layer,
+        store,
+        subject,
+        compute_dtype,
+        parts[TRAIN],
+        parts[VALIDATION],
+        parts[TEST],
+        tokens,
+        unseen,
+    )
 
 
 def pick_device(device: str) -> str:

@@ -14,6 +14,7 @@ from dmm_ray.evaluation.data import Part
 from dmm_ray.evaluation.statistics import DECILES, Estimate, by_decile, over_levels
 from dmm_ray.prior.flow import LEVELS, interpolate
 from dmm_ray.prior.noise import normal
+from dmm_ray.seeds import numpy_rng
 
 CHUNK = 16384
 STREAM = 16
@@ -41,7 +42,7 @@ class NoisedRows:
         """Use n rows in turn until every level has as many, n / LEVELS rounded up; which gets which is drawn."""
         m = -(-n // LEVELS) * LEVELS
         level = torch.arange(m) // (m // LEVELS) + 1
-        place = torch.from_numpy(np.random.default_rng(seed).permutation(m))
+        place = torch.from_numpy(numpy_rng(seed).permutation(m))
         return cls(place % n, place // n, level)
 
 

@@ -12,6 +12,7 @@ from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.methods import Methods
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.noise import STREAM_PATH, normal
+from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject import SubjectModel
 
 BATCH_TOKENS = 4096
@@ -82,7 +83,7 @@ class Documents:
 
 def draw(tokens: Mapping[int, Sequence[int]], n: int, seed: int) -> dict[int, Sequence[int]]:
     """``n`` of the documents, drawn by ``seed``, in order of their numbers."""
-    docs = np.random.default_rng(seed).permutation(sorted(tokens))[:n]
+    docs = numpy_rng(seed).permutation(sorted(tokens))[:n]
     return {int(doc): tokens[int(doc)] for doc in sorted(docs)}
 
 

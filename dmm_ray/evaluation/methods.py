@@ -137,6 +137,7 @@ def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
     """A prior of the same shape and normaliser with random weights."""
     statistics = prior.normalizer
     twin = ActivationPrior.untrained(prior.config, statistics.mean.cpu(), statistics.var.cpu(), seed)
+    twin.precision = prior.precision
     return twin.to(prior.device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.calibrate import squared_norm
+from dmm_ray.seeds import numpy_rng
 
 SCORES = ("log_p", "typicality", "latent", "norm", "proxy", "combined", "pair", "product")
 RESAMPLES = 200
@@ -88,7 +89,7 @@ def auc(
     natural: np.ndarray, natural_docs: np.ndarray, other: np.ndarray, other_docs: np.ndarray, seed: int = 0
 ) -> Auc:
     """The AUC of a score of natural rows (n,) against other rows (m,), documents (n,) and (m,) being the units."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     below = _wins(natural, other)
     by_document = [_grouped(docs) for docs in (natural_docs, other_docs)]
     found = []
@@ -102,7 +103,7 @@ def auc(
 
 def uniformity(percentile: np.ndarray, docs: np.ndarray, seed: int = 0) -> Uniformity:
     """Test percentiles (n,), 0 to 1, of natural rows for a uniform distribution, resampling their documents (n,)."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     _, which = np.unique(docs, return_inverse=True)
     counts = np.bincount(which)
     below = np.stack([np.bincount(which, percentile <= level, len(counts)) for level in GRID], axis=1)

@@ -14,6 +14,7 @@ from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.methods import Methods
+from dmm_ray.seeds import numpy_rng
 
 FOLDS = 2
 
@@ -29,7 +30,7 @@ def draw(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> dict[str, 
     }
     for name in ("gaussian", "pca", "mixture"):
         found[name] = getattr(methods, name).sample(n, seed)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs.train.z))[:n])
+    order = torch.from_numpy(numpy_rng(seed).permutation(len(inputs.train.z))[:n])
     found["floor"] = inputs.train.z[order.to(inputs.train.z.device)]
     return found
 
@@ -58,7 +59,7 @@ def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int
         rows: used of each side.
         seed: of the draw of rows and the folds.
     """
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     take = [rng.permutation(len(x))[:rows] for x in (real_nd, fake_nd)]
     x = np.concatenate(
         [side.numpy(force=True)[at] for side, at in zip((real_nd, fake_nd), take, strict=True)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dmm_ray.seeds import numpy_rng, torch_rng
 from dmm_ray.subject import SubjectModel
 
 SCALES = (0.5, 0.8, 1.2)
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) -> list[Run]:
     """At most ``runs`` runs of ``width`` tokens, one of a document, at seeded places after position 0."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     long_enough = [doc for doc in tokens if len(tokens[doc]) > width]
     chosen = rng.permutation(long_enough)[:runs].tolist()
     return [Run(doc, int(rng.integers(1, len(tokens[doc]) - width + 1)), tokens[doc]) for doc in chosen]
@@ -43,13 +43,13 @@ def matched(runs: Sequence[Run], others: Iterator[list[int]], width: int) -> lis
 
 def shuffled_tokens(runs: Sequence[Run], seed: int) -> list[Run]:
     """The same documents with all tokens after the first in random order."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     return [run._replace(tokens=[run.tokens[0], *rng.permutation(run.tokens[1:]).tolist()]) for run in runs]
 
 
 def shuffled_words(text: str, seed: int) -> str:
     """The text's words, split at blanks, in random order."""
-    return " ".join(np.random.default_rng(seed).permutation(text.split()).tolist())
+    return " ".join(numpy_rng(seed).permutation(text.split()).tolist())
 
 
 def activations(subject: SubjectModel, runs: Sequence[Run], layer: int, width: int) -> Tensor:
@@ -75,7 +75,7 @@ def edited(x: Tensor, mean: Tensor, covariance: Tensor, seed: int) -> dict[str, 
         covariance: (d, d) of natural rows, float64.
         seed: of the noise and the permutation.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_rng(seed)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp_min(0).sqrt()).to(x)
     noise = torch.randn(x.shape, generator=generator).to(x)

@@ -60,6 +60,8 @@ def summarize(
             "model": inputs.subject.model_id,
             "layer": inputs.layer,
             "d": inputs.prior.d,
+            "precision": inputs.prior.precision,
+            "compute_dtype": inputs.compute_dtype,
             "weights_hash": inputs.subject.weights_hash,
             "store": manifest.config_hash,
             "split": inputs.prior.config.split,

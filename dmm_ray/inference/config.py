@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from dmm_ray.activations.manifest import DtypeName
 from dmm_ray.config import Config
+from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior.denoising import Mode
-from dmm_ray.prior.precision import Precision
 
 
 class JobConfig(Config):
@@ -21,8 +21,9 @@ class JobConfig(Config):
     """Folder to write or to resume; a local path or fsspec URI."""
     layer: int | None = None
     """Which layer; needed for a prior of several."""
-    precision: Precision = "float32"
-    """Of the network's matrix products; states and sums are float32."""
+    precision: PrecisionOption = "auto"
+    """Of the network's matrix products; states and sums are float32. auto is bfloat16 where the actors' devices are
+    fast in it, else float32; a resumed job keeps what was chosen."""
     seed: int = 0
     """Of noise, probes and the draw of rows."""
     rows_per_shard: int | None = Field(default=None, ge=1)

@@ -11,21 +11,22 @@ import numpy as np
 
 from dmm_ray.activations.figures import Progress
 from dmm_ray.activations.lock import WriterLock, writer_lock
-from dmm_ray.activations.manifest import SUMMARY, Manifest, read_record
+from dmm_ray.activations.manifest import MANIFEST, SUMMARY, Manifest, read_manifest, read_record
 from dmm_ray.activations.pool import map_units
-from dmm_ray.activations.resources import Resources, plan_resources
+from dmm_ray.activations.resources import Resources, actors_have_fast_bfloat16, plan_resources
 from dmm_ray.activations.resume import finish, in_order, prepare, remove_temporary
 from dmm_ray.activations.store import file_sizes
 from dmm_ray.activations.units import unit_at
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import versions
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, join, make_folder, write_json
+from dmm_ray.files import absolute, exists, join, make_folder, write_json
 from dmm_ray.inference.config import JobConfig
 from dmm_ray.inference.engine import Engine, Task
 from dmm_ray.inference.operations import Operation
 from dmm_ray.inference.outputs import QUANTILES
 from dmm_ray.inference.selection import Source
+from dmm_ray.precision import Precision, choose_precision
 
 logger = logging.getLogger(__name__)
 SHOWN = (1, 5, 25, 50, 75, 95, 99)
@@ -65,6 +66,19 @@ def run_job(
         }
         write_json(join(out, SUMMARY), summary)
     return out
+
+
+def settle_precision(config: JobConfig) -> Precision:
+    """The precision of a job: asked for, that of the folder it resumes, or by what the devices are fast in."""
+    if config.precision != "auto":
+        return config.precision
+    out = absolute(config.out)
+    if exists(join(out, MANIFEST)):
+        derived = read_manifest(out).derived
+        return derived.arguments["precision"] if derived else "float32"  # another store; refused later on
+    chosen = choose_precision("auto", actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus))
+    logger.info("precision: %s, which the devices are fast in (--precision to choose)", chosen)
+    return chosen
 
 
 def run_units(

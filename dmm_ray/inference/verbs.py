@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dmm_ray.activations.kept import Kept
 from dmm_ray.activations.manifest import (
@@ -23,7 +23,7 @@ from dmm_ray.files import absolute, exists, join, read_bytes
 from dmm_ray.inference.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
 from dmm_ray.inference.engine import hash_prior
 from dmm_ray.inference.inputs import Inputs, load_inputs, locate, open_prior
-from dmm_ray.inference.job import run_job
+from dmm_ray.inference.job import run_job, settle_precision
 from dmm_ray.inference.operations import Denoise, Encode, Operation, Sample, Score, hidden_units
 from dmm_ray.inference.selection import Draws
 from dmm_ray.prior import ActivationPrior
@@ -36,6 +36,7 @@ UNIT_ROWS, UNIT_BYTES = 16384, 256 << 20
 LEAST_ROWS, LEAST_UNITS = 1024, 16
 """Few rows make this many units, unless they would be smaller than that."""
 NAME_BYTES = 16
+C = TypeVar("C", bound=JobConfig)
 
 
 def score(config: ScoreConfig) -> str:
@@ -46,6 +47,7 @@ def score(config: ScoreConfig) -> str:
         check_probes(config.probes, prior.d, EXACT_TRACE_MAX_D)
     inputs = load_inputs(config, prior, layer)
     _warn_of_calibration(config, prior, layer)
+    config = _settled(config)
     operation = Score(config, layer)
     arguments = config.arguments() | {"calibration": _calibration_hash(config.prior)}
     row_bytes = 4 * len(operation.columns)
@@ -58,6 +60,7 @@ def denoise(config: DenoiseConfig) -> str:
     started = time.monotonic()
     prior, layer = open_prior(config)
     inputs = load_inputs(config, prior, layer)
+    config = _settled(config)
     dtype = config.dtype or inputs.store.manifest.dtype
     operation = Denoise(config, layer, prior.d, dtype)
     arguments = config.arguments() | {"dtype": dtype}
@@ -72,6 +75,7 @@ def encode(config: EncodeConfig) -> str:
     prior, layer = open_prior(config)
     there, kept = hidden_units(config, prior.config)
     inputs = load_inputs(config, prior, layer)
+    config = _settled(config)
     operation = Encode(config, layer, there, kept)
     row_bytes = kept * (2 if config.dtype == "float16" else 4)
     manifest = store_manifest("encode", config, inputs, operation, config.arguments(), row_bytes)
@@ -83,9 +87,14 @@ def sample(config: SampleConfig) -> str:
     started = time.monotonic()
     prior, layer = open_prior(config)
     check_target(absolute(config.out))
+    config = _settled(config)
     operation = Sample(config, layer, prior.d, config.dtype)
     manifest = sample_manifest(config, prior, layer)
     return run_job(config, manifest, Draws(), operation, started)
+
+
+def _settled(config: C) -> C:
+    return config.model_copy(update={"precision": settle_precision(config)})
 
 
 def store_manifest(
@@ -135,7 +144,8 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
     per_unit = documents_per_unit(config, config.n, config.n, row_bytes + NAME_BYTES)
     return Manifest(
         subject=subject, tokenizer_hash=known.get("tokenizer_hash", ""), layers=(layer,), dtype=config.dtype,
-        compute_dtype="float32", d=prior.d, window=1, kept=Kept(keep_first=True), exclude=(), covariance=False,
+        compute_dtype=settle_precision(config), d=prior.d, window=1, kept=Kept(keep_first=True),
+        exclude=(), covariance=False,
         corpus=CorpusEntry(uris=(), hash="", documents=config.n, text_field="", separator=None),
         seed=config.seed, documents_per_unit=per_unit, units=count_units(config.n, per_unit),
         derived=Derivation(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.interventions.language import REPLACEMENT, LanguageModel, TooLongError
 from dmm_ray.interventions.steering import Steering
+from dmm_ray.seeds import torch_rng
 
 
 class Generated(NamedTuple):
@@ -102,7 +103,7 @@ class _Chooser:
         if not 0 <= temperature < math.inf:
             raise UserError(f"temperature: 0 or more is needed (got {temperature})")
         self._temperature = temperature
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = torch_rng(seed)
 
     def __call__(self, logits: Tensor) -> int:
         if self._temperature == 0:

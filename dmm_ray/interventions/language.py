@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache
 
 from dmm_ray.errors import UserError
 from dmm_ray.subject import SubjectModel
 
+logger = logging.getLogger(__name__)
 Edit = Callable[[Tensor, int], Tensor]
 """From one activation (d,), float32, and its position to its replacement (d,)."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for a part of a character."""
+
+
+LOGITS_TO_KEEP = "logits_to_keep"
+TRIAL_LENGTH, TRIAL_TOLERANCE = 4, 0.05
+"""Tokens with which generation is tried out, and by how much, relative to their norm, logits may differ then."""
+
+
+class NoCacheError(Exception):
+    """A model's output holds nothing that it could go on from."""
+
+
+class Cached(NamedTuple):
+    """What a model remembers of the tokens so far."""
+
+    name: str
+    """Of the output that holds it and of the argument that takes it: alike, and not the same in every version of
+    transformers."""
+    content: Cache
+
+    @classmethod
+    def of(cls, output: Any) -> Cached:
+        """The cache in a model's output. Raises NoCacheError where there is none."""
+        for name, value in output.items():
+            if isinstance(value, Cache):
+                return cls(name, value)
+        raise NoCacheError(f"its output holds {', '.join(output)} and no cache")
 
 
 class TooLongError(UserError):
@@ -47,9 +75,9 @@ class LanguageModel(SubjectModel):
     """A subject with its head, for generation. One call at a time."""
 
     @classmethod
-    def load(cls, model: str, device: str = "cpu") -> LanguageModel:
-        """The model of a folder or hub id, float32. Raises UserError as ``SubjectModel.from_pretrained``."""
-        loaded = cls.from_pretrained(model, head=True, device=device)
+    def load(cls, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """The model of a folder or hub id. Raises UserError as ``SubjectModel.from_pretrained``."""
+        loaded = cls.from_pretrained(model, head=True, device=device, dtype=dtype)
         assert isinstance(loaded, cls)
         return loaded
 
@@ -64,15 +92,30 @@ class LanguageModel(SubjectModel):
             raise UserError("model: it is an encoder, which predicts no next token; give a causal model")
         if not self.head:
             raise ValueError("generation needs LanguageModel.load(...)")
-        if not {"past_key_values", "use_cache"} <= self._arguments:
+        if not self.generates:
             raise UserError(
-                f"model: {type(self._model).__name__} has no key-value cache, which generation needs"
+                f"model: {type(self._model).__name__} gives no cache that it goes on from, which generation needs"
             )
+
+    @cached_property
+    def generates(self) -> bool:
+        """Whether it predicts the next token from a cache as it does from the whole text: tried with a few tokens."""
+        if self.bidirectional or not self.head:
+            return False
+        ids = self.trial_ids(min(TRIAL_LENGTH, self.context))
+        try:
+            whole, _ = self.step(ids, None, 0, None, 0)
+            _, cache = self.step(ids[:-1], None, 0, None, 0)
+            found, _ = self.step(ids[-1:], cache, 0, None, 0)
+        except (TypeError, NoCacheError) as e:
+            logger.info("%s cannot generate: %s", self.model_id, e)
+            return False
+        return float((found - whole).norm() / whole.norm().clamp_min(1e-12)) <= TRIAL_TOLERANCE
 
     @torch.no_grad()
     def step(
-        self, ids: Sequence[int], cache: Any, layer: int, edit: Edit | None, position: int
-    ) -> tuple[Tensor, Any]:
+        self, ids: Sequence[int], cache: Cached | None, layer: int, edit: Edit | None, position: int
+    ) -> tuple[Tensor, Cached]:
         """What comes after ``ids``: logits (v,) float32 on the CPU, and the cache for the next step.
 
         Args:
@@ -89,14 +132,12 @@ class LanguageModel(SubjectModel):
             hidden[0, -1] = edit(hidden[0, -1].float(), position).to(hidden)
             return hidden
 
+        options = self._logits(1) | ({} if cache is None else {cache.name: cache.content})
         with self._hooks({} if edit is None or position == 0 else {layer: replace}):
             out = self._model(
-                input_ids=torch.tensor([list(ids)], device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-                **self._logits(1),
+                input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **options
             )
-        return out.logits[0, -1].float().cpu(), out.past_key_values
+        return out.logits[0, -1].float().cpu(), Cached.of(out)
 
     @torch.no_grad()
     def continuation_nats(self, before: Sequence[int], ids: Sequence[int]) -> list[float]:
@@ -104,7 +145,7 @@ class LanguageModel(SubjectModel):
         if not ids:
             return []
         tokens = torch.tensor([[*before, *ids]], device=self.device)
-        out = self._model(input_ids=tokens, **self._no_cache, **self._logits(len(ids) + 1))
+        out = self._model(input_ids=tokens, **self._logits(len(ids) + 1))
         predicting = out.logits[0, -len(ids) - 1 : -1].float()
         return F.cross_entropy(predicting, tokens[0, -len(ids) :], reduction="none").tolist()
 
@@ -118,8 +159,9 @@ class LanguageModel(SubjectModel):
         """
         pieces = self.pieces(text)
         ids = torch.tensor([[piece.id for piece in pieces]], device=self.device)
+        options = self._logits(1)
         with self._capturing([layer], ids.shape) as captured:
-            self._model(input_ids=ids, **self._no_cache, **self._logits(1))
+            self._model(input_ids=ids, **options)
         return Reading(pieces, captured[layer][0].float().cpu())
 
     def pieces(self, text: str) -> list[Piece]:
@@ -156,7 +198,7 @@ class LanguageModel(SubjectModel):
         self.require_causal()
         with self._hooks({self.n_layers - 1: replace}):
             ids = torch.zeros(len(rows), 1, dtype=torch.long, device=self.device)
-            return self._model(input_ids=ids, **self._no_cache).logits[:, -1].float().cpu()
+            return self._model(input_ids=ids).logits[:, -1].float().cpu()
 
     def token_text(self, token: int) -> str:
         """A token's characters; its name in the vocabulary where it is part of a character, or special."""
@@ -172,10 +214,18 @@ class LanguageModel(SubjectModel):
             i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if i is not None
         )
 
-    def _logits(self, last: int) -> dict[str, int]:
-        """The argument that has logits computed for the last tokens only, where the model has one."""
-        return {"logits_to_keep": last} if "logits_to_keep" in self._arguments else {}
+    def _logits(self, last: int) -> dict[str, Any]:
+        """The argument that has logits computed for the last tokens only, where the model has one. Call it outside of
+        hooks: it may try the model out."""
+        return {LOGITS_TO_KEEP: last} if self._keeps_logits else {}
 
     @cached_property
-    def _arguments(self) -> set[str]:
-        return set(signature(type(self._model).forward).parameters)
+    @torch.no_grad()
+    def _keeps_logits(self) -> bool:
+        """Whether it can be told to give the last logits only: tried."""
+        ids = torch.tensor([self.trial_ids(2)], device=self.device)
+        try:
+            logits = self._model(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
+        except (TypeError, AttributeError):  # no such argument; no logits
+            return False
+        return logits.shape[1] == 1

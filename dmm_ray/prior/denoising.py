@@ -31,7 +31,10 @@ def row_levels(u: Any, n: int) -> Tensor:
     Raises:
         UserError: another length, or a level that is not in [0, 1].
     """
-    levels = torch.as_tensor(u, dtype=torch.float64, device="cpu").reshape(-1)
+    try:
+        levels = torch.as_tensor(u, dtype=torch.float64, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"u: one number or {n} of them are needed (got {u!r})") from e
     if len(levels) not in (1, n):
         raise UserError(f"u: one noise level or one a row is needed, got {len(levels)} for {n} rows")
     good = (levels >= 0) & (levels <= 1)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
 from dmm_ray.prior.calibration import Calibration, Percentiles
 from dmm_ray.prior.rows import Piece
@@ -83,8 +84,9 @@ class LogProb:
         )
 
 
-def check_probes(probes: int, d: int, exact_limit: int) -> None:
-    """Raises UserError for negative probes, or an exact trace beyond ``exact_limit``."""
+def check_probes(probes: int, d: int, exact_limit: int) -> int:
+    """``probes`` as an int. Raises UserError for negative ones, or an exact trace beyond ``exact_limit``."""
+    probes = as_integer("probes", probes)
     if probes < 0:
         raise UserError(f"probes: at least 1 is needed, or 0 for the exact trace (got {probes})")
     if probes == 0 and d > exact_limit:
@@ -92,6 +94,7 @@ def check_probes(probes: int, d: int, exact_limit: int) -> None:
             f"probes: 0, the exact trace, costs {d} tangents an evaluation at width {d}; "
             f"give at least 1, or exact_limit={d} to insist"
         )
+    return probes
 
 
 def tangents_at_once(probes: int, d: int) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
+from dmm_ray.precision import PrecisionOption, precision_on
 from dmm_ray.prior.denoising import Mode, Restorer, largest_levels, row_levels
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, LogProb, Scale, check_probes, follow, tangents_at_once
 from dmm_ray.prior.module import PriorModule
 from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
-from dmm_ray.prior.precision import Precision
 from dmm_ray.prior.rows import Ids, Rows, chunk_rows
 from dmm_ray.prior.solver import Solver, check_level
 from dmm_ray.prior.velocities import VelocityField
@@ -29,7 +30,8 @@ class ActivationPrior(PriorModule):
     Args of every method: ``layer`` is the block number the rows come from (required for a multi-layer prior); ``ids``
     names rows for the noise, (n,) or (n, 2) integers (default 0..n-1); ``seed`` is any integer; ``solver`` is the rule
     and grid of integration (default: midpoint on the cosine grid); ``precision`` is that of the network's products:
-    ``float32`` (as the weights are held, never TF32) or ``bfloat16`` (states and sums stay in float32).
+    ``float32`` (as the weights are held, never TF32), ``bfloat16`` (states and sums stay in float32), ``auto``
+    (bfloat16 where the device is fast in it) or, by default, what the prior was loaded with.
     """
 
     def velocity(self, z: Tensor, u: Tensor | float, layer: int | None = None) -> Tensor:
@@ -49,7 +51,7 @@ class ActivationPrior(PriorModule):
         ids: Ids = None,
         seed: int = 0,
         solver: Solver | None = None,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
         exact_limit: int = EXACT_TRACE_MAX_D,
     ) -> LogProb:
         """Log-likelihood of raw activations by the instantaneous change of variables (Chen et al. 2018).
@@ -72,7 +74,7 @@ class ActivationPrior(PriorModule):
                 trace beyond ``exact_limit``.
         """
         row, solver = self.layer_row(layer), solver or Solver()
-        check_probes(probes, self.d, exact_limit)
+        probes = check_probes(probes, self.d, exact_limit)
         points, field = solver.points(0.0, 1.0, steps), self._field(row, precision)
         rows = self._rows(x, ids, row)
         parts = torch.empty(4, len(rows), dtype=torch.float64, device=self.device)
@@ -90,7 +92,7 @@ class ActivationPrior(PriorModule):
         pairs: int = 8,
         ids: Ids = None,
         seed: int = 0,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
     ) -> Tensor:
         """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity over fixed (u, noise) pairs.
 
@@ -100,9 +102,7 @@ class ActivationPrior(PriorModule):
         Raises:
             UserError: as :meth:`log_prob`, no pairs.
         """
-        row = self.layer_row(layer)
-        if pairs < 1:
-            raise UserError(f"pairs: at least 1 is needed (got {pairs})")
+        row, pairs = self.layer_row(layer), as_integer("pairs", pairs, least=1)
         field, rows = self._field(row, precision), self._rows(x, ids, row)
         total = torch.zeros(len(rows), device=self.device)
         for piece in rows.pieces(1):
@@ -123,7 +123,7 @@ class ActivationPrior(PriorModule):
         ids: Ids = None,
         seed: int = 0,
         solver: Solver | None = None,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
     ) -> Tensor:
         """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore.
 
@@ -162,7 +162,7 @@ class ActivationPrior(PriorModule):
         ids: Ids = None,
         seed: int = 0,
         solver: Solver | None = None,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
     ) -> Tensor:
         """The ``u`` (n,) at which :meth:`denoise`, otherwise called alike, moves each row by ``distance`` at most.
 
@@ -174,7 +174,7 @@ class ActivationPrior(PriorModule):
             UserError: as :meth:`denoise`, a distance that is negative or not a number.
         """
         row = self.layer_row(layer)
-        if not 0 <= distance < math.inf:
+        if not 0 <= as_number("distance", distance) < math.inf:
             raise UserError(f"distance: a finite number, 0 or more, is needed (got {distance})")
         restorer = Restorer(self._field(row, precision), solver or Solver(), steps, mode)
         rows, found = self._rows(x, ids, row), []
@@ -195,7 +195,7 @@ class ActivationPrior(PriorModule):
         ids: Ids = None,
         seed: int = 0,
         solver: Solver | None = None,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
     ) -> Tensor:
         """Draw n raw activations (n, d) by following the flow from noise; ``steps`` intervals from 1 to 0.
 
@@ -203,8 +203,7 @@ class ActivationPrior(PriorModule):
             UserError: n or steps below 1, a layer not modelled.
         """
         row, solver = self.layer_row(layer), solver or Solver()
-        if n < 1:
-            raise UserError(f"n: at least 1 is needed (got {n})")
+        n = as_integer("n", n, least=1)
         points, field = solver.points(1.0, 0.0, steps), self._field(row, precision)
         size, ids_N2 = chunk_rows(self.config, 1, self.device), row_ids(ids, n, self.device)
         found = torch.empty(n, self.d, device=self.device)
@@ -224,7 +223,7 @@ class ActivationPrior(PriorModule):
         ids: Ids = None,
         seed: int = 0,
         noises: int = 1,
-        precision: Precision = "float32",
+        precision: PrecisionOption | None = None,
     ) -> Tensor:
         """The prior's hidden units on raw activations noised to level u: its meta-neurons (n, features).
 
@@ -243,10 +242,9 @@ class ActivationPrior(PriorModule):
         """
         row, blocks = self.layer_row(layer), self.config.n_blocks
         check_level(u)
-        if block is not None and not 0 <= block < blocks:
+        if block is not None and not 0 <= (block := as_integer("block", block)) < blocks:
             raise UserError(f"block: this prior has blocks 0 to {blocks - 1} (got {block})")
-        if noises < 1:
-            raise UserError(f"noises: at least 1 is needed (got {noises})")
+        noises, u = as_integer("noises", noises, least=1), as_number("u", u)
         field, rows = self._field(row, precision), self._rows(x, ids, row)
         found = rows.empty(self.config.d_mlp * (blocks if block is None else 1)).zero_()
         for piece in rows.pieces(blocks):
@@ -256,8 +254,9 @@ class ActivationPrior(PriorModule):
                 found[piece.at] += (torch.cat(hidden, dim=1) if block is None else hidden[block]) / noises
         return found
 
-    def _field(self, row: int, precision: Precision = "float32") -> VelocityField:
-        return self.velocities.field(self.denoiser, row, precision)
+    def _field(self, row: int, precision: PrecisionOption | None = None) -> VelocityField:
+        chosen = self.precision if precision is None else precision_on(precision, self.device)
+        return self.velocities.field(self.denoiser, row, chosen)
 
     def _rows(self, x: Any, ids: Ids, row: int) -> Rows:
         return Rows(x, ids, self.config, self.normalizer, row)

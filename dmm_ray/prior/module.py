@@ -8,13 +8,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
+from dmm_ray.precision import Precision, PrecisionOption, precision_on
 from dmm_ray.prior import folder, publish
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.prior.velocities import Velocities
+from dmm_ray.seeds import MASK64, as_seed
 
 
 class PriorModule(nn.Module):
@@ -26,6 +29,7 @@ class PriorModule(nn.Module):
         normalizer: statistics of each layer.
         calibration: tables behind the percentiles, or None.
         velocities: the network as a field, in several number formats.
+        precision: the one that the operations take where they are told none.
     """
 
     def __init__(self, config: PriorConfig, denoiser: Denoiser, normalizer: Normalizer) -> None:
@@ -35,6 +39,7 @@ class PriorModule(nn.Module):
         self.normalizer = normalizer
         self.calibration: Calibration | None = None
         self.velocities = Velocities(config)
+        self.precision: Precision = "float32"
         self.eval()
         self.requires_grad_(False)
 
@@ -57,15 +62,28 @@ class PriorModule(nn.Module):
     def untrained(cls, config: PriorConfig, mean: Tensor, var: Tensor, seed: int = 0) -> Self:
         """A prior with random weights, from per-layer statistics mean and var, (d,) or (L, d)."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(as_seed(seed) & MASK64)
             denoiser = new_denoiser(config)
         shape = (len(config.layers), config.d)
         normalizer = Normalizer(mean.reshape(shape), var.reshape(shape), config.variance_floor)
         return cls(config, denoiser, normalizer)
 
     @classmethod
-    def from_pretrained(cls, source: str, device: str = "cpu", revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        source: str,
+        device: str = "cpu",
+        revision: str | None = None,
+        precision: PrecisionOption = "float32",
+    ) -> Self:
         """Load a prior, ours or a published one, from a folder, an fsspec URI or a Hugging Face Hub id.
+
+        Args:
+            source: where it is.
+            device: a torch device.
+            revision: branch, tag or commit of a hub id.
+            precision: of the network's products where an operation is told none; ``auto`` is bfloat16 where the device
+                is fast in it.
 
         Raises:
             UserError: not a prior, a damaged file, or weights that do not fit the configuration.
@@ -85,6 +103,7 @@ class PriorModule(nn.Module):
                 f"{source}: weights do not fit config.json: {' '.join(str(e).split())[:300]}"
             ) from e
         prior = cls(config, denoiser, statistics).to(device)
+        prior.precision = precision_on(precision, device)
         prior.calibration = Calibration.load(path)
         return prior
 
@@ -129,7 +148,7 @@ class PriorModule(nn.Module):
         """The index of ``layer`` among the modelled ones. Raises UserError for another, or None with several."""
         if layer is None and len(self.layers) == 1:
             return 0
-        if layer is None or layer not in self.layers:
+        if layer is None or as_integer("layer", layer) not in self.layers:
             raise UserError(f"layer: this prior models {', '.join(map(str, self.layers))} (got {layer})")
         return self.layers.index(layer)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
+from dmm_ray.seeds import MASK64, as_seed
 
 STREAM_PATH, STREAM_SAMPLE, STREAM_ENCODE, STREAM_PAIRS = range(4)
 """Independent noises of one row, by what they are for: see ``stream`` in :func:`normal`."""
@@ -22,7 +23,6 @@ ROUNDS = 10
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
-MASK64 = (1 << 64) - 1
 
 
 def _mix(x: int) -> int:
@@ -72,7 +72,7 @@ def row_ids(ids: Tensor | np.ndarray | None, n: int, device: torch.device | str 
 
 def random_words(seed: int, ids_N2: Tensor, blocks: int, stream: int = 0) -> Tensor:
     """Random 32-bit words as int64 (n, 4 * blocks), keyed by (seed, stream), counted by (id, word)."""
-    key = _mix(_mix(seed & MASK64) ^ (stream & MASK64))
+    key = _mix(_mix(as_seed(seed) & MASK64) ^ (stream & MASK64))
     first, second = ids_N2[:, :1], ids_N2[:, 1:]
     block = torch.arange(blocks, device=ids_N2.device)[None]
     words = philox((block, second & MASK, first & MASK, (first >> 32) & MASK), (key & MASK, key >> 32))

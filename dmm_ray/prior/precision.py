@@ -1,28 +1,17 @@
-"""Number formats of the network's matrix products."""
+"""Float32 products that are float32 whatever the process has set."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-
-from dmm_ray.errors import UserError
-
-Precision = Literal["float32", "bfloat16"]
-"""``float32``: as the weights are held. ``bfloat16``: products in bfloat16; states, sums and sinusoids in float32."""
 
 _lock = threading.Lock()
 _inside = 0
 _restore: Callable[[], None]
-
-
-def check_precision(precision: str) -> None:
-    """Raises UserError for another format than those of :data:`Precision`."""
-    if precision not in ("float32", "bfloat16"):
-        raise UserError(f"precision: float32 or bfloat16 is needed (got {precision!r})")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -80,8 +81,7 @@ class Solver:
         Raises:
             UserError: fewer than one step, or levels outside [0, 1].
         """
-        if steps < 1:
-            raise UserError(f"steps: at least 1 is needed (got {steps})")
+        steps = as_integer("steps", steps, least=1)
         for u in (start, stop):
             check_level(u)
         way = [k / steps for k in range(steps + 1)]
@@ -148,5 +148,5 @@ def _combine(z: Tensor, width: float, weights: tuple[float, ...], slopes: list[T
 
 def check_level(u: float) -> None:
     """Raises UserError unless u is a noise level in [0, 1]."""
-    if not 0.0 <= u <= 1.0:
+    if not 0.0 <= as_number("u", u) <= 1.0:
         raise UserError(f"u: a noise level in [0, 1] is needed, 0 data and 1 noise (got {u})")

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmm_ray.precision import Precision
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
-from dmm_ray.prior.precision import Precision, check_precision, exact_float32
+from dmm_ray.prior.precision import exact_float32
 
 GATE_FLOATS = 1 << 24
 """Remembered time paths hold about this many numbers at most."""
@@ -47,8 +48,7 @@ class Velocities:
         self.options, self._weights = options, ()
 
     def field(self, denoiser: Denoiser, row: int, precision: Precision = "float32") -> VelocityField:
-        """The velocity at the layer of index ``row``. Raises UserError for another precision."""
-        check_precision(precision)
+        """The velocity at the layer of index ``row``."""
         # In-place updates count up the version; a move or a cast changes the address.
         weights = tuple((p.data_ptr(), p._version) for p in denoiser.parameters())
         if weights != self._weights:

@@ -107,6 +107,7 @@ def _prior(name: str, source: str, config: AppConfig) -> Application:
     )
     return deployment.bind(
         "cuda" if config.gpus else "cpu",
+        config.precision,
         max(1, int(config.cpus)),
         config.max_batch_rows,
         config.batch_wait_ms / 1000,
@@ -125,4 +126,6 @@ def _subject(config: AppConfig) -> Application | None:
         ray_actor_options={"num_cpus": config.subject_cpus, "num_gpus": config.subject_gpus},
     )
     device = "cuda" if config.subject_gpus else "cpu"
-    return deployment.bind(model, directions, config.priors, device, max(1, int(config.subject_cpus)))
+    threads = max(1, int(config.subject_cpus))
+    formats = (config.precision, config.compute_dtype)
+    return deployment.bind(model, directions, config.priors, device, formats, threads)

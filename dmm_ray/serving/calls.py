@@ -22,6 +22,8 @@ class PriorInfo(NamedTuple):
     layers: tuple[int, ...]
     n_blocks: int
     d_mlp: int
+    precision: str
+    """Of the network's products."""
     exact_trace: bool
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dmm_ray.config import Config
+from dmm_ray.precision import PrecisionOption
 
 MOST_ROWS = 1 << 16
 """No configuration allows more rows, or numbers in a row, than this."""
@@ -62,6 +63,9 @@ class AppConfig(Config):
     """CPUs reserved for each process of a prior; also its number of threads, rounded down, at least 1."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs for each process of a prior, fractions allowed; 0 computes on CPU."""
+    precision: PrecisionOption = "auto"
+    """Of the matrix products of priors; states and sums are float32. auto is bfloat16 where a process's device is fast
+    in it, else float32; `GET /v1/models` says which."""
     max_batch_rows: int = Field(default=1024, gt=0)
     """Rows of one solver call: small requests are joined up to it, large ones cut."""
     batch_wait_ms: float = Field(default=2.0, ge=0)
@@ -98,6 +102,8 @@ class AppConfig(Config):
     """CPUs reserved for each process of the language model."""
     subject_gpus: float = Field(default=0.0, ge=0)
     """GPUs for each process of the language model, fractions allowed; 0 computes on CPU."""
+    compute_dtype: PrecisionOption = "auto"
+    """Number format of the language model's computation; auto as for precision."""
     max_ongoing_texts: int = Field(default=8, gt=0)
     """Text requests that one process of the language model holds at a time."""
     limits: Limits = Limits()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from dmm_ray.errors import CheckFailed
+from dmm_ray.precision import PrecisionOption
 from dmm_ray.serving.batching import Columns, RowBatcher, Rows
 from dmm_ray.serving.calls import Call, PriorInfo
 from dmm_ray.serving.metrics import SolverMetrics
@@ -44,6 +45,7 @@ class PriorDeployment:
 
     Args:
         device: where it computes, ``cpu`` or ``cuda``.
+        precision: of the prior's products; ``auto`` goes by the device.
         threads: CPU threads of the solver.
         max_batch_rows: rows of one solver call.
         batch_wait_s: how long to wait for rows to join the first.
@@ -51,13 +53,19 @@ class PriorDeployment:
     """
 
     def __init__(
-        self, device: str, threads: int, max_batch_rows: int, batch_wait_s: float, hung_s: float
+        self,
+        device: str,
+        precision: PrecisionOption,
+        threads: int,
+        max_batch_rows: int,
+        batch_wait_s: float,
+        hung_s: float,
     ) -> None:
         # Imported here: the ingress imports this module to name the deployment, and does without torch.
         import torch
 
         torch.set_num_threads(threads)
-        self._device = device
+        self._device, self._precision = device, precision
         self._hung_s = hung_s
         self._prior: ActivationPrior | None = None
         self._batcher = RowBatcher[Call](self._solve, max_batch_rows, batch_wait_s)
@@ -74,12 +82,14 @@ class PriorDeployment:
         apart = ThreadPoolExecutor(1)  # the solver's thread goes on with the prior before
         try:
             loop = asyncio.get_running_loop()
-            prior = await loop.run_in_executor(apart, _warm, source, self._device)
+            prior = await loop.run_in_executor(apart, _warm, source, self._device, self._precision)
         finally:
             apart.shutdown(wait=False)
         self._prior = prior
         c = prior.config
-        logger.info("serving %s on %s: d %d, layers %s", source, self._device, c.d, c.layers)
+        logger.info(
+            "serving %s on %s in %s: d %d, layers %s", source, self._device, prior.precision, c.d, c.layers
+        )
 
     async def check_health(self) -> None:
         """Run the model on one row if it is idle; Serve replaces this process when this raises."""
@@ -95,8 +105,9 @@ class PriorDeployment:
         from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D
 
         assert self._prior
-        c = self._prior.config
-        return PriorInfo(c.d, c.layers, c.n_blocks, c.d_mlp, exact_trace=c.d <= EXACT_TRACE_MAX_D)
+        c, precision = self._prior.config, self._prior.precision
+        exact = c.d <= EXACT_TRACE_MAX_D
+        return PriorInfo(c.d, c.layers, c.n_blocks, c.d_mlp, precision, exact_trace=exact)
 
     async def compute(self, call: Call, rows: Rows) -> Columns:
         """The answer to a checked request, computed together with others that ask the same of other rows."""
@@ -115,7 +126,7 @@ class PriorDeployment:
         return columns
 
 
-def _warm(source: str, device: str) -> ActivationPrior:
+def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPrior:
     """A loaded prior that has done each operation once.
 
     Raises:
@@ -124,7 +135,7 @@ def _warm(source: str, device: str) -> ActivationPrior:
     """
     from dmm_ray.prior import ActivationPrior
 
-    prior = ActivationPrior.from_pretrained(source, device=device)
+    prior = ActivationPrior.from_pretrained(source, device=device, precision=precision)
     layer, row = prior.layers[0], _one_sample(prior)
     prior.log_prob(row, steps=1, probes=1, layer=layer)
     prior.denoise(row, steps=1, layer=layer)

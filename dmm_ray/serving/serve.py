@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from dmm_ray.cluster import ensure_ray
+from dmm_ray.cluster import cluster_address, ensure_ray
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.serving.auth import settled
 from dmm_ray.serving.config import ServeConfig
@@ -91,7 +91,7 @@ def running(config: ServeConfig) -> Iterator[str]:
 
 def _use_haproxy(late: bool) -> None:
     """Have the Serve that is started next use HAProxy. Raises UserError where that is too late, or was before."""
-    if late or os.environ.get("RAY_ADDRESS") or "ray.serve" in sys.modules:
+    if late or cluster_address() or "ray.serve" in sys.modules:
         settings = " ".join(f"{name}={value}" for name, value in HAPROXY.items())
         raise UserError(f"proxy: haproxy is up to the cluster; start every node of it with {settings}")
     os.environ.update(HAPROXY)

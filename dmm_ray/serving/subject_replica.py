@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +18,7 @@ import numpy as np
 from ray import serve
 
 from dmm_ray.errors import UserError
+from dmm_ray.precision import PrecisionOption, precision_on
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.text_schemas import (
     DirectionInfo,
@@ -47,6 +49,7 @@ class SubjectDeployment:
         directions: folder of steering directions, if any.
         priors: folder or hub id of each prior by name, the default one first.
         device: where it computes, ``cpu`` or ``cuda``.
+        formats: precision of the priors' products, and number format of the language model's computation.
         threads: CPU threads of torch.
 
     Raises:
@@ -54,7 +57,13 @@ class SubjectDeployment:
     """
 
     def __init__(
-        self, model: str, directions: str | None, priors: dict[str, str], device: str, threads: int
+        self,
+        model: str,
+        directions: str | None,
+        priors: dict[str, str],
+        device: str,
+        formats: tuple[PrecisionOption, PrecisionOption],
+        threads: int,
     ) -> None:
         # Imported here: the HTTP side imports this module to name the deployment, and does without torch.
         import torch
@@ -64,13 +73,17 @@ class SubjectDeployment:
         torch.set_num_threads(threads)
         # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
         self._compute = ThreadPoolExecutor(1)
-        self._model = self._compute.submit(LanguageModel.load, model, device=device).result()
-        self._priors = self._compute.submit(self._fitting, priors, device).result()
+        precision, compute_dtype = formats[0], precision_on(formats[1], device)
+        load = partial(LanguageModel.load, model, device=device, dtype=getattr(torch, compute_dtype))
+        self._model = self._compute.submit(load).result()
+        self._priors = self._compute.submit(self._fitting, priors, device, precision).result()
         self._directions = load_directions(directions) if directions else {}
         for direction in self._directions.values():
             self._check(direction)
         self._compute.submit(self._probe).result()
-        logger.info("serving %s on %s, directions: %d", model, device, len(self._directions))
+        logger.info(
+            "serving %s on %s in %s, directions: %d", model, device, compute_dtype, len(self._directions)
+        )
 
     async def describe(self) -> SubjectInfo:
         """The model's shape; an answer also says that this process is up."""
@@ -80,7 +93,7 @@ class SubjectDeployment:
             name=Path(m.model_id).name if Path(m.model_id).is_absolute() else m.model_id,
             layers=m.n_layers,
             context=m.context,
-            generates=not m.bidirectional,
+            generates=m.generates,
             priors=list(self._priors),
             directions=directions,
         )
@@ -173,13 +186,15 @@ class SubjectDeployment:
             raise RequestError(422, f"model: {name} is no prior of this language model's activations")
         return self._priors[name]
 
-    def _fitting(self, sources: dict[str, str], device: str) -> dict[str, ActivationPrior]:
+    def _fitting(
+        self, sources: dict[str, str], device: str, precision: PrecisionOption
+    ) -> dict[str, ActivationPrior]:
         """The priors of this model's activations, by width and layers."""
         from dmm_ray.prior import ActivationPrior
 
         m, found = self._model, {}
         for name, source in sources.items():
-            prior = ActivationPrior.from_pretrained(source, device=device)
+            prior = ActivationPrior.from_pretrained(source, device=device, precision=precision)
             if prior.d == m.d and max(prior.layers) < m.n_layers:
                 found[name] = prior
             elif not found:

@@ -125,7 +125,10 @@ class TextRoutes:
         """The priors and the language model."""
         priors, subject = self._context.priors, self._context.subject
         infos = {name: await priors.info(name) for name in priors.names}
-        models = [ModelInfo(name=name, d=i.d, layers=list(i.layers)) for name, i in infos.items()]
+        models = [
+            ModelInfo(name=name, d=i.d, layers=list(i.layers), precision=i.precision)
+            for name, i in infos.items()
+        ]
         return _json(
             ModelsAnswer(models=models, subject=None if subject is None else await subject.ask("describe"))
         )

@@ -149,6 +149,7 @@ class ModelInfo(BaseModel):
     name: str
     d: int = Field(description="Width of an activation.")
     layers: list[int] = Field(description="Blocks of the language model that it models.")
+    precision: str = Field(description="Of its matrix products: float32 or bfloat16.")
 
 
 class SubjectInfo(BaseModel):
@@ -157,7 +158,7 @@ class SubjectInfo(BaseModel):
     name: str
     layers: int = Field(description="How many blocks it has.")
     context: int = Field(description="Most tokens of a text.")
-    generates: bool = Field(description="Whether it predicts next tokens; an encoder does not.")
+    generates: bool = Field(description="Whether text can be generated with it: tried when it was loaded.")
     priors: list[str] = Field(description="Names of the priors of its activations.")
     directions: list[DirectionInfo]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from inspect import signature
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dmm_ray.subject.source import SubjectSource, check_layers
 Hook = Callable[[Tensor], Tensor | None]
 """Sees a block's output (b, t, d); returns its replacement, or None to leave it."""
 TRIAL_TOKENS, TRIAL_IDS = 24, 200
-"""Length and least vocabulary of the sequences with which packing is tried out."""
+"""Length of the sequences that a model is tried out with, and most token ids in them."""
 TRIAL_TOLERANCE = 0.05
 """Mean difference of a row relative to its norm; sequences that see each other differ by several times that."""
 
@@ -54,9 +53,8 @@ class SubjectModel:
         self._model = loaded.model
         self._blocks: nn.ModuleList = text_model(loaded.model).get_submodule(path)
         self._causal = is_causal(loaded.model) is True
-        arguments = signature(type(loaded.model).forward).parameters
-        self._takes_positions = "position_ids" in arguments
-        self._no_cache = {"use_cache": False} if "use_cache" in arguments else {}
+        for config in (loaded.model.config, loaded.model.config.get_text_config()):
+            config.use_cache = False  # nothing reads a cache, unless it is asked for
         self._first_position = position_offset(loaded.model)
 
     @classmethod
@@ -170,8 +168,9 @@ class SubjectModel:
         Raises:
             UserError: a layer that is not loaded, or a block whose output is not (b, t, d).
         """
+        options = self._options(attention_mask)
         with self._capturing(layers, input_ids.shape) as captured:
-            self._forward(input_ids, attention_mask)
+            self._model(input_ids=input_ids, **options)
         return captured
 
     @torch.no_grad()
@@ -196,7 +195,7 @@ class SubjectModel:
             packing(self._model, lengths, self.device) as pack,
         ):
             positions = pack.positions() + self._first_position
-            self._model(input_ids=tokens, position_ids=positions, **self._no_cache)
+            self._model(input_ids=tokens, position_ids=positions)
         if pack.calls < max(layers) + 1:
             raise CannotPackError(f"{type(self._model).__name__} has attention of its own")
         return {layer: hidden[0] for layer, hidden in captured.items()}
@@ -204,14 +203,14 @@ class SubjectModel:
     @cached_property
     def packable(self) -> bool:
         """Whether ``capture_packed`` can be used: by the kind of model, and by a trial with three short sequences."""
-        if not self._causal or not may_pack(self._model, self.source.config.get_text_config()):
+        if not self._causal or not may_pack(self.source.config.get_text_config()):
             return False
         layer, length = len(self._blocks) - 1, min(TRIAL_TOKENS, self.context)
-        trial = [[(7 * i + n) % TRIAL_IDS for i in range(n)] for n in (length, length - 3, 2)]
+        trial = [self.trial_ids(n) for n in (length, length - 3, 2)]
         alone = torch.cat([self.capture(*self.pad([ids]), [layer])[layer][0] for ids in trial]).float()
         try:
             packed = self.capture_packed(trial, [layer])[layer].float()
-        except CannotPackError:
+        except (CannotPackError, TypeError):  # TypeError: its forward takes no positions
             return False
         difference = (packed - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-12)
         return float(difference.mean()) <= TRIAL_TOLERANCE
@@ -248,8 +247,9 @@ class SubjectModel:
             edited = edit(hidden.to(self.device).float()).to(hidden)
             return torch.cat([hidden[:, :1], edited[:, 1:]], dim=1)
 
+        options = self._options(attention_mask)
         with self._hooks({} if layer is None else {layer: replace}):
-            logits = self._forward(input_ids, attention_mask).logits
+            logits = self._model(input_ids=input_ids, **options).logits
         losses = torch.stack(
             [
                 F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
@@ -258,17 +258,39 @@ class SubjectModel:
         )
         return losses.masked_fill(attention_mask[:, 1:] == 0, float("nan"))
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Run the model. Under causal attention nothing sees padding on the right: no mask is needed then,
-        which leaves the attention kernels their fast path. Other padding moves the tokens' positions."""
+    def _options(self, attention_mask: Tensor) -> dict[str, Any]:
+        """What a forward pass is told beside the tokens. Call it outside of hooks: it may try the model out.
+
+        Under causal attention nothing sees padding on the right: no mask is needed then, which leaves the attention
+        kernels their fast path. Other padding moves the tokens' positions.
+        """
         options: dict[str, Any] = {"attention_mask": attention_mask}
         if bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
             if self._causal:
                 options["attention_mask"] = None
-        elif self._takes_positions:
+        elif self._uses_positions:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + self._first_position
             options["position_ids"] = positions
-        return self._model(input_ids=input_ids, **self._no_cache, **options)
+        return options
+
+    def trial_ids(self, n: int) -> list[int]:
+        """``n`` token ids of its vocabulary, to try something out with."""
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        return [(7 * i + n) % min(TRIAL_IDS, vocabulary) for i in range(n)]
+
+    @cached_property
+    def _uses_positions(self) -> bool:
+        """Whether positions can be given, and matter: tried with others than the default."""
+        ids = torch.tensor([self.trial_ids(3)], device=self.device)
+        positions = self._first_position + torch.tensor([[0, 1, 3]], device=self.device)
+        layer = len(self._blocks) - 1
+        plain = self.capture(ids, torch.ones_like(ids), [layer])[layer]
+        with self._capturing([layer], ids.shape) as captured:
+            try:
+                self._model(input_ids=ids, position_ids=positions)
+            except TypeError:
+                return False
+        return not torch.equal(plain, captured[layer])
 
     @contextmanager
     def _capturing(self, layers: Sequence[int], shape: torch.Size) -> Iterator[dict[int, Tensor]]:

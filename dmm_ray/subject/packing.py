@@ -6,7 +6,6 @@ not take its attention from there, or needs more of it than causal or sliding-wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -144,9 +143,8 @@ def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> I
             config._attn_implementation = before[key]
 
 
-def may_pack(model: nn.Module, config: Any) -> bool:
-    """Whether nothing in ``config`` (of the text model) or the signature speaks against packing; a trial decides."""
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+def may_pack(config: Any) -> bool:
+    """Whether nothing in ``config`` (of the text model) speaks against packing; a trial decides."""
     known = set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS
     biased = getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None)
-    return takes_positions and known and not biased
+    return known and not biased

@@ -13,9 +13,11 @@ from dmm_ray.activations.split import VALIDATION, Split, hash_documents
 from dmm_ray.activations.store import ActivationStore, RowGroup, Rows
 from dmm_ray.errors import UserError
 from dmm_ray.files import absolute
+from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.calibrate import WIDTHS, calibrate
 from dmm_ray.prior.calibration import Calibration
+from dmm_ray.seeds import numpy_rng
 from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,12 @@ class Places(NamedTuple):
 
 
 def calibrate_prior_on_store(
-    folder: str, store: str, rows: int = 2048, seed: int = 0, device: str = "auto"
+    folder: str,
+    store: str,
+    rows: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Calibrate a prior on a store as :func:`calibration_of`; writes ``calibration.safetensors`` into its folder.
 
@@ -57,12 +64,13 @@ def calibrate_prior_on_store(
         rows: about how many to take of each layer.
         seed: of the draw and of the scores' noise.
         device: cpu, cuda or auto.
+        precision: of the network's products.
 
     Raises:
         UserError: no such folder or store, or as :func:`calibration_of`.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    prior = ActivationPrior.from_pretrained(folder, device=place)
+    prior = ActivationPrior.from_pretrained(folder, device=place, precision=precision)
     calibration_of(prior, ActivationStore.open(store), rows, seed).save(absolute(folder))
 
 
@@ -101,7 +109,7 @@ def candidates(store: ActivationStore, layer: int, split: Split | None, rows: in
     every = store.row_groups(layer)
     groups: list[RowGroup] = []
     found, count = [], 0
-    for i in np.random.default_rng(seed).permutation(len(every)):
+    for i in numpy_rng(seed).permutation(len(every)):
         seen = store.read(layer, every[i], ("doc", "position"))
         inside = np.flatnonzero(
             np.ones(len(seen.doc), bool) if split is None else split.of(seen.doc) == VALIDATION
@@ -171,7 +179,7 @@ def _chances(rate: np.ndarray, counts: np.ndarray, rows: int) -> np.ndarray:
 
 def _systematic(chance: np.ndarray, seed: int) -> np.ndarray:
     """Which units are taken, each with its own probability and of their sum as many (Madow 1949), in a random order."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_rng(seed)
     order = rng.permutation(len(chance))
     passed = np.floor(np.cumsum(chance[order]) + rng.random())
     taken = np.empty(len(chance), dtype=bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from pydantic import ValidationError
 
 from dmm_ray.activations.lock import LOCK
@@ -9,43 +11,64 @@ from dmm_ray.config import one_line
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, join, read_json, write_json
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.training.config import TrainConfig, check_same
+from dmm_ray.training.config import FREE_FIELDS, TrainConfig
 
 RUN, SUMMARY = "train.json", "summary.json"
 
 
-def is_finished(config: TrainConfig, prior_config: PriorConfig) -> bool:
-    """Whether the run is finished in its folder already; writes nothing.
+class SavedRun(NamedTuple):
+    """What a run's folder says of it."""
+
+    out: str
+    config: TrainConfig
+    """With the number of samples and the precision that were chosen for it."""
+    prior: dict[str, Any]
+    """The configuration of the prior to be."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return exists(join(self.out, SUMMARY))
+
+    def check(self, asked: TrainConfig, prior_config: PriorConfig) -> None:
+        """Raises UserError naming the first field in which a resumed run would differ from this one."""
+        for field in TrainConfig.model_fields:
+            old, new = getattr(self.config, field), getattr(asked, field)
+            if field not in FREE_FIELDS and old != new:
+                raise UserError(
+                    f"{self.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same "
+                    "value"
+                )
+        for field, value in prior_config.model_dump(mode="json").items():
+            if (there := self.prior.get(field)) != value:
+                raise UserError(
+                    f"{self.out}: holds a run on another store or model ({field} = {there!r}, not {value!r}); "
+                    "choose another --out"
+                )
+
+
+def saved_run(out: str) -> SavedRun | None:
+    """The run in a folder; None where it is free.
 
     Raises:
-        UserError: the folder holds another run, or something else.
+        UserError: the folder holds something else.
     """
-    marker = join(config.out, RUN)
+    marker = join(out, RUN)
     if not exists(marker):
-        _check_empty(config.out)
-        return False
+        _check_empty(out)
+        return None
     saved = read_json(marker)
     try:
-        check_same(TrainConfig.model_validate(saved["train"]), config)
+        return SavedRun(out, TrainConfig.model_validate(saved["train"]), saved["prior"])
     except (KeyError, ValidationError) as e:
         why = one_line(e) if isinstance(e, ValidationError) else f"no {e}"
         raise UserError(f"{marker}: not a run of this version ({why}); choose another --out") from e
-    for field, new in prior_config.model_dump(mode="json").items():
-        if (old := saved["prior"].get(field)) != new:
-            raise UserError(
-                f"{config.out}: holds a run on another store or model ({field} = {old!r}, not {new!r}); "
-                "choose another --out"
-            )
-    return exists(join(config.out, SUMMARY))
 
 
 def claim(config: TrainConfig, prior_config: PriorConfig) -> None:
-    """Take a folder that is free for this run, whose lock is held."""
-    marker = join(config.out, RUN)
-    if not exists(marker):
-        write_json(
-            marker, {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
-        )
+    """Take a free folder, whose lock is held, for this run."""
+    marker = {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
+    write_json(join(config.out, RUN), marker)
 
 
 def _check_empty(out: str) -> None:

@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 
 from dmm_ray.activations.split import Split
 from dmm_ray.config import Config
-from dmm_ray.errors import UserError
+from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior.flow import LEVELS
 
+DEFAULT_SAMPLES = 100_000_000
 Preset = Literal["auto", "glp-d3", "glp-d6", "glp-d12", "glp-d24"]
 
 
@@ -40,8 +41,11 @@ class TrainConfig(Config):
     """Activation store to learn from: a folder or URI that `dmm extract` wrote."""
     out: str
     """Prior folder to write. The same command on an unfinished folder resumes."""
-    samples: int = Field(default=100_000_000, ge=1)
-    """Activations to train on, repeats counted; rounded up to whole batches."""
+    samples: int | None = Field(default=None, ge=1)
+    """Activations to train on, repeats counted; rounded up to whole batches. Default 100,000,000."""
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Instead of samples: as many as this machine trains on in about this time, by a trial of some seconds before the
+    run. A resumed run keeps the number."""
     layer: int | None = None
     """Which of the store's layers; needed when it has several."""
     preset: Preset = "auto"
@@ -68,8 +72,9 @@ class TrainConfig(Config):
     """Largest gradient norm."""
     ema: float = Field(default=0.05, gt=0, lt=0.25)
     """Width of the power-function average of the weights, relative to the run so far (sigma_rel of EDM2)."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the matrix products; weights, sums and the optimiser are float32."""
+    precision: PrecisionOption = "auto"
+    """Of the matrix products; weights, sums and the optimiser are float32. auto is bfloat16 where the workers' devices
+    are fast in it, else float32; a resumed run keeps what was chosen."""
     compile: bool | None = None
     """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
     time, about 20 s."""
@@ -145,7 +150,7 @@ class TrainConfig(Config):
     @property
     def total_batches(self) -> int:
         """Global batches of the whole run."""
-        return -(-self.samples // self.batch)
+        return -(-(self.samples or DEFAULT_SAMPLES) // self.batch)
 
     @property
     def total_samples(self) -> int:
@@ -196,13 +201,3 @@ FREE_FIELDS = frozenset(
     | {"calibration_rows", "peak_tflops", "wandb", "wandb_project"}
 )
 """Fields that a resumed run may change: they touch no number of the run."""
-
-
-def check_same(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Raises UserError naming the first field in which a resumed run would differ from the one in the folder."""
-    for field in TrainConfig.model_fields:
-        old, new = getattr(saved, field), getattr(asked, field)
-        if field not in FREE_FIELDS and old != new:
-            raise UserError(
-                f"{asked.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same value"
-            )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 
 import torch
@@ -18,6 +19,7 @@ from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.model import ActivationPrior
 from dmm_ray.prior.module import new_denoiser
 from dmm_ray.prior.normalizer import Normalizer
+from dmm_ray.seeds import MASK64
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.interval import Interval, batch_figures, means
@@ -43,11 +45,14 @@ class Run:
         place: rank, world size, device. With several workers torch.distributed is set up; ``fsdp`` needs it always.
 
     Raises:
+        ValueError: a precision that is still open.
         UserError: fewer training rows than a batch, rows that are not finite, a checkpoint of another architecture.
         CheckFailed: workers found different checkpoints.
     """
 
     def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: Place) -> None:
+        if config.precision == "auto":
+            raise ValueError("precision: a run is told which one; dmm_ray.training.settle chooses it")
         self.config, self.prior_config, self.place = config, prior_config, place
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
@@ -55,7 +60,7 @@ class Run:
         mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
         self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(place.device)
         self.loader = self._loader(store)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed & MASK64)
         compiled = config.compile if config.compile is not None else place.device.type == "cuda"
         self.model = Model(new_denoiser(prior_config), place, config.parallel == "fsdp", compiled)
         self.denoiser = self.model.denoiser
@@ -108,6 +113,20 @@ class Run:
         self._export()
         return True
 
+    def step_seconds(self) -> Generator[float]:
+        """Train on and on, giving the seconds of every step; for a trial: nothing is logged or saved."""
+        share = self.place.share(self.config.batch)
+        with closing(self.loader.batches(self.batch, self.config.batch, share)) as batches:
+            started = time.perf_counter()
+            for rows in batches:
+                self._step(rows, share)
+                self.batch += 1
+                if self.place.device.type == "cuda":
+                    torch.cuda.synchronize(self.place.device)
+                now = time.perf_counter()
+                yield now - started
+                started = now
+
     def _step(self, rows: Tensor, share: slice) -> Tensor:
         """One global batch; returns this worker's figures of it without waiting for the device."""
         config, place = self.config, self.place
@@ -137,7 +156,7 @@ class Run:
         sums = interval.sums()
         validate_every = config.every(config.validate_every, 10)
         validate = self.batch % validate_every < log_every or self.batch == config.total_batches
-        validation_loss = self._validation_loss() if validate else None
+        validation_loss = self.validation_loss() if validate else None
         if tracker:
             levels = min(config.levels_per_batch, config.batch)
             tracker.log(
@@ -164,7 +183,7 @@ class Run:
     def _save(self, writer: checkpoint.Writer | None) -> None:
         """Have a checkpoint written; the figures since the last record go into it."""
         sums = self.interval.sums()
-        loss = self._validation_loss() if self.config.keep_best else None
+        loss = self.validation_loss() if self.config.keep_best else None
         if writer is not None:
             tensors = snapshot(self.denoiser, self.optimizer, self.ema)
             if self.place.rank == 0:
@@ -182,7 +201,7 @@ class Run:
             )
         return loader
 
-    def _validation_loss(self) -> float | None:
+    def validation_loss(self) -> float | None:
         """Loss of the averaged weights on the fixed validation pairs. Every worker asks at once."""
         if self.validation is None:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dmm_ray.cluster import ensure_ray
+from dmm_ray.cluster import cluster_address, ensure_ray
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.files import exists, filesystem, join, read_json, remove_folder, write_json
 from dmm_ray.prior.config import PriorConfig
@@ -51,7 +51,8 @@ def train_on_ray(
     if (samples := checkpoint.newest(config.out)) is not None:  # the workers' own log does not reach the user
         logger.info("resuming after %d samples", samples)
     clear(config.out)
-    needs = needed(config)
+    needs = worker_needs(config)
+    warn_of_waiting(config, needs)
     trainer = _trainer(config, prior_config, needs)
     with Interrupt() as interrupt:
         fit = _Fit(trainer)
@@ -76,18 +77,6 @@ def train_on_ray(
     return needs
 
 
-def run_like_a_worker(needs: dict[str, float], function: Callable[..., None], *arguments: object) -> None:
-    """Call ``function`` once on the cluster, with the resources of a worker. Raises what it raises."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1)(function)
-    try:
-        ray.get(task.remote(*arguments))
-    except RayTaskError as e:
-        raise e.cause from e
-
-
 def _free(wanted: dict[str, float]) -> dict[str, float]:
     """What is free on the cluster: work that has just ended is given some seconds to let go of what is wanted."""
     import ray
@@ -100,10 +89,8 @@ def _free(wanted: dict[str, float]) -> dict[str, float]:
         time.sleep(LET_GO_S / 20)
 
 
-def needed(config: TrainConfig) -> dict[str, float]:
+def worker_needs(config: TrainConfig) -> dict[str, float]:
     """The resources of one worker on the cluster that this process is connected to.
-
-    Warns when the workers have to wait for some, or leave no CPU to others.
 
     Raises:
         UserError: the cluster has not enough for the fewest workers.
@@ -111,20 +98,26 @@ def needed(config: TrainConfig) -> dict[str, float]:
     import ray
 
     has = ray.cluster_resources()
-    use_gpu = config.device == "cuda" or (
-        config.device == "auto" and has.get("GPU", 0) >= (config.min_workers or config.workers)
-    )
+    fewest = config.min_workers or config.workers
+    use_gpu = config.device == "cuda" or (config.device == "auto" and has.get("GPU", 0) >= fewest)
     cpus = config.cpus_per_worker or (
         1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / config.workers))
     )
     needs = {"CPU": cpus} | ({"GPU": 1.0} if use_gpu else {})
-    fewest = config.min_workers or config.workers
     for kind, each in needs.items():
         if each * fewest > has.get(kind, 0):
             raise UserError(
                 f"workers: {fewest} of {each:g} {kind}s need more than the cluster's {has.get(kind, 0):g}; "
                 f"lower --workers{' or --cpus-per-worker' if kind == 'CPU' else ''}"
             )
+    return needs
+
+
+def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
+    """Say so where the workers have to wait for resources, or leave no CPU to others."""
+    import ray
+
+    has, fewest = ray.cluster_resources(), config.min_workers or config.workers
     free = _free({kind: each * fewest for kind, each in needs.items()})
     for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
@@ -132,12 +125,11 @@ def needed(config: TrainConfig) -> dict[str, float]:
                 "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
                 fewest, each, kind, free.get(kind, 0), has[kind],
             )  # fmt: skip
-    if os.environ.get("RAY_ADDRESS") and cpus * config.workers >= has["CPU"]:
+    if cluster_address() is not None and needs["CPU"] * config.workers >= has["CPU"]:
         logger.warning(
             "workers: they take all %g CPUs of the cluster; Ray Data jobs beside them will wait (--cpus-per-worker)",
             has["CPU"],
         )
-    return needs
 
 
 class _Fit(threading.Thread):

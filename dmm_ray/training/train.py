@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 
 import torch
 
 from dmm_ray.activations.lock import WriterLock, writer_lock
 from dmm_ray.activations.store import ActivationStore
+from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.config import versions
 from dmm_ray.errors import UserError
 from dmm_ray.files import absolute, join, make_folder, write_json
@@ -17,12 +17,19 @@ from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
-from dmm_ray.training.claim import SUMMARY, claim, is_finished
+from dmm_ray.training.claim import SUMMARY, claim, saved_run
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Run
 from dmm_ray.training.notices import Interrupt, Notice
 from dmm_ray.training.parallel import Place
-from dmm_ray.training.ray_trainer import run_like_a_worker, train_on_ray
+from dmm_ray.training.ray_trainer import train_on_ray
+from dmm_ray.training.settle import (
+    check_length,
+    local_device,
+    settle_from,
+    settle_precision,
+    settle_samples,
+)
 from dmm_ray.training.tracking import StatusLines, read_stats
 
 logger = logging.getLogger(__name__)
@@ -43,16 +50,39 @@ def train(config: TrainConfig) -> str:
     config = config.model_copy(
         update={"out": absolute(config.out), "activations": absolute(config.activations)}
     )
-    prior_config = _prior_config(config, ActivationStore.open(config.activations))
-    if not is_finished(config, prior_config):
+    check_length(config)
+    store = ActivationStore.open(config.activations)
+    _prior_config(config, store)  # refuses what does not fit, before anything is written
+    if not _is_finished(config, store):
         make_folder(config.out)
         with writer_lock(config.out) as lock:
-            if not is_finished(config, prior_config):  # another process may have done it since
-                claim(config, prior_config)
-                _train(config, prior_config, lock)
+            if not _is_finished(config, store):  # another process may have done it since
+                config = _settle(config, store)
+                _train(config, _prior_config(config, store), lock)
                 return config.out
     logger.info("%s: this run is finished already", config.out)
     return config.out
+
+
+def _is_finished(config: TrainConfig, store: ActivationStore) -> bool:
+    """Whether the run is finished in its folder already. Raises UserError for a folder of another run."""
+    saved = saved_run(config.out)
+    if saved is None:
+        return False
+    asked = settle_from(config, saved)
+    saved.check(asked, _prior_config(asked, store))
+    return saved.finished
+
+
+def _settle(config: TrainConfig, store: ActivationStore) -> TrainConfig:
+    """The configuration with nothing left open, as the folder says or, in a free one, as it says from now on."""
+    saved = saved_run(config.out)
+    if saved is not None:
+        return settle_from(config, saved)
+    config = settle_precision(config)
+    config = settle_samples(config, _prior_config(config, store))
+    claim(config, _prior_config(config, store))
+    return config
 
 
 def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
@@ -93,16 +123,18 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         subject=manifest.subject.model_dump() | {"tokenizer_hash": manifest.tokenizer_hash},
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
-        training={"samples": config.total_samples, "seed": config.seed, "store": manifest.config_hash},
+        training={
+            "samples": config.total_samples,
+            "seed": config.seed,
+            "precision": config.precision,
+            "store": manifest.config_hash,
+        },
     )
 
 
 def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run in this process."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(config, prior_config, Place(0, 1, torch.device(kind)))
+    run = Run(config, prior_config, Place(0, 1, torch.device(local_device(config.device))))
     with Interrupt() as interrupt:
 
         def notice(_: int) -> Notice:
@@ -122,9 +154,17 @@ def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
         return
     logger.info("calibrating the prior's percentiles")
     device = "cpu" if config.device == "cpu" else "auto"
-    arguments = (config.out, config.activations, config.calibration_rows, config.seed, device)
-    if needs and (os.environ.get("RAY_ADDRESS") or "GPU" in needs):
-        run_like_a_worker(needs, calibrate_prior_on_store, *arguments)
+    arguments = (
+        config.out,
+        config.activations,
+        config.calibration_rows,
+        config.seed,
+        device,
+        config.precision,
+    )
+    if needs and (cluster_address() or "GPU" in needs):
+        resources = {"cpus": needs["CPU"], "gpus": needs.get("GPU", 0.0)}
+        call_on_workers(1, calibrate_prior_on_store, *arguments, **resources)
     else:
         calibrate_prior_on_store(*arguments)
 

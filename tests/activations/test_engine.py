@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 
+from dmm_ray.activations import extract as extract_module
 from dmm_ray.activations.config import ExtractConfig
 from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.engine import Engine, Loading, Task
-from dmm_ray.activations.extract import kept_of, make_manifest
+from dmm_ray.activations.extract import choose_compute_dtype, kept_of, make_manifest
 from dmm_ray.activations.manifest import Record
 from dmm_ray.activations.plan import Sample
 from dmm_ray.activations.resume import finish
@@ -61,7 +62,9 @@ def make_engine(out: Path, batch_tokens: int = 100, **options: Any) -> tuple[Eng
     corpus = Corpus.scan(config.uris)
     window = config.window or source.context
     sample = Sample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
-    manifest = make_manifest(config, source, 3, corpus, window, sample)
+    manifest = make_manifest(
+        config, choose_compute_dtype(config, str(out)), source, 3, corpus, window, sample
+    )
     engine = Engine(
         Task(str(out), manifest, config.max_failed_documents, Loading(batch_tokens, 1, "cpu")), corpus
     )
@@ -143,7 +146,7 @@ def test_bfloat16_is_the_rounded_float32(tiny_subject: Path, mixed_text: Path, t
     options: dict[str, Any] = {"model": str(tiny_subject), "text": str(mixed_text), "layers": [2]}
     exact, _ = extract_all(tmp_path / "a", dtype="float32", **options)
     rounded, _ = extract_all(tmp_path / "b", dtype="bfloat16", compute_dtype="float32", **options)
-    low, _ = extract_all(tmp_path / "c", **options)
+    low, _ = extract_all(tmp_path / "c", compute_dtype="bfloat16", **options)
     assert low.manifest.compute_dtype == low.manifest.dtype == "bfloat16"
     x = all_rows(exact, 2).activation
     assert torch.equal(all_rows(rounded, 2).activation, x.bfloat16())
@@ -423,3 +426,21 @@ def test_failed_documents_within_the_limit_are_recorded(tiny_subject: Path, tmp_
     ):
         extract_all(tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_computation_follows_the_machine_and_a_resume_keeps_it_on_another(
+    tiny_subject: Path, mixed_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    options: dict[str, Any] = {"model": str(tiny_subject), "text": str(mixed_text), "layers": [2]}
+    config = ExtractConfig(out=str(tmp_path / "a"), **options)
+    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda cpus, gpus: fast)
+    store, _ = extract_all(tmp_path / "a", **options)
+    chosen = "bfloat16" if fast else "float32"
+    assert (store.manifest.dtype, store.manifest.compute_dtype) == ("bfloat16", chosen)
+    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda cpus, gpus: not fast)
+    assert choose_compute_dtype(config, config.out) == chosen
+    other = config.model_copy(update={"compute_dtype": "float32" if fast else "bfloat16"})
+    assert choose_compute_dtype(other, config.out) == other.compute_dtype  # which the manifest then refuses
+    wide = ExtractConfig(out=str(tmp_path / "none"), dtype="float32", **options)
+    assert choose_compute_dtype(wide, wide.out) == "float32"

@@ -51,7 +51,7 @@ def extract_here(model: Path, texts: list[str], folder: Path, **options: Any) ->
     config = ExtractConfig(model=str(model), text=str(text), out=str(folder / "store"), **given)
     source, corpus = SubjectSource.resolve(config.model), Corpus.scan(config.uris)
     sample = Sample.draw(corpus, source.context, kept_of(config), config.seed, source.tokenizer)
-    manifest = make_manifest(config, source, 2, corpus, source.context, sample)
+    manifest = make_manifest(config, "float32", source, 2, corpus, source.context, sample)
     engine = Engine(Task(config.out, manifest, 0, Loading(16384, 1, "cpu")), corpus)
     for unit in range(manifest.units):
         engine.extract(unit_at(unit, corpus.n_documents, manifest.documents_per_unit))

@@ -33,7 +33,7 @@ def plan(tiny_text: Path, tiny_subject: Path, tmp_path: Path) -> Plan:
     )
     source, corpus = SubjectSource.resolve(config.model), Corpus.scan(config.uris)
     sample = Sample.draw(corpus, 64, kept_of(config), 0, source.tokenizer)
-    return Plan(make_manifest(config, source, 4, corpus, 64, sample), sample)
+    return Plan(make_manifest(config, "float32", source, 4, corpus, 64, sample), sample)
 
 
 def test_a_small_corpus_is_counted_exactly(tiny_store: Path, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from dmm_ray.activations.lock import writer_lock
 from dmm_ray.activations.split import TEST, Split
 from dmm_ray.activations.verify import VerifyConfig, verify
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.inference import job
 from dmm_ray.inference.config import ScoreConfig
 from dmm_ray.inference.verbs import score
 from dmm_ray.prior.windows import window_means
@@ -173,3 +174,15 @@ def test_text_is_extracted_first(
     assert np.array_equal(table(out)["token_id"], all_rows(extracted).token_id)
     near = torch.cosine_similarity(all_rows(extracted).activation.float(), all_rows(store).activation)
     assert near.min() > 0.99
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
+    scores: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    config = ScoreConfig(**{**options, **SCORE, "out": str(tmp_path / "new"), "precision": "auto"})
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: fast)
+    assert job.settle_precision(config) == ("bfloat16" if fast else "float32")
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: pytest.fail("asked again"))
+    assert job.settle_precision(config.model_copy(update={"out": str(scores)})) == "float32"
+    assert job.settle_precision(config.model_copy(update={"precision": "bfloat16"})) == "bfloat16"

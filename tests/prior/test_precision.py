@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 
-from dmm_ray.errors import UserError
-from dmm_ray.prior.precision import check_precision, exact_float32
+from dmm_ray.prior.precision import exact_float32
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +65,3 @@ with exact_float32():
 assert backend.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-
-
-def test_unknown_precision_is_named():
-    with pytest.raises(UserError, match="precision: float32 or bfloat16"):
-        check_precision("float16")

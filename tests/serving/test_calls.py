@@ -10,7 +10,7 @@ from dmm_ray.serving.config import Limits
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.schemas import DenoiseBody, EncodeBody, LogProbBody, SampleBody
 
-SINGLE = PriorInfo(d=2, layers=(7,), n_blocks=3, d_mlp=5, exact_trace=True)
+SINGLE = PriorInfo(d=2, layers=(7,), n_blocks=3, d_mlp=5, precision="float32", exact_trace=True)
 SEVERAL = SINGLE._replace(layers=(1, 3))
 X = [[1.0, 2.0], [3.0, 4.0]]
 

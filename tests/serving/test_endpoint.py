@@ -25,7 +25,13 @@ LIMITS = Limits(max_body_bytes=300_000, max_rows=400, max_steps=5000, max_work=1
 @pytest.fixture(scope="module")
 def url(ray_local: None, single: str, several: str) -> Iterator[str]:
     config = ServeConfig(
-        prior=(f"pair={several}", single), port=0, cpus=0.5, max_batch_rows=64, limits=LIMITS, batch_wait_ms=5
+        precision="float32",
+        prior=(f"pair={several}", single),
+        port=0,
+        cpus=0.5,
+        max_batch_rows=64,
+        limits=LIMITS,
+        batch_wait_ms=5,
     )
     with running(config) as base:
         yield base

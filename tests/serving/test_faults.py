@@ -22,7 +22,7 @@ QUESTIONS = (
     Question("denoise", n=20, seed=1, arguments={"u": 0.4, "steps": 10}),
     Question("sample", n=30, seed=2, arguments={"steps": 10}),
 )
-COMMON: dict[str, Any] = {"auth": "none", "cpus": 0.5, "ingress_replicas": 2}
+COMMON: dict[str, Any] = {"auth": "none", "precision": "float32", "cpus": 0.5, "ingress_replicas": 2}
 
 
 @pytest.fixture(scope="module")

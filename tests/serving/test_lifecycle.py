@@ -32,7 +32,9 @@ SLOW = {"activations": X.tolist(), "steps": 5000, "probes": 1}
 @pytest.fixture(scope="module")
 def url(ray_local: None, single: str) -> Iterator[str]:
     with running(
-        ServeConfig(prior=(f"{NAME}={single}",), port=0, cpus=0.5, limits=LIMITS, auth="none")
+        ServeConfig(
+            prior=(f"{NAME}={single}",), port=0, precision="float32", cpus=0.5, limits=LIMITS, auth="none"
+        )
     ) as base:
         yield base
 

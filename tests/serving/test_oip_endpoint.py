@@ -37,6 +37,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(ray_local: None, single: str, several: str, token_file: Path) -> Iterator[str]:
     config = ServeConfig(
+        precision="float32",
         prior=(f"pair={several}", single),
         port=0,
         cpus=0.5,

@@ -43,6 +43,7 @@ class Asked:
 @pytest.fixture(scope="module")
 def url(ray_local: None, single: str) -> Iterator[str]:
     config = ServeConfig(
+        precision="float32",
         prior=(single,),
         port=0,
         auth="none",

@@ -18,7 +18,7 @@ SAMPLE = (("layer", None), ("seed", 0), ("steps", 2))
 
 
 def deployment(hung_s: float = 60.0) -> Any:
-    return PriorDeployment.func_or_class("cpu", 1, 64, 0.0, hung_s)  # type: ignore[attr-defined]
+    return PriorDeployment.func_or_class("cpu", "float32", 1, 64, 0.0, hung_s)  # type: ignore[attr-defined]
 
 
 def ids(n: int) -> dict[str, np.ndarray]:

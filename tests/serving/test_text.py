@@ -174,6 +174,8 @@ def test_what_is_here_can_be_asked(client: httpx.Client) -> None:
         ("pair", 32, [1, 3]),
         ("other", 16, [2]),
     ]
+    assert {m["precision"] for m in found["models"]} == {"float32"}
+    assert found["subject"]["generates"] is True
     assert found["subject"]["priors"] == ["default", "pair"]
     assert found["subject"]["context"] == 64
     assert "/" not in found["subject"]["name"]
@@ -247,10 +249,10 @@ def test_what_does_not_fit_the_language_model_is_refused_at_the_start(
 ) -> None:
     start = SubjectDeployment.func_or_class
     with pytest.raises(UserError, match=r"d = 32.* is not the one that prior .*d = 16"):
-        start(files.model, None, {"default": single}, "cpu", 1)
+        start(files.model, None, {"default": single}, "cpu", ("float32", "float32"), 1)
     Direction("short", torch.ones(5)).save(str(tmp_path))
     with pytest.raises(UserError, match="directions: short has 5 numbers; the model's d is 32"):
-        start(files.model, str(tmp_path), {"default": files.default}, "cpu", 1)
+        start(files.model, str(tmp_path), {"default": files.default}, "cpu", ("float32", "float32"), 1)
 
 
 def test_the_http_side_needs_no_torch() -> None:

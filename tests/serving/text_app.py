@@ -22,6 +22,8 @@ from dmm_ray.serving.serve import running
 LIMITS = Limits(max_text_chars=2000, max_tokens=60, max_steps=2000)
 TEXT = "the cat sat on a red mat and saw one big dog run to town"
 CPUS = 0.25
+FLOAT32 = {"precision": "float32", "compute_dtype": "float32"}
+"""On every machine: answers are compared with those of this process."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Files:
     def config(self, kind: type[AppConfig], **options: Any) -> Any:
         """A configuration with the model; ``options`` go over it."""
         given = {"prior": self.default, "model": self.model, "directions": self.directions}
-        return kind(**{**given, "cpus": CPUS, "subject_cpus": CPUS, "limits": LIMITS, **options})
+        return kind(**{**given, **FLOAT32, "cpus": CPUS, "subject_cpus": CPUS, "limits": LIMITS, **options})
 
 
 def make_files(folder: Path, subject: Path) -> Files:

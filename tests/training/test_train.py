@@ -13,6 +13,7 @@ import torch
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.activations.lock import writer_lock
 from dmm_ray.activations.split import TEST, TRAIN, Split
+from dmm_ray.cluster import call_on_workers
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
@@ -42,6 +43,7 @@ def config(store: str, out: Path, **changes) -> TrainConfig:
         "n_blocks": 2,
         "lr": 3e-3,
         "workers": 0,
+        "precision": "float32",
         "log_every": 512,
         "checkpoint_every": 6 * 256,
         "shuffle_rows": 2000,
@@ -99,9 +101,7 @@ def test_a_finished_prior_has_percentiles(train_store, tmp_path):
 
 def test_calibration_on_a_worker_s_resources_raises_what_went_wrong(ray_local, train_store, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        ray_trainer.run_like_a_worker(
-            {"CPU": 1}, calibrate_prior_on_store, str(tmp_path / "none"), train_store
-        )
+        call_on_workers(1, calibrate_prior_on_store, str(tmp_path / "none"), train_store, cpus=1, gpus=0)
 
 
 def test_a_finished_run_returns_at_once(finished, train_store):
@@ -227,7 +227,8 @@ def test_workers_that_must_wait_are_said(ray_local, caplog, monkeypatch):
     ray.get(holder.ready.remote())
     with caplog.at_level("WARNING"):
         this = TrainConfig(activations="a", out="b", workers=4, min_workers=2, cpus_per_worker=1)
-        assert ray_trainer.needed(this) == {"CPU": 1}
+        assert ray_trainer.worker_needs(this) == {"CPU": 1}
+        ray_trainer.warn_of_waiting(this, {"CPU": 1})
     assert "workers: 2 of 1 CPUs, but only 1 of the cluster's 4 are free now: the run waits" in caplog.text
     ray.kill(holder)
 

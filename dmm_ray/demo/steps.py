@@ -1,0 +1,72 @@
+"""Where a flow of several steps stands: which of how many, and about how much time is left."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Self
+
+logger = logging.getLogger(__name__)
+STEPS = {"extract": 30.0, "train": 150.0, "evaluate": 90.0, "serve": 25.0}
+"""The demo's steps and about how many seconds each takes on two slow cores; training takes what is left of the time."""
+SHOW_EVERY_S = 15.0
+
+
+class Steps:
+    """Says, at each step and every so often within it, where the flow stands. A context: it says nothing after it.
+
+    Args:
+        minutes: for all steps; None where nobody has said how long they may take.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.total_s = sum(STEPS.values()) if minutes is None else 60 * minutes
+        self.known = minutes is not None
+        self.started = self.step_started = time.monotonic()
+        self.step = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True, name="dmm-steps")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def begin(self, step: str) -> None:
+        """Go on to the next step."""
+        self.step, self.step_started = step, time.monotonic()
+        logger.info("%s", self.line())
+
+    def left_for(self, step: str) -> float:
+        """Seconds that the steps after ``step`` leave to it of the time for all."""
+        names = list(STEPS)
+        after = sum(STEPS[name] for name in names[names.index(step) + 1 :])
+        return self.total_s - (time.monotonic() - self.started) - after
+
+    def left(self) -> float:
+        """Seconds until the end, about: what the steps usually take, or what is left of the time if that is more."""
+        names, spent = list(STEPS), time.monotonic() - self.step_started
+        after = sum(STEPS[name] for name in names[names.index(self.step) + 1 :])
+        usual = self.left_for(self.step) if self.step == "train" else STEPS[self.step] - spent
+        if names.index(self.step) < names.index("train"):
+            return max(usual, 0.0) + self.total_s - STEPS["extract"]
+        return max(usual, 0.0) + after
+
+    def line(self) -> str:
+        """``step 2 of 4: train, 0:41 so far, about 4:10 left``."""
+        number, spent = list(STEPS).index(self.step) + 1, time.monotonic() - self.started
+        left = f", about {_clock(self.left())} left" if self.known else ""
+        return f"step {number} of {len(STEPS)}: {self.step}, {_clock(spent)} so far{left}"
+
+    def _show(self) -> None:
+        while not self._ended.wait(SHOW_EVERY_S):
+            if self.step:
+                logger.info("%s", self.line())
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,146 @@
+"""What a run leaves to the machine: its precision, and the samples that fit into a time. Chosen once, then recorded.
+
+Everything else about a run is a function of its configuration; so that these are too, they are decided before the first
+batch, written into the run's folder, and read from there whenever the run goes on, on whichever machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from contextlib import closing
+
+import torch
+
+from dmm_ray.cluster import call_on_workers, ensure_ray, workers_have_fast_bfloat16
+from dmm_ray.errors import UserError
+from dmm_ray.precision import choose_precision, precision_on
+from dmm_ray.prior.config import PriorConfig
+from dmm_ray.training.claim import SavedRun
+from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
+from dmm_ray.training.loop import Run
+from dmm_ray.training.parallel import Place
+from dmm_ray.training.ray_trainer import worker_needs
+
+logger = logging.getLogger(__name__)
+TRIAL_S, WARM_UP, FEWEST_STEPS = 5.0, 3, 5
+"""How long a trial goes on, the steps before it, and the fewest in it."""
+VALIDATIONS = 10
+"""Validation losses of a run, as its configuration has it by default."""
+
+
+def check_length(config: TrainConfig) -> None:
+    """Raises UserError where a run is given both a number of samples and a time."""
+    if config.samples is not None and config.minutes is not None:
+        raise UserError("minutes: excludes samples; give --samples or --minutes, not both")
+
+
+def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
+    """``config`` with what was chosen for the run in its folder, where that is left open."""
+    chosen: dict[str, object] = {}
+    if config.precision == "auto":
+        chosen["precision"] = saved.config.precision
+    if config.minutes is not None:
+        chosen["samples"] = saved.config.samples
+    elif config.samples is None:
+        chosen["samples"] = DEFAULT_SAMPLES
+    elif config.samples == saved.config.samples:
+        chosen["minutes"] = saved.config.minutes  # the number that was chosen by a trial, spelt out
+    return config.model_copy(update=chosen)
+
+
+def settle_precision(config: TrainConfig) -> TrainConfig:
+    """``config`` with the precision of a new run, by what the devices of its workers are fast in."""
+    if config.precision != "auto":
+        return config
+    if config.workers == 0:
+        precision = precision_on("auto", local_device(config.device))
+    else:
+        ensure_ray()
+        needs = worker_needs(config)
+        fast = workers_have_fast_bfloat16(needs["CPU"], needs.get("GPU", 0.0))
+        precision = choose_precision("auto", fast)
+    logger.info("precision: %s, which the devices are fast in (--precision to choose)", precision)
+    return config.model_copy(update={"precision": precision})
+
+
+def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfig:
+    """``config`` with the samples of a new run, by a trial where a time is given.
+
+    Raises:
+        UserError: as a run, or the time is not enough for a batch.
+    """
+    if config.minutes is None:
+        return config.model_copy(update={"samples": config.samples or DEFAULT_SAMPLES})
+    share = -(-config.batch // max(config.workers, 1))
+    trial = config.model_copy(
+        update={
+            "batch": share,
+            "levels_per_batch": math.gcd(config.levels_per_batch, share),
+            "samples": DEFAULT_SAMPLES,
+            "parallel": "ddp",
+        }
+    )
+    if config.workers == 0:
+        found = [try_steps(trial, prior_config, local_device(config.device))]
+    else:
+        ensure_ray()
+        needs = worker_needs(config)
+        device = "cuda" if "GPU" in needs else "cpu"
+        # All at once: they share a machine's memory and cores, as they will in the run.
+        found = call_on_workers(
+            config.workers,
+            try_steps,
+            trial,
+            prior_config,
+            device,
+            max(1, int(needs["CPU"])),
+            cpus=needs["CPU"],
+            gpus=needs.get("GPU", 0.0),
+        )
+    step_s, validation_s = max(found)
+    batches = int((60 * config.minutes - VALIDATIONS * validation_s) / step_s)
+    if batches < 1:
+        raise UserError(
+            f"minutes: {config.minutes:g} are not enough for one batch of {step_s:.1f} s; give more"
+        )
+    samples = batches * config.batch
+    rate = config.batch / step_s
+    logger.info(
+        "samples: %d, about %g minutes at %.0f a second, by a short trial", samples, config.minutes, rate
+    )
+    return config.model_copy(update={"samples": samples})
+
+
+def try_steps(
+    config: TrainConfig, prior_config: PriorConfig, device: str, threads: int | None = None
+) -> tuple[float, float]:
+    """Seconds of a training step (median) and of a validation loss, by a few steps that are thrown away.
+
+    Args:
+        config: of the trial; its folder holds no checkpoint.
+        prior_config: of the prior to be.
+        device: where to compute.
+        threads: of torch; None leaves them.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = Run(config, prior_config, Place(0, 1, torch.device(device)))
+    seconds: list[float] = []
+    with closing(run.step_seconds()) as steps:
+        started = time.perf_counter()
+        for number, taken in enumerate(steps):
+            if number >= WARM_UP:
+                seconds.append(taken)
+            if len(seconds) >= FEWEST_STEPS and time.perf_counter() - started >= TRIAL_S:
+                break
+    started = time.perf_counter()
+    run.validation_loss()
+    return statistics.median(seconds), time.perf_counter() - started
+
+
+def local_device(device: str) -> str:
+    """``device`` in this process, auto resolved."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
