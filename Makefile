@@ -1,25 +1,28 @@
 # make demo: the main job on a fresh machine.  make test: the tests.  Both build .venv first.
 # On Linux without a GPU, `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the small CPU build of torch.
+# `make setup CONSTRAINTS=constraints.txt` takes the versions that CI takes, whatever is newest today.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 TORCH_INDEX ?=
+CONSTRAINTS ?=
 ARGS ?=
+PIP_INSTALL = $(BIN)/pip install -q $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: setup setup-dev demo test chaos soak fuzz lint bench clean
+.PHONY: setup setup-dev demo test chaos soak fuzz versions lint bench clean
 
 setup: $(VENV)/.runtime
 setup-dev: $(VENV)/.dev
 
 $(VENV)/.runtime: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install -q 'torch>=2.6,<2.14' --index-url $(TORCH_INDEX); fi
-	$(BIN)/pip install -q -e .
+	@if [ -n "$(TORCH_INDEX)" ]; then $(PIP_INSTALL) 'torch>=2.6,<2.14' --index-url $(TORCH_INDEX); fi
+	$(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
-	$(BIN)/pip install -q -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: setup
@@ -27,7 +30,7 @@ demo: setup
 
 # Two processes, a file at a time in each: most of the time tests wait for Ray's processes to start.
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 # Extraction, training and the endpoint stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
 chaos: setup-dev
@@ -41,6 +44,17 @@ soak: setup-dev
 fuzz: setup-dev
 	DMM_FUZZ_REQUESTS=$(or $(DMM_FUZZ_REQUESTS),10000) $(BIN)/python -m pytest tests/serving/test_fuzz.py --timeout=3600
 
+# The oldest declared versions and the newest ones, each in an environment of its own: the main job, generation, the
+# page. About 10 minutes; on Linux torch from PyPI brings CUDA (6 GB an environment): see docs/developing.md.
+SMOKE := tests/e2e/test_demo.py tests/interventions tests/subject/test_families.py tests/inference/test_score.py \
+         tests/serving/test_text.py tests/serving/test_page.py
+versions:
+	$(PYTHON) jobs/oldest.py > .oldest.txt
+	$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install -q --constraint .oldest.txt -e '.[dev]'
+	$(PYTHON) -m venv .venv-newest && .venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(SMOKE)
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(SMOKE)
+
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +65,4 @@ bench: setup-dev
 	$(BIN)/python jobs/bench.py
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build dist .venv-oldest .venv-newest .oldest.txt .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -59,6 +59,8 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     address = cluster_address()
     if address is not None:
         check_cluster(address)
+    # It says at every start that a local cluster has token authentication, which is as it should be.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         if address is not None:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)

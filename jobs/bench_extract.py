@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from timing import medians
+from timing import medians, precisions
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dmm_ray.activations.config import ExtractConfig
 from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.engine import Engine, Loading, Task
 from dmm_ray.activations.extract import extract
-from dmm_ray.activations.manifest import read_manifest, read_record
+from dmm_ray.activations.manifest import DTYPES, read_manifest, read_record
 from dmm_ray.activations.units import unit_at
 from dmm_ray.activations.writer import write_shard
 
 LAYER, WINDOW, WORDS = 7, 2048, 4000
 PLAIN_BATCH = 8
-PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PLAIN = {name: DTYPES[name] for name in precisions()}
 SHAPE = {
     "vocab_size": 26_000,
     "hidden_size": 512,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timing import medians
+from timing import medians, precisions
 from torch import Tensor
 
 from dmm_ray.precision import Precision
@@ -36,8 +36,8 @@ def bench(say: Say, small: bool = False) -> None:
     """Every operation at three widths; on a CPU the wide networks are shallow. ``small`` only shows that it runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peaks = {
-        name: peak(device, dtype, 256 if small else 4096 if device == "cuda" else 1024)
-        for name, dtype in DTYPES
+        name: peak(device, getattr(torch, name), 256 if small else 4096 if device == "cuda" else 1024)
+        for name in precisions(device)
     }
     say(
         "prior matrix products: "
@@ -53,9 +53,6 @@ def bench(say: Say, small: bool = False) -> None:
         measure(say, case, prior, ", compiled", peaks)
 
 
-DTYPES: tuple[tuple[Precision, torch.dtype], ...] = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-
-
 def untrained(case: Case, device: str) -> ActivationPrior:
     """A prior with random weights: its cost is that of a trained one."""
     config = PriorConfig(
@@ -69,11 +66,11 @@ def untrained(case: Case, device: str) -> ActivationPrior:
     return ActivationPrior.untrained(config, torch.zeros(case.d), torch.ones(case.d)).to(device)
 
 
-def measure(say: Say, case: Case, prior: ActivationPrior, how: str, peaks: dict[str, float]) -> None:
+def measure(say: Say, case: Case, prior: ActivationPrior, how: str, peaks: dict[Precision, float]) -> None:
     """One line an operation and number format."""
     x = torch.randn(case.rows, case.d, device=prior.device)
     work = flops(prior)
-    for precision, _ in DTYPES:
+    for precision in precisions(prior.device.type):
         calls, passes = operations(prior, x, precision)
         for name, seconds in medians(calls, rounds=5).items():
             rate = case.rows / seconds

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from known import Mixture, gaussian, mixture, spread, trained
 from scipy.stats import spearmanr
+from timing import precisions
 from torch import Tensor
 
 from dmm_ray.activations.split import TEST, Split
@@ -53,7 +54,8 @@ def bench(say: Say, small: bool = False) -> None:
     for known in priors(small):
         solver_errors(say, known, 4 if small else 32, 16 if small else 512)
         probe_spread(say, known, 4 if small else 24, 2 if small else 8)
-        half_precision(say, known, 8 if small else 128)
+        if "bfloat16" in precisions():
+            half_precision(say, known, 8 if small else 128)
         denoise_curves(say, known, 8 if small else 512)
         sample_quality(say, known, 300 if small else 4000)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import medians
+from timing import medians, precisions
 from torch import Tensor, nn
 
+from dmm_ray.precision import Precision
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.step import Ema, FlowBatch
@@ -25,8 +26,8 @@ BATCH, ROWS = 1024, 100_000
 class OurStep:
     """The training step as `dmm train` takes it, on rows that a loader has put in order."""
 
-    def __init__(self, d: int, rows: Tensor, compiled: bool) -> None:
-        self.config = TrainConfig(activations="", out="", batch=BATCH)
+    def __init__(self, d: int, rows: Tensor, precision: Precision, compiled: bool) -> None:
+        self.config = TrainConfig(activations="", out="", batch=BATCH, precision=precision)
         self.denoiser = Denoiser(d, *preset_shape("auto", d))
         self.model = torch.compile(self.denoiser) if compiled else self.denoiser
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4, fused=True)
@@ -48,7 +49,7 @@ class OurStep:
         part("load")
         data = FlowBatch(self.config, self.batch, slice(0, BATCH), z)
         part("noise")
-        loss = data.loss(self.model, True).sum() / BATCH
+        loss = data.loss(self.model, self.config.precision == "bfloat16").sum() / BATCH
         part("forward")
         loss.backward()
         part("backward")
@@ -93,38 +94,43 @@ def flops(denoiser: Denoiser, levels: int, batch: int) -> tuple[float, float]:
     return 6.0 * total, 6.0 * (total - time_path + time_path * levels / batch)
 
 
-def peak() -> float:
-    """FLOPs per second of a large bfloat16 product on this machine."""
-    a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+def peak(precision: Precision) -> float:
+    """FLOPs per second of a large product on this machine."""
+    a, b = (torch.randn(2048, 2048, dtype=getattr(torch, precision)) for _ in range(2))
     return 2 * 2048**3 / medians({"": lambda: a @ b}, rounds=9)[""]
 
 
 def bench(say: Callable[[str], None]) -> None:
-    """Samples per second, FLOPs and parts at two widths."""
-    ceiling = peak()
-    say(f"train bf16 product {ceiling / 1e12:.2f} TFLOP/s")
+    """Samples per second, FLOPs and parts at two widths, in each precision that this machine is fast in."""
+    ceilings = {precision: peak(precision) for precision in precisions()}
+    for precision, ceiling in ceilings.items():
+        say(f"train {precision} product {ceiling / 1e12:.3f} TFLOP/s")
     for d in (64, 256):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "rows")
             np.random.default_rng(0).standard_normal((ROWS, d), dtype=np.float32).tofile(path)
             rows = torch.randn(ROWS, d).bfloat16()
-            ours, compiled = OurStep(d, rows, False), OurStep(d, rows, True)
-            calls: dict[str, Callable[[], object]] = {
-                "ours": ours,
-                "ours, compiled": compiled,
-                "plain bf16": plain_step(d, path, True),
-                "plain float32": plain_step(d, path, False),
+            ours = {
+                f"ours{how} {precision}": OurStep(d, rows, precision, bool(how))
+                for precision in ceilings
+                for how in ("", ", compiled")
             }
-            seconds = medians(calls, rounds=15)
-        nominal, done = flops(ours.denoiser, ours.config.levels_per_batch, BATCH)
+            plain = {f"plain {p}": plain_step(d, path, p == "bfloat16") for p in ceilings}
+            seconds = medians({**ours, **plain}, rounds=15)
         for name, s in seconds.items():
-            rate = BATCH / s
-            shares = f", {rate * done / ceiling:.0%} of the product's FLOPs ({rate * nominal / ceiling:.0%} nominal)"
+            precision, rate, shares = name.rpartition(" ")[2], BATCH / s, ""
+            if name in ours:
+                step, ceiling = ours[name], ceilings[precision]
+                nominal, done = (
+                    rate * each / ceiling
+                    for each in flops(step.denoiser, step.config.levels_per_batch, BATCH)
+                )
+                shares = f", {done:.0%} of the product's FLOPs ({nominal:.0%} nominal)"
             say(
-                f"train d={d} {tuple(preset_shape('auto', d))} {name:14} {rate:9,.0f} samples/s, "
-                f"plain bf16 {seconds['plain bf16'] / s:.2f}x" + (shares if "ours" in name else "")
+                f"train d={d} {tuple(preset_shape('auto', d))} {name:23} {rate:9,.0f} samples/s, "
+                f"plain {precision} {seconds[f'plain {precision}'] / s:.2f}x{shares}"
             )
-        for name, step in (("ours", ours), ("ours, compiled", compiled)):
+        for name, step in ours.items():
             parts = ", ".join(
                 f"{part} {1e3 * statistics.median(t[1:]):.1f}" for part, t in step.parts.items()
             )

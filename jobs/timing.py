@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from dmm_ray.precision import Precision, has_fast_bfloat16
+
 
 def say(line: str) -> None:
     """One line of results."""
@@ -25,3 +27,8 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str
             call()
             taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def precisions(device: str = "cpu") -> tuple[Precision, ...]:
+    """Those worth measuring: where a device is slow in bfloat16, it is slower by a hundred times."""
+    return ("float32", "bfloat16") if has_fast_bfloat16(device) else ("float32",)

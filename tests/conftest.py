@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 import torch
+from s3_server import port_to_be, settings
 from texts import make_texts
 
 
@@ -31,17 +34,23 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return None
 
 
+if threading.current_thread() is threading.main_thread():
+    # A background job of a script has SIGINT ignored, and would hand that on to the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One local Ray cluster with 4 logical CPUs for the whole session."""
+    """One local Ray cluster with 4 logical CPUs for the whole session, whose workers know the tests' S3 server."""
     import ray
 
     from dmm_ray.cluster import ensure_ray
 
-    ensure_ray(num_cpus=4)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings(f"http://127.0.0.1:{port_to_be()}").items():
+            patch.setenv(name, value)
+        ensure_ray(num_cpus=4)
     yield
     ray.shutdown()
 

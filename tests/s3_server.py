@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import fsspec
 import pytest
@@ -17,24 +19,40 @@ SERVE = """
 import logging, sys
 from moto.server import ThreadedMotoServer
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server = ThreadedMotoServer("127.0.0.1", int(sys.argv[1]), verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 
 
+def settings(endpoint: str) -> dict[str, str]:
+    """The environment in which ``s3://`` means ``endpoint``, with credentials that any server takes."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+@cache
+def port_to_be() -> int:
+    """Where this test process's server will listen: Ray's workers are told when they start, which may be before."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
 @contextmanager
 def s3_at(endpoint: str) -> Iterator[None]:
-    """``s3://`` means ``endpoint`` here and in processes started here, with credentials that any server takes."""
+    """``s3://`` means ``endpoint`` here and in processes started here."""
     s3 = fsspec.get_filesystem_class("s3")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
             patch.delenv(name, raising=False)
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name, value in settings(endpoint).items():
+            patch.setenv(name, value)
         s3.clear_instance_cache()
         try:
             yield
@@ -45,7 +63,7 @@ def s3_at(endpoint: str) -> Iterator[None]:
 @contextmanager
 def s3_server() -> Iterator[str]:
     """The URI of the bucket of a server of its own process."""
-    command = [sys.executable, "-c", SERVE]
+    command = [sys.executable, "-c", SERVE, str(port_to_be())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dmm_ray import cluster
+from dmm_ray.activations.resources import plan_resources
 from dmm_ray.cluster import check_cluster, cluster_address
 from dmm_ray.errors import UserError
 
@@ -86,8 +87,8 @@ def test_a_folder_for_sockets_that_is_too_long(tiny_subject: Path, tiny_text: Pa
 
 
 def test_local_is_this_machine_and_asks_for_no_more_than_it_has(
-    tiny_subject: Path, tiny_text: Path, tmp_path: Path
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("extract", "--model", str(tiny_subject), "--text", str(tiny_text), "--layers", "[1]")
-    done = dmm(*asked, "--out", str(tmp_path / "out"), "--cpus-per-actor", "1000", RAY_ADDRESS="local")
-    refused(done, "cpus_per_actor: 1000 is more than the")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(UserError, match=r"^cpus_per_actor: 1000 is more than the 4 that Ray has here"):
+        plan_resources(None, 1000, None, 1)

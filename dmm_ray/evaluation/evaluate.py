@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 
@@ -13,8 +12,8 @@ from dmm_ray.evaluation.data import load
 from dmm_ray.evaluation.methods import fit
 from dmm_ray.evaluation.report import write_report
 from dmm_ray.evaluation.stages import STAGES, Figures
-from dmm_ray.evaluation.summary import finite, summarize
-from dmm_ray.files import absolute, exists, join, make_folder, read_bytes, write_json
+from dmm_ray.evaluation.summary import finite, summarize, training_curve
+from dmm_ray.files import absolute, exists, join, make_folder, write_json
 
 __all__ = ["EvaluateConfig", "evaluate"]
 logger = logging.getLogger(__name__)
@@ -56,12 +55,6 @@ def evaluate(config: EvaluateConfig) -> str:
     write_report(out, summary)
     write_json(join(out, "summary.json"), summary)
     return out
-
-
-def training_curve(prior: str) -> list[Figures]:
-    """The records of the prior's ``stats.jsonl``; empty for a prior without one."""
-    path = join(absolute(prior), "stats.jsonl")
-    return [json.loads(line) for line in read_bytes(path).splitlines()] if exists(path) else []
 
 
 def _since(start: float) -> float:

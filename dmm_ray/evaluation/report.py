@@ -74,8 +74,29 @@ def _opening(summary: Mapping[str, Any]) -> str:
         f"documents its flow-matching loss is {flow} the full-covariance Gaussian's and "
         f"{_compared(relative['flow_matching_loss_vs_mixture'])} the mixture's; what it costs the language model to "
         f"have the layer noised half-way and restored is {delta} the best of Gaussian, PCA and SAE and "
-        f"{_compared(relative['delta_lm_loss_vs_mixture'])} the mixture.</p>"
+        f"{_compared(relative['delta_lm_loss_vs_mixture'])} the mixture.</p>{_training(summary)}"
     )
+
+
+def _training(summary: Mapping[str, Any]) -> str:
+    """How long the prior was trained, and what the second half of that brought; empty where that is not known."""
+    trained = summary.get("training")
+    if not trained:
+        return ""
+    samples, rows = trained["samples"], summary["rows"]["train"]
+    why = (
+        f", as many as fitted into {trained['minutes']:g} minutes on this machine"
+        if trained["minutes"]
+        else ""
+    )
+    line = f"The prior saw {samples:,} samples ({samples / rows:.1f} passes over these rows){why}."
+    if trained["half"] and trained["end"]:
+        line += (
+            f" The second half of them lowered its validation loss from {trained['half']:.3f} to "
+            f"{trained['end']:.3f}, the falling learning rate included: more samples would lower it further "
+            "(<code>--samples</code> or <code>--minutes</code> of <code>dmm train</code> and <code>dmm demo</code>)."
+        )
+    return f'<p class="soft">{line}</p>'
 
 
 _HEADLINES = ("flow_matching_loss_vs_gaussian", "delta_lm_loss_vs_best_of_gaussian_pca_sae")

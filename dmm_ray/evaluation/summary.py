@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from dmm_ray.evaluation.data import Inputs
 from dmm_ray.evaluation.methods import KEYS, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
-from dmm_ray.files import absolute, exists, join, read_json
+from dmm_ray.files import absolute, exists, join, read_bytes, read_json
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 
@@ -54,6 +55,7 @@ def summarize(
             "lm_documents": tables["lm"].get("documents", 0),
             "samples": config.samples,
         },
+        "training": training(config.prior),
         "inputs": {
             "prior": absolute(config.prior) if exists(config.prior) else config.prior,
             "activations": inputs.store.uri,
@@ -79,6 +81,29 @@ def relative(figures: Figures) -> Figures:
         **{f"flow_matching_loss_vs_{k}": _ratio(flow["prior"], flow[k]) for k in KEYS if k != "prior"},
         "delta_lm_loss_vs_best_of_gaussian_pca_sae": _ratio(delta["prior"], min(rivals, default=None)),
         "delta_lm_loss_vs_mixture": _ratio(delta["prior"], delta["mixture"]),
+    }
+
+
+def training_curve(prior: str) -> list[Figures]:
+    """The records of the prior's ``stats.jsonl``; empty for a prior without one."""
+    path = join(absolute(prior), "stats.jsonl")
+    return [json.loads(line) for line in read_bytes(path).splitlines()] if exists(path) else []
+
+
+def training(prior: str) -> Figures | None:
+    """Samples that a prior was trained on, the minutes that they were chosen for, and its validation loss at half of
+    the run and at its end; None for a prior that `dmm train` did not leave."""
+    folder = absolute(prior)
+    marker, records = join(folder, "train.json"), training_curve(prior)
+    if not exists(marker) or not records:
+        return None
+    known = [r for r in records if r["validation_loss"] is not None]
+    half = [r["validation_loss"] for r in known if r["samples"] <= 0.55 * records[-1]["samples"]]
+    return {
+        "samples": records[-1]["samples"],
+        "minutes": read_json(marker)["train"].get("minutes"),
+        "half": half[-1] if half else None,
+        "end": known[-1]["validation_loss"] if known else None,
     }
 
 

@@ -160,6 +160,7 @@ def test_texts(client: Client) -> None:
 
 def test_a_full_queue_is_waited_for(url: str, files: Files, prior: ActivationPrior) -> None:
     config = AppConfig(
+        precision="float32",
         prior=(files.default,),
         auth="none",
         cpus=0.25,

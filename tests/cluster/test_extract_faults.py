@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from extractions import Job, Run, content, extraction_actors, left_over, stamps, units_of, write_text
+from stores import extract_here
 
 from dmm_ray.cluster import quiet
 
@@ -64,10 +65,10 @@ def shared(job: Job, cluster: Any) -> Job:
 
 
 @pytest.fixture(scope="module")
-def reference(shared: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the undisturbed command writes."""
+def reference(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the undisturbed work leaves."""
     store = tmp_path_factory.mktemp("reference") / "store"
-    shared.start(store).finish()
+    extract_here(model=str(job.model), text=str(job.text), out=str(store), **job.options)
     assert len(units_of(store)) == UNITS
     return content(store)
 

@@ -1,6 +1,7 @@
 """``ray job submit`` of extraction, training and scoring against a cluster started by hand."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,40 +14,48 @@ ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess:
-    args = [RAY, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *command]
-    return subprocess.run(args, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+def start(env: dict[str, str], *command: str) -> subprocess.Popen[str]:
+    """A job, submitted; the command ends with it."""
+    args = [RAY, "job", "submit", "--working-dir", str(ROOT), "--", *command]
+    return subprocess.Popen(
+        args, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def log_of(job: subprocess.Popen[str], succeeds: bool = True) -> str:
+    log, _ = job.communicate(timeout=280)
+    assert (job.returncode == 0) is succeeds, log
+    return log
 
 
 @pytest.mark.slow
 def test_extract_train_and_score_as_jobs(cluster, tiny_subject, tiny_text, tmp_path):
-    store, prior = tmp_path / "store", tmp_path / "prior"
-    done = submit(
-        cluster, "jobs/extract.py", "--config", "jobs/configs/extract_demo.yaml",
+    store, prior, scores = tmp_path / "store", tmp_path / "prior", tmp_path / "scores"
+    extracting = start(
+        cluster, sys.executable, "jobs/extract.py", "--config", "jobs/configs/extract_demo.yaml",
         "--model", str(tiny_subject), "--text", str(tiny_text), "--layers", "[2]", "--out", str(store),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(store) in done.stdout
-    assert ActivationStore.open(str(store)).rows > 500
-    done = submit(
-        cluster, "jobs/train.py", "--config", "jobs/configs/train_demo.yaml", "--wandb", "disabled",
+    failing = start(
+        cluster, sys.executable, "jobs/train.py", "--activations", str(tmp_path), "--out", str(tmp_path / "x")
+    )
+    assert str(store) in log_of(extracting)
+    assert "not an activation store" in log_of(failing, succeeds=False)
+    rows = ActivationStore.open(str(store)).rows
+    assert rows > 500
+    training = [
+        sys.executable, "jobs/train.py", "--config", "jobs/configs/train_demo.yaml", "--wandb", "disabled",
         "--activations", str(store), "--out", str(prior), "--samples", "4096", "--batch", "256",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        "--precision", "float32",
+    ]  # fmt: skip
+    scoring = [
+        sys.executable, "jobs/score.py", "--config", "jobs/configs/score_demo.yaml", "--steps", "2", "--actors", "1",
+        "--prior", str(prior), "--activations", str(store), "--out", str(scores), "--precision", "float32",
+    ]  # fmt: skip
+    log_of(start(cluster, "sh", "-c", f"{shlex.join(training)} && {shlex.join(scoring)}"))
     trained = ActivationPrior.from_pretrained(str(prior))
     assert trained.d == 32
     assert trained.calibration is not None
     records = [json.loads(line) for line in (prior / "stats.jsonl").read_text().splitlines()]
     assert records[-1]["samples"] == 4096
-    done = submit(
-        cluster, "jobs/score.py", "--config", "jobs/configs/score_demo.yaml", "--steps", "2", "--actors", "1",
-        "--prior", str(prior), "--activations", str(store), "--out", str(tmp_path / "scores"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads((tmp_path / "scores" / "summary.json").read_text())["figures"]
-    assert 0 < figures["rows"] < ActivationStore.open(str(store)).rows
-    failed = submit(
-        cluster, "jobs/train.py", "--activations", str(tmp_path / "none"), "--out", str(tmp_path / "x")
-    )
-    assert failed.returncode != 0
-    assert "not an activation store" in failed.stdout + failed.stderr
+    figures = json.loads((scores / "summary.json").read_text())["figures"]
+    assert 0 < figures["rows"] < rows

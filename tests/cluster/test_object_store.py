@@ -1,4 +1,4 @@
-"""The real commands with text and store on a local S3 server."""
+"""Text, stores, priors and scores on a local S3 server."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from s3_server import s3_server
+from stores import extract_here
 from texts import make_texts
 
 from dmm_ray import ActivationStore, files
+from dmm_ray.activations import lock
 from dmm_ray.activations.extract import ExtractConfig, extract
+from dmm_ray.activations.verify import VerifyConfig, verify
 from dmm_ray.errors import UserError
+from dmm_ray.inference.config import ScoreConfig
+from dmm_ray.inference.verbs import score
+from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.train import train
 
 pytestmark = pytest.mark.slow
 TEXT = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(300)).encode()
@@ -38,8 +46,8 @@ def local(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store made of the same text on the local disk."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "a.jsonl").write_bytes(TEXT)
-    finished(start("extract", *flags(tiny_subject, str(folder / "a.jsonl"), str(folder / "store"))))
-    return str(folder / "store")
+    store = folder / "store"
+    return extract_here(model=str(tiny_subject), text=str(folder / "a.jsonl"), out=str(store), **OPTIONS)
 
 
 def flags(model: Path, text: str, out: str) -> list[str]:
@@ -50,14 +58,6 @@ def flags(model: Path, text: str, out: str) -> list[str]:
 def start(*args: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dmm_ray", *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(run: subprocess.Popen[str]) -> str:
-    """What a command that must succeed logged."""
-    out, log = run.communicate(timeout=240)
-    assert run.returncode == 0, log
-    assert out.strip()
-    return log
 
 
 def kill(run: subprocess.Popen[str]) -> None:
@@ -77,9 +77,11 @@ def appears(run: subprocess.Popen[str], uri: str) -> None:
         assert run.poll() is None, run.communicate()[1]
 
 
-def test_the_same_rows_as_on_a_local_disk(bucket: str, local: str, tiny_subject: Path) -> None:
+def test_the_same_rows_as_on_a_local_disk(
+    ray_local: None, bucket: str, local: str, tiny_subject: Path
+) -> None:
     out = f"{bucket}/runs/one/store"
-    finished(start("extract", *flags(tiny_subject, f"{bucket}/text/", out)))
+    extract(ExtractConfig(model=str(tiny_subject), text=f"{bucket}/text/", out=out, **OPTIONS))
     assert content(out) == content(local)
     assert not files.exists(f"{out}/.lock")
     far, near = ActivationStore.open(out), ActivationStore.open(local)
@@ -90,42 +92,25 @@ def test_the_same_rows_as_on_a_local_disk(bucket: str, local: str, tiny_subject:
             ours, theirs = far.read(layer, group), near.read(layer, group)
             assert torch.equal(ours.activation, theirs.activation)
             assert np.array_equal(ours.doc, theirs.doc)
-    assert "is whole" in finished(start("verify", out))
+    assert verify(VerifyConfig(store=out)) == out
 
 
-def test_a_prior_and_its_scores_are_those_of_a_local_disk(bucket: str, local: str, tmp_path: Path) -> None:
-    training = [
-        "--samples",
-        "2048",
-        "--batch",
-        "256",
-        "--workers",
-        "0",
-        "--layer",
-        "2",
-        "--wandb",
-        "disabled",
-    ]
-    scoring = [
-        "--activations",
-        local,
-        "--actors",
-        "1",
-        "--cpus-per-actor",
-        "1",
-        "--steps",
-        "2",
-        "--split",
-        "test",
-    ]
+def test_a_prior_and_its_scores_are_those_of_a_local_disk(
+    ray_local: None, bucket: str, local: str, tmp_path: Path
+) -> None:
+    training: dict[str, Any] = {"samples": 2048, "batch": 256, "workers": 0, "layer": 2, "wandb": "disabled"}
+    scoring: dict[str, Any] = {
+        "activations": local, "actors": 1, "cpus_per_actor": 1, "steps": 2, "split": "test", "precision": "float32",
+    }  # fmt: skip
     found = []
     for store, out in ((f"{bucket}/runs/one/store", f"{bucket}/runs/one"), (local, str(tmp_path))):
-        finished(start("train", "--activations", store, "--out", f"{out}/prior", *training))
-        finished(start("score", "--prior", f"{out}/prior", "--out", f"{out}/scores", *scoring))
-        found.append(content(f"{out}/scores"))
-        found[-1]["weights"] = files.read_bytes(f"{out}/prior/model.safetensors")
+        prior = train(TrainConfig(activations=store, out=f"{out}/prior", precision="float32", **training))
+        scores = score(ScoreConfig(prior=prior, out=f"{out}/scores", **scoring))
+        found.append(content(scores))
+        found[-1]["weights"] = files.read_bytes(f"{prior}/model.safetensors")
     assert found[0] == found[1]
-    assert "is whole" in finished(start("verify", f"{bucket}/runs/one/scores"))
+    scores = f"{bucket}/runs/one/scores"
+    assert verify(VerifyConfig(store=scores)) == scores
 
 
 @pytest.mark.parametrize(("text", "out"), [("s3://none/a.jsonl", "{}/x"), ("{}/text/a.jsonl", "s3://none/x")])
@@ -137,7 +122,12 @@ def test_a_missing_bucket(bucket: str, tiny_subject: Path, text: str, out: str) 
 
 
 def test_killed_and_resumed_with_a_second_writer_beside(
-    bucket: str, local: str, tiny_subject: Path, caplog: pytest.LogCaptureFixture
+    ray_local: None,
+    bucket: str,
+    local: str,
+    tiny_subject: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text, out = f"{bucket}/text/*.jsonl", f"{bucket}/runs/two/store"
     first = start("extract", *flags(tiny_subject, text, out))
@@ -154,10 +144,13 @@ def test_killed_and_resumed_with_a_second_writer_beside(
     units = ActivationStore.open(local).manifest.units
     assert 0 < len(before) < units
     assert files.exists(f"{out}/.lock")
-    log = finished(start("extract", *flags(tiny_subject, text, out)))
-    assert f"process {first.pid} on " in log
-    assert "has stopped; its lock is taken over" in log
-    assert f"resuming {out}: {len(before)} of {units} units are done" in log
+    caplog.clear()
+    monkeypatch.setattr(lock, "WATCH_S", 8.0)
+    with caplog.at_level(logging.INFO):
+        extract(ExtractConfig(model=str(tiny_subject), text=text, out=out, **OPTIONS))
+    assert f"process {first.pid} on " in caplog.text
+    assert "has stopped; its lock is taken over" in caplog.text
+    assert f"resuming {out}: {len(before)} of {units} units are done" in caplog.text
     assert content(out) == content(local)
     assert before == {uri: stamp(uri) for uri in before}
     assert not files.exists(f"{out}/.lock")

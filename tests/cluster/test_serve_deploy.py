@@ -37,7 +37,13 @@ def test_deploy_then_other_weights(cluster: dict[str, str], free_port: int, tmp_
     (app,) = content["applications"]
     app["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     del app["args"]["auth"]
-    app["args"] |= {"prior": [first], "token_file": str(tmp_path / "tokens"), "cpus": 0.5, "max_replicas": 1}
+    app["args"] |= {
+        "prior": [first],
+        "token_file": str(tmp_path / "tokens"),
+        "cpus": 0.5,
+        "max_replicas": 1,
+        "precision": "float32",
+    }
     file = tmp_path / "config.yaml"
 
     def deploy() -> None:

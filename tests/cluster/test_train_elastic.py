@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from stores import extract_here
 from texts import make_texts
 
 from dmm_ray.cluster import quiet
@@ -61,26 +62,12 @@ def environment(cluster: Any) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def store(cluster: Any, tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def store(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """About 3,000 rows of the tiny subject."""
     folder = tmp_path_factory.mktemp("store")
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(150, seed=2)))
-    flags = [
-        "--model",
-        str(tiny_subject),
-        "--text",
-        str(text),
-        "--layers",
-        "[2]",
-        "--out",
-        str(folder / "store"),
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "dmm_ray", "extract", *flags],
-        check=True, capture_output=True, timeout=LIMIT_S, env=environment(cluster),
-    )  # fmt: skip
-    return str(folder / "store")
+    return extract_here(model=str(tiny_subject), text=str(text), layers=[2], out=str(folder / "store"))
 
 
 def config(store: str, out: Path) -> TrainConfig:
@@ -157,6 +144,8 @@ def test_a_node_is_lost_and_comes_back(cluster: Any, store: str, tmp_path: Path)
     assert process.wait(LIMIT_S) == 130, log.read_text()
 
     assert "they take all 2 CPUs of the cluster" in log.read_text()
+    assert "interrupted: saving a checkpoint" in log.read_text()
+    assert not (out / ".ray").exists()
     seen = records(out)
     assert [r["samples"] for r in seen] == [2 * BATCH * (i + 1) for i in range(len(seen))]
     phases = [workers for workers, _ in groupby(r["workers"] for r in seen)]

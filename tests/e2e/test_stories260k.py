@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from stores import extract_here
 
 from dmm_ray import ActivationPrior
-from dmm_ray.activations.extract import ExtractConfig, extract
 from dmm_ray.activations.verify import VerifyConfig, verify
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
 from dmm_ray.training.config import TrainConfig
@@ -14,19 +14,26 @@ from dmm_ray.training.train import train
 
 
 @pytest.mark.slow
-def test_extract_train_evaluate(ray_local, shared_data, tmp_path):
+def test_extract_train_evaluate(shared_data, tmp_path):
     model = str(shared_data / "models" / "stories260K")
     stories = (shared_data / "text" / "tinystories_1000_clean.txt").read_text().split("<|endoftext|>")
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories[:250]))
     with open(shared_data / "text" / "stories260k_sampled.jsonl") as f:
         (tmp_path / "sampled.jsonl").write_text("".join(next(f) for _ in range(400)))
     text = [str(tmp_path / "stories.txt"), str(tmp_path / "sampled.jsonl")]
-    store = extract(
-        ExtractConfig(model=model, text=text, layers=[2], rows_per_shard=1 << 15, out=str(tmp_path / "store"))
-    )
+    out = str(tmp_path / "store")
+    store = extract_here(model=model, text=text, layers=[2], rows_per_shard=1 << 15, out=out)
     assert verify(VerifyConfig(store=store)) == store
     prior = train(
-        TrainConfig(activations=store, out=str(tmp_path / "prior"), samples=300_000, batch=512, workers=0)
+        TrainConfig(
+            activations=store,
+            out=str(tmp_path / "prior"),
+            samples=200_000,
+            batch=256,
+            n_blocks=3,
+            workers=0,
+            calibration_rows=512,
+        )
     )
     assert ActivationPrior.from_pretrained(prior).d == 64
     report = evaluate(
@@ -36,11 +43,12 @@ def test_extract_train_evaluate(ray_local, shared_data, tmp_path):
             model=model,
             out=str(tmp_path / "report"),
             mixture_sizes=(128,),
-            sae_samples=100_000,
-            lm_documents=20,
+            sae_samples=60_000,
+            lm_documents=12,
+            lm_levels=(),
             nll_rows=64,
-            samples=1000,
-            two_sample_rows=500,
+            samples=300,
+            two_sample_rows=200,
         )
     )
     summary = json.loads((Path(report) / "summary.json").read_text())

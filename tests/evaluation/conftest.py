@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import extract_here
 from texts import make_texts
 
-from dmm_ray.activations.extract import ExtractConfig, extract
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
@@ -27,20 +27,16 @@ def eval_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def eval_store(
-    ray_local: None, tiny_subject: Path, eval_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
+def eval_store(tiny_subject: Path, eval_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Layers 1 and 2 of the tiny subject, float32. Do not change it."""
     out = tmp_path_factory.mktemp("eval_store") / "store"
-    return extract(
-        ExtractConfig(
-            model=str(tiny_subject),
-            text=str(eval_text),
-            layers=[1, 2],
-            out=str(out),
-            dtype="float32",
-            rows_per_shard=2000,
-        )
+    return extract_here(
+        model=str(tiny_subject),
+        text=str(eval_text),
+        layers=[1, 2],
+        out=str(out),
+        dtype="float32",
+        rows_per_shard=2000,
     )
 
 

@@ -80,3 +80,15 @@ def test_scored_texts_are_coloured_with_tooltips_and_escaped(tmp_path, summary):
 def test_can_be_written_again_from_the_saved_summary(tmp_path, summary):
     first = read(write_report(str(tmp_path), summary))
     assert read(write_report(str(tmp_path), json.loads(json.dumps(summary)))) == first
+
+
+def test_says_how_long_the_prior_was_trained_and_what_more_would_bring(tmp_path, summary):
+    assert "The prior saw" not in read(write_report(str(tmp_path), summary))
+    summary["training"] = {"samples": 2500, "minutes": 3.3, "half": 1.05, "end": 0.95}
+    page = read(write_report(str(tmp_path), summary))
+    assert "2,500 samples (2.5 passes over these rows), as many as fitted into 3.3 minutes" in page
+    assert "from 1.050 to 0.950" in page
+    assert "<code>--minutes</code>" in page
+    summary["training"] = {"samples": 2500, "minutes": None, "half": None, "end": None}
+    page = read(write_report(str(tmp_path), summary))
+    assert "2,500 samples (2.5 passes over these rows).</p>" in page

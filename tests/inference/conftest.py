@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from inference_cases import LAYER, OPTIONS, SCORE, all_rows, ids_of
+from stores import extract_here
 
-from dmm_ray.activations.extract import ExtractConfig, extract
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.inference.config import ScoreConfig
 from dmm_ray.inference.verbs import score
@@ -18,9 +18,7 @@ from dmm_ray.prior.calibrate import calibrate
 
 
 @pytest.fixture(scope="session")
-def store(
-    ray_local: None, tiny_subject: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ActivationStore:
+def store(tiny_subject: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """60 documents, layers 1 and 2, float32, 6 units. Do not change it."""
     out = tmp_path_factory.mktemp("inference") / "store"
     options = {
@@ -30,8 +28,9 @@ def store(
         "cpus_per_actor": 1,
         "layers": [1, LAYER],
     }
-    config = ExtractConfig(model=str(tiny_subject), text=str(tiny_text), out=str(out), **options)
-    return ActivationStore.open(extract(config))
+    return ActivationStore.open(
+        extract_here(model=str(tiny_subject), text=str(tiny_text), out=str(out), **options)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +50,13 @@ def prior(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 @pytest.fixture(scope="session")
-def options(prior: str, store: ActivationStore) -> dict[str, Any]:
+def options(ray_local: None, prior: str, store: ActivationStore) -> dict[str, Any]:
     """Of a job on the whole store, all but ``out``."""
     return {"prior": prior, "activations": store.uri, **OPTIONS}
 
 
 @pytest.fixture(scope="session")
-def scores(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scores(ray_local: None, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `dmm score` with one actor writes. Do not change it."""
     out = tmp_path_factory.mktemp("inference") / "scores"
     return Path(score(ScoreConfig(out=str(out), **options, **SCORE)))

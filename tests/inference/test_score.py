@@ -79,7 +79,7 @@ def test_the_folder_says_what_it_is(
         ActivationStore.open(str(scores))
 
 
-def test_four_actors_finish_what_one_began(
+def test_two_actors_finish_what_one_began(
     scores: Path, options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = Path(shutil.copytree(scores, tmp_path / "copy"))
@@ -90,7 +90,7 @@ def test_four_actors_finish_what_one_began(
     (copy / "layer_02" / "shard-000002.parquet.tmp-0123abcd").write_bytes(b"left over")
     before = {p: p.stat().st_mtime_ns for p in [*records[:2], copy / "layer_02" / "shard-000001.parquet"]}
     with caplog.at_level(logging.INFO):
-        score(ScoreConfig(out=str(copy), **{**options, "actors": 4}, **SCORE))
+        score(ScoreConfig(out=str(copy), **{**options, "actors": 2}, **SCORE))
     assert f"2 of {len(records)} units are done" in caplog.text
     assert files(copy) == files(scores)
     assert {p: p.stat().st_mtime_ns for p in before} == before

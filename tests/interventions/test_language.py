@@ -10,7 +10,7 @@ from interventions.conftest import PROMPT, Make
 from subject.families import CAUSAL
 
 from dmm_ray.errors import UserError
-from dmm_ray.interventions import LanguageModel, TooLongError
+from dmm_ray.interventions import Generation, LanguageModel, TooLongError
 from dmm_ray.subject import SubjectModel
 
 LAYER = 1
@@ -99,3 +99,41 @@ def test_token_texts_name_what_decoding_hides(language: LanguageModel) -> None:
     part = language.prompt_ids("\u65e5")[1]
     assert "\ufffd" not in language.token_text(part)
     assert language.token_text(language.prompt_ids("the cat")[-1]) == " cat"
+
+
+class Renamed(torch.nn.Module):
+    """A model whose cache has a name that no version of transformers has given it."""
+
+    def __init__(self, inner: transformers.PreTrainedModel, forgets: bool = False) -> None:
+        super().__init__()
+        self.inner, self.config, self.forgets = inner, inner.config, forgets
+        self.generation_config = inner.generation_config
+
+    def forward(self, input_ids, use_cache=None, memory=None, **options):
+        known = {} if memory is None or self.forgets else {self.name: memory}
+        out = self.inner(input_ids=input_ids, use_cache=use_cache, **known, **options)
+        self.name = next((key for key, value in out.items() if isinstance(value, transformers.Cache)), "")
+        renamed = {"memory" if key == self.name else key: value for key, value in out.items()}
+        return type("Output", (dict,), {"logits": out.logits})(renamed)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.inner.get_input_embeddings()
+
+
+def test_a_cache_of_any_name_is_gone_on_from(tiny_subject: Path) -> None:
+    plain, renamed = LanguageModel.load(str(tiny_subject)), LanguageModel.load(str(tiny_subject))
+    renamed._model = Renamed(renamed._model)
+    assert plain.generates
+    assert renamed.generates
+    first, second = (
+        [token.id for token in Generation(model, PROMPT, max_tokens=8)] for model in (plain, renamed)
+    )
+    assert first == second != []
+
+
+def test_a_model_that_forgets_its_cache_is_refused(tiny_subject: Path) -> None:
+    model = LanguageModel.load(str(tiny_subject))
+    model._model = Renamed(model._model, forgets=True)
+    assert not model.generates
+    with pytest.raises(UserError, match="gives no cache that it goes on from"):
+        model.require_causal()

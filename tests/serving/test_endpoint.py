@@ -212,6 +212,7 @@ def test_a_full_queue_refuses_and_recovers(client: httpx.Client, single: str, pr
     from dmm_ray.serving.app import build
 
     config = AppConfig(
+        precision="float32",
         prior=single,
         cpus=0.5,
         max_ongoing_requests=1,

@@ -128,7 +128,9 @@ def test_new_weights_come_without_a_lost_request(url: str, single: str, other: s
 
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask) for _ in range(2)]
-        config = AppConfig(prior=(f"{NAME}={other}",), cpus=0.5, limits=LIMITS, auth="none")
+        config = AppConfig(
+            prior=(f"{NAME}={other}",), precision="float32", cpus=0.5, limits=LIMITS, auth="none"
+        )
         serve.run(build(config), name=APPLICATION, route_prefix="/")
         after = [log_prob(url) for _ in range(3)]
         enough.set()

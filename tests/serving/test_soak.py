@@ -1,6 +1,6 @@
 """Every operation for a while: every answer right, memory flat.
 
-``DMM_SOAK_S`` (60) seconds of it.
+``DMM_SOAK_S`` (20) seconds of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serving.under_fire import Known, Question, resident, steadily
 from dmm_ray.client import Client, ClientError
 from dmm_ray.prior import ActivationPrior
 
-SOAK_S = float(os.environ.get("DMM_SOAK_S", "60"))
+SOAK_S = float(os.environ.get("DMM_SOAK_S", "20"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + 2 * SOAK_S)]
 WARM_UP = 1 / 3
 """Of the time: allocators and caches fill up first."""

@@ -17,14 +17,14 @@ import json, sys
 from dmm_ray.errors import UserError
 from dmm_ray.subject import SubjectModel
 
-model, revision = sys.argv[1], sys.argv[2] or None
-try:
-    subject = SubjectModel.from_pretrained(model, layers=[1], revision=revision)
-    shape = subject.capture(*subject.pad([[0, 5, 6]]), [1])[1].shape
-    found = {"id": subject.model_id, "revision": subject.revision, "hash": subject.weights_hash, "shape": shape}
-except UserError as e:
-    found = {"error": str(e)}
-print(json.dumps(found))
+for model, revision in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        subject = SubjectModel.from_pretrained(model, layers=[1], revision=revision or None)
+        shape = subject.capture(*subject.pad([[0, 5, 6]]), [1])[1].shape
+        found = {"id": subject.model_id, "revision": subject.revision, "hash": subject.weights_hash, "shape": shape}
+    except UserError as e:
+        found = {"error": str(e)}
+    print(json.dumps(found))
 """
 
 
@@ -35,17 +35,23 @@ def hub(tiny_subject: Path) -> Iterator[Hub]:
         yield hub
 
 
-def start(hub: Hub, home: Path, model: str, revision: str = "", **environment: str) -> subprocess.Popen[str]:
+def start(hub: Hub, home: Path, *models: str, **environment: str) -> subprocess.Popen[str]:
+    """A process that wants each of ``models``: id, revision, id, revision ..."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", PROGRAM, model, revision]
+    command = [sys.executable, "-c", PROGRAM, *models]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def result(process: subprocess.Popen[str]) -> dict[str, object]:
+def results(process: subprocess.Popen[str]) -> list[dict[str, object]]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, object]:
+    [found] = results(process)
+    return found
 
 
 def test_a_branch_becomes_its_commit_and_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
@@ -66,27 +72,24 @@ def test_a_branch_becomes_its_commit_and_is_fetched_once(hub: Hub, tmp_path: Pat
     assert set(hub.gets.values()) == {1}
 
 
-@pytest.mark.parametrize(
-    ("model", "revision", "message"),
-    [
-        (
-            "some/gated",
-            "",
-            "model: some/gated is gated; accept its terms on its page at the hub, then log in",
-        ),
-        ("some/missing", "", "model: some/missing is neither a folder here nor a model the hub gives; check"),
-        ("some/model", "v9", "revision: some/model has no branch, tag or commit 'v9'"),
-    ],
-)
-def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path, model: str, revision: str, message: str) -> None:
-    error = str(result(start(hub, tmp_path, model, revision))["error"])
-    assert error.startswith(message)
-    assert "\n" not in error
+REFUSALS = {
+    ("some/gated", ""): "model: some/gated is gated; accept its terms on its page at the hub, then log in",
+    ("some/missing", ""): "model: some/missing is neither a folder here nor a model the hub gives; check",
+    ("some/model", "v9"): "revision: some/model has no branch, tag or commit 'v9'",
+}
+
+
+def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    found = results(start(hub, tmp_path, *(word for wanted in REFUSALS for word in wanted)))
+    for (wanted, message), answer in zip(REFUSALS.items(), found, strict=True):
+        error = str(answer["error"])
+        assert error.startswith(message), wanted
+        assert "\n" not in error, wanted
 
 
 def test_no_hub_at_that_address(tmp_path: Path) -> None:
     with Hub({}).running() as gone:
         pass
-    error = str(result(start(gone, tmp_path, "some/model"))["error"])
+    error = str(result(start(gone, tmp_path, "some/model", ""))["error"])
     assert error.startswith("model: some/model is neither a folder here nor a model the hub gives")
     assert "\n" not in error

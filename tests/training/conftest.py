@@ -6,22 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from stores import extract_here
 from texts import make_texts
-
-from dmm_ray.activations.extract import ExtractConfig, extract
 
 
 @pytest.fixture(scope="session")
-def train_store(ray_local: None, tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def train_store(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """300 documents of the tiny subject, layers 1 and 2, about 6,000 rows each in several shards."""
     folder = tmp_path_factory.mktemp("train")
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(300, seed=2)))
-    config = ExtractConfig(
+    return extract_here(
         model=str(tiny_subject),
         text=str(text),
         layers=[1, 2],
         out=str(folder / "store"),
         rows_per_shard=64 * 63,
     )
-    return extract(config)

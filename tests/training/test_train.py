@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stores import extract_here
 
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.activations.lock import writer_lock
@@ -116,16 +117,8 @@ def test_another_configuration_is_refused_by_field(finished, train_store):
 
 
 def test_ray_workers_see_the_same_samples(finished, train_store, ray_local, tmp_path):
-    one = train(config(train_store, tmp_path / "one", workers=1, cpus_per_worker=1))
-    two = train(
-        config(
-            train_store, tmp_path / "two", workers=2, cpus_per_worker=1, precision="float32", parallel="fsdp"
-        )
-    )
-    reference = train(config(train_store, tmp_path / "zero", precision="float32"))
-    for a, b in zip(curve(one), curve(finished), strict=True):
-        assert a[:2] == pytest.approx(b[:2], rel=2e-3)
-    for a, b in zip(curve(two), curve(reference), strict=True):
+    two = train(config(train_store, tmp_path / "two", workers=2, cpus_per_worker=1, parallel="fsdp"))
+    for a, b in zip(curve(two), curve(finished), strict=True):
         assert a[:2] == pytest.approx(b[:2], rel=1e-4)
 
 
@@ -165,8 +158,6 @@ def test_bad_input_is_named(train_store, tmp_path):
 def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dmm_ray.activations.extract import ExtractConfig, extract
-
     model = AutoModelForCausalLM.from_pretrained(tiny_subject)
     tokenizer = AutoTokenizer.from_pretrained(tiny_subject)
     with torch.no_grad():
@@ -175,8 +166,8 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
     tokenizer.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "the cat sat on the mat"}\n' * 20 + '{"text": "the cat saw a dog"}\n' * 20)
-    store = extract(
-        ExtractConfig(model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store"))
+    store = extract_here(
+        model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store")
     )
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"not finite at document \d+, position \d+"):
