@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from stores import extract_here
 from texts import WORDS
 
 from dmm_ray.activations.config import ExtractConfig
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.engine import Engine, Loading, Task
-from dmm_ray.activations.extract import extract, kept_of, make_manifest
-from dmm_ray.activations.plan import Sample
-from dmm_ray.activations.resume import finish
+from dmm_ray.activations.extract import extract
 from dmm_ray.activations.store import ActivationStore
-from dmm_ray.activations.units import unit_at
 from dmm_ray.errors import UserError
-from dmm_ray.subject import SubjectSource
 
 MILLION = 1_000_000
 
@@ -43,21 +38,14 @@ def plain(tiny_subject: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def extract_here(model: Path, texts: list[str], folder: Path, **options: Any) -> ActivationStore:
+def odd_store(model: Path, texts: list[str], folder: Path, **options: Any) -> ActivationStore:
     """The store of one layer of these documents, made in this process."""
     text = folder / "odd.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     given: dict[str, Any] = {"layers": [0], "dtype": "float32", **options}
-    config = ExtractConfig(model=str(model), text=str(text), out=str(folder / "store"), **given)
-    source, corpus = SubjectSource.resolve(config.model), Corpus.scan(config.uris)
-    sample = Sample.draw(corpus, source.context, kept_of(config), config.seed, source.tokenizer)
-    manifest = make_manifest(config, "float32", source, 2, corpus, source.context, sample)
-    engine = Engine(Task(config.out, manifest, 0, Loading(16384, 1, "cpu")), corpus)
-    for unit in range(manifest.units):
-        engine.extract(unit_at(unit, corpus.n_documents, manifest.documents_per_unit))
-    (folder / "store" / "manifest.json").write_text(manifest.model_dump_json())
-    finish(config.out, manifest)
-    return ActivationStore.open(config.out)
+    return ActivationStore.open(
+        extract_here(model=str(model), text=str(text), out=str(folder / "store"), **given)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +57,14 @@ def endless(tiny_subject: Path) -> str:
 
 
 def test_a_document_of_a_million_tokens_is_cut(tiny_subject: Path, endless: str, tmp_path: Path) -> None:
-    store = extract_here(tiny_subject, ["the cat", endless, "a dog"], tmp_path)
+    store = odd_store(tiny_subject, ["the cat", endless, "a dog"], tmp_path)
     assert store.document(0, 1).position.tolist() == list(range(1, 64))
     assert len(store.document(0, 2).doc) > 0
     assert store.records[0].long == 1
 
 
 def test_a_document_of_a_million_tokens_is_split(tiny_subject: Path, endless: str, tmp_path: Path) -> None:
-    store = extract_here(tiny_subject, ["the cat", endless, "a dog"], tmp_path, long_documents="split")
+    store = odd_store(tiny_subject, ["the cat", endless, "a dog"], tmp_path, long_documents="split")
     position = store.document(0, 1).position
     assert len(position) >= MILLION
     np.testing.assert_array_equal(position, np.arange(1, len(position) + 1))
@@ -90,7 +78,7 @@ def windows(store: ActivationStore) -> int:
 
 @pytest.mark.parametrize("keep_first", [False, True])
 def test_one_token_documents_with_a_bos(tiny_subject: Path, tmp_path: Path, keep_first: bool) -> None:
-    store = extract_here(tiny_subject, ["Q", "", "Z", " "], tmp_path, keep_first=keep_first)
+    store = odd_store(tiny_subject, ["Q", "", "Z", " "], tmp_path, keep_first=keep_first)
     kept = [0, 1] if keep_first else [1]
     assert [store.document(0, doc).position.tolist() for doc in range(4)] == [kept, [], kept, []]
 
@@ -101,8 +89,8 @@ def test_one_token_documents_without_a_bos(plain: Path, tmp_path: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, None, None)
     texts = ["Q", "the cat sat on a mat", "Z"]
     (tmp_path / "all").mkdir()
-    store = extract_here(plain, texts, tmp_path)
-    whole = extract_here(plain, texts, tmp_path / "all", keep_first=True)
+    store = odd_store(plain, texts, tmp_path)
+    whole = odd_store(plain, texts, tmp_path / "all", keep_first=True)
     for doc, text in enumerate(texts):
         ids = tokenizer(text)["input_ids"]
         assert store.document(0, doc).token_id.tolist() == ids[1:]
@@ -123,8 +111,8 @@ def poisoned(tiny_subject: Path, tmp_path: Path) -> dict[str, Any]:
     return {**given, "layers": [0], "dtype": "float32", "rows_per_shard": 1, "actors": 1, "cpus_per_actor": 1}
 
 
-def test_poisoned_documents_within_the_limit_are_listed(ray_local: None, poisoned: dict[str, Any]) -> None:
-    store = Path(extract(ExtractConfig(**poisoned, max_failed_documents=4)))
+def test_poisoned_documents_within_the_limit_are_listed(poisoned: dict[str, Any]) -> None:
+    store = Path(extract_here(**poisoned, max_failed_documents=4))
     figures = json.loads((store / "summary.json").read_text())["figures"]
     assert figures["failed_documents"] == 4
     assert [failed["doc"] for failed in figures["failed"]] == [1, 2, 3, 4]

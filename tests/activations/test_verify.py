@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from stores import extract_here
 
-from dmm_ray.activations.config import ExtractConfig
-from dmm_ray.activations.extract import extract
 from dmm_ray.activations.manifest import read_record
 from dmm_ray.activations.store import ActivationStore
 from dmm_ray.activations.verify import VerifyConfig, verify
@@ -92,13 +91,13 @@ def test_moments_are_said_by_layer(tiny_store: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_store_of_chosen_rows_passes(
-    ray_local: None, tiny_options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen: dict[str, Any] = {
         "window": 20, "long_documents": "split", "tokens_per_doc": 5, "min_position": 2, "covariance": True,
         "exclude": ["outliers"], "rows_per_shard": None,
     }  # fmt: skip
-    store = extract(ExtractConfig(**(tiny_options | chosen | {"out": str(tmp_path / "store")})))
+    store = extract_here(**(tiny_options | chosen | {"out": str(tmp_path / "store")}))
     with caplog.at_level(logging.INFO):
         verify(VerifyConfig(store=store, sample_documents=20))
     assert "computed 20 documents again: 0 findings" in caplog.text

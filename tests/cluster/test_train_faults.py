@@ -28,7 +28,7 @@ from dmm_ray.training.train import train
 Parallel = Literal["ddp", "fsdp"]
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(600)]
 TRIALS = int(os.environ.get("DMM_CHAOS_TRIALS", "2"))
-"""Runs in one process that are killed; half as many on Ray."""
+"""Runs in one process that are killed; half as many on Ray, where there are more than two."""
 ON_RAY: list[tuple[int, Parallel]] = [(1, "ddp"), (2, "fsdp"), (2, "ddp")]
 """Workers, and whether their weights are sharded, in turns."""
 LOG, SAVE = 3, 20
@@ -193,21 +193,19 @@ def test_killed_in_one_process(store, undisturbed, tmp_path, trial):
     assert content(run.out) == undisturbed(0)
 
 
+@pytest.mark.skipif(
+    TRIALS <= 2, reason="minutes long: `make chaos` runs it; test_train_elastic is its short form"
+)
 @pytest.mark.parametrize("trial", range(max(1, TRIALS // 2)))
 def test_driver_and_worker_killed_on_ray(ray_local, store, undisturbed, tmp_path, trial):
-    """The driver is killed; in long trials it is interrupted then; last, one of its workers is killed.
-
-    (That an interrupted driver saves a checkpoint is tested in a short form by test_train_elastic.)
-    """
+    """The driver is killed, then interrupted, then one of its workers is killed, by the process number."""
     draw, (workers, parallel) = random.Random(trial), ON_RAY[trial % len(ON_RAY)]
     this = config(store, tmp_path / "prior", workers, parallel)
     run = Command.start(this)
     run.until_batch(draw.randrange(SAVE, RAY_BATCHES // 10))
     run.stop(signal.SIGKILL)
 
-    saved = checkpoint.complete(this.out)[-1]
-    if TRIALS > 2:
-        saved = interrupted(this, saved, draw)
+    saved = interrupted(this, checkpoint.complete(this.out)[-1], draw)
 
     run = Command.start(this)
     run.until_batch(min(RAY_BATCHES - 2 * SAVE, saved // 64 + draw.randrange(1, RAY_BATCHES // 5)))
