@@ -34,11 +34,12 @@ from dmm_ray.training.train import train
 logger = logging.getLogger(__name__)
 SUBJECT = Path(__file__).parent / "subject"
 SHOWN_TOKENS = 120
-MINUTES = 5.5
+MINUTES = 5.25
 LEAST_SHARE = 0.3
 """Of the time, that the training gets at least."""
-TRAIN_OVERHEAD_S = 45.0
+TRAIN_OVERHEAD_S = 35.0
 """What training takes beside its steps: the trial, Ray Train's start and end, the calibration."""
+CALIBRATION_ROWS = 2048
 EVALUATION: dict[str, object] = {"samples": 3000, "lm_documents": 60}
 """Less than `dmm evaluate` takes by default: it would need half as long again."""
 
@@ -57,7 +58,7 @@ class DemoConfig(Config):
     documents: int = Field(default=3000, ge=100)
     """Stories to generate where no text is given."""
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Time for everything, about: the training gets what the other steps leave. Default 5.5; a run that is resumed
+    """Time for everything, about: the training gets what the other steps leave. Default 5.25; a run that is resumed
     keeps its number of samples."""
     samples: int | None = Field(default=None, ge=1)
     """Training samples, instead of a time."""
@@ -113,6 +114,7 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
             out=join(out, "prior"),
             samples=config.samples,
             minutes=_training_minutes(config, steps, join(out, "prior")),
+            calibration_rows=CALIBRATION_ROWS,
             batch=config.batch,
             lr=config.lr,
             seed=config.seed,
