@@ -93,8 +93,8 @@ def _training(summary: Mapping[str, Any]) -> str:
     if trained["half"] and trained["end"]:
         line += (
             f" The second half of them lowered its validation loss from {trained['half']:.3f} to "
-            f"{trained['end']:.3f}, the falling learning rate included; <code>--samples</code> or <code>--minutes</code> "
-            "of <code>dmm train</code> and <code>dmm demo</code> give it more."
+            f"{trained['end']:.3f}, the falling learning rate included; <code>--samples</code> or "
+            "<code>--minutes</code> of <code>dmm train</code> and <code>dmm demo</code> give it more."
         )
     return f'<p class="soft">{line}</p>'
 
