@@ -25,12 +25,15 @@ from dmm_ray.activations.corpus import Corpus
 from dmm_ray.activations.engine import Engine, Loading, Task
 from dmm_ray.activations.extract import extract
 from dmm_ray.activations.manifest import DTYPES, read_manifest, read_record
+from dmm_ray.activations.pool import BATCH_TOKENS
 from dmm_ray.activations.units import unit_at
 from dmm_ray.activations.writer import write_shard
 
 LAYER, WINDOW, WORDS = 7, 2048, 4000
 PLAIN_BATCH = 8
-PLAIN = {name: DTYPES[name] for name in precisions()}
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+PLAIN = {name: DTYPES[name] for name in precisions(DEVICE)}
 SHAPE = {
     "vocab_size": 26_000,
     "hidden_size": 512,
@@ -42,6 +45,13 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+if CUDA:  # the blocks of Llama-3.2-1B
+    SHAPE |= {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
 
 
 def make_model(folder: Path) -> str:
@@ -51,8 +61,9 @@ def make_model(folder: Path) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(torch.bfloat16)
-    model.save_pretrained(folder)
+    with torch.device(DEVICE):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(torch.bfloat16)
+    model.cpu().save_pretrained(folder)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
@@ -73,7 +84,7 @@ def plain_loop(model: str, text: str, documents: int, dtype: torch.dtype) -> flo
     """Useful tokens per second of the usual loop over the first documents: the full model, batches of 8 documents
     padded to the longest, ``output_hidden_states``; nothing is written."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, pad_token="</s>")
-    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(DEVICE)
     with open(text) as f:
         texts = [json.loads(line)["text"] for line in f][:documents]
     kept, tokens, started = [], 0, time.perf_counter()
@@ -83,10 +94,10 @@ def plain_loop(model: str, text: str, documents: int, dtype: torch.dtype) -> flo
                 texts[low : low + PLAIN_BATCH],
                 padding=True, truncation=True, max_length=WINDOW, return_tensors="pt",
             )  # fmt: skip
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            inputs = {name: batch[name].to(DEVICE) for name in ("input_ids", "attention_mask")}
             hidden = lm(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
-            mask = batch["attention_mask"].bool()
-            kept.append(hidden[mask])
+            mask = inputs["attention_mask"].bool()
+            kept.append(hidden[mask].cpu())
             tokens += int(mask.sum())
     return tokens / (time.perf_counter() - started)
 
@@ -105,7 +116,7 @@ def bare_engine(store: str, out: str, text: str, threads: int) -> float:
     """The extraction of ``store`` once more by one engine in this process, without Ray."""
     manifest = read_manifest(store)
     corpus = Corpus.scan([text])
-    task = Task(out, manifest, 0, Loading(batch_tokens=2048, threads=threads, device="cpu"))
+    task = Task(out, manifest, 0, Loading(batch_tokens=BATCH_TOKENS[DEVICE], threads=threads, device=DEVICE))
     engine = Engine(task, corpus)
     units = [unit_at(u, corpus.n_documents, manifest.documents_per_unit) for u in range(manifest.units)]
     with ThreadPoolExecutor(2) as pool:
@@ -114,9 +125,9 @@ def bare_engine(store: str, out: str, text: str, threads: int) -> float:
     return store_rate(out)
 
 
-def compare(say: Callable[[str], None], documents: int = 1000, rounds: int = 3) -> None:
+def compare(say: Callable[[str], None], documents: int = 6000 if CUDA else 1000, rounds: int = 3) -> None:
     """Tokens per second of each way, in turns; medians."""
-    threads = torch.get_num_threads()
+    threads = 1 if CUDA else torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         model, text = make_model(Path(folder, "model")), make_text(Path(folder, "text.jsonl"), documents)
         rates: dict[str, list[float]] = {"ours": [], "bare engine": []} | {

@@ -48,7 +48,8 @@ Calls = dict[str, Callable[[], object]]
 def small_prior() -> ActivationPrior:
     """An untrained prior of the demo's size: its cost is that of a trained one."""
     config = PriorConfig(d=D, layers=(LAYER,), d_model=256, d_mlp=512, n_blocks=6, variance_floor=1e-6)
-    return ActivationPrior.untrained(config, torch.zeros(D), torch.ones(D))
+    prior = ActivationPrior.untrained(config, torch.zeros(D), torch.ones(D))
+    return prior.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Cpu:
@@ -123,6 +124,7 @@ def endpoint(prior: str, proxy: str) -> Iterator[str]:
         port,
     ]
     command += ["--model", subject, "--proxy", proxy, "--max-batch-rows", str(BATCH)]
+    command += ["--gpus", "0.5", "--subject-gpus", "0.5"] if torch.cuda.is_available() else []
     environment = {**os.environ, "DMM_SERVE_TOKENS": TOKEN}
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment

@@ -42,11 +42,11 @@ def make_prior(d: int) -> ActivationPrior:
 
 
 def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, asked: dict[str, Any]) -> float:
-    """Of a whole `dmm score` with one actor on all CPUs, checks left out."""
+    """Of a whole `dmm score` with one actor on all CPUs, or a GPU where there is one; checks left out."""
     out = tempfile.mkdtemp(dir=folder)
     config = ScoreConfig(
         prior=f"{folder}/prior", activations=store.uri, out=out, actors=1,
-        cpus_per_actor=torch.get_num_threads(), **asked,
+        cpus_per_actor=1 if torch.cuda.is_available() else torch.get_num_threads(), **asked,
     )  # fmt: skip
     rows = StoreRows(store, LAYER, Selection())
     digest = hash_prior(prior.config, prior.state_dict())
