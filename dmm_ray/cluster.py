@@ -22,6 +22,7 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "GOMP_SPINCOUNT": "10000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, which most commands never use
 }
 OBJECT_STORE_BYTES = 512 << 20
 ANSWER_S = 12.0

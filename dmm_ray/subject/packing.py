@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 NAME = "dmm_packed"
 SHARED_LENGTH = 512
@@ -110,7 +110,12 @@ def packed_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+@cache
+def _register() -> None:
+    # Here, not at import: it brings in all that transformers' models need (3 s), and most processes load no model.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
 
 
 def _gather(x: Tensor, where: Tensor | slice) -> Tensor:
@@ -129,6 +134,7 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
 @contextmanager
 def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> Iterator[Pack]:
     """Inside the block ``model`` runs with packed attention over sequences of ``lengths``, longest first."""
+    _register()
     pack = Pack(lengths, device)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
