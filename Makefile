@@ -46,7 +46,7 @@ fuzz: setup-dev
 
 # The oldest declared versions and the newest ones, each in an environment of its own: the main job, generation, the
 # page. About 10 minutes; on Linux torch from PyPI brings CUDA (6 GB an environment): see docs/developing.md.
-SMOKE := tests/e2e/test_demo.py tests/interventions tests/subject/test_families.py tests/inference/test_score.py \
+SMOKE := tests/e2e/test_demo.py tests/interventions tests/subject/test_families.py tests/batch/test_score.py \
          tests/serving/test_text.py tests/serving/test_page.py
 versions:
 	$(PYTHON) jobs/oldest.py > .oldest.txt

@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmm_ray.activations.store import ActivationStore
     from dmm_ray.prior.model import ActivationPrior
+    from dmm_ray.store.reader import ActivationStore
     from dmm_ray.subject.model import SubjectModel
 
 _WHERE = {
     "ActivationPrior": "dmm_ray.prior.model",
-    "ActivationStore": "dmm_ray.activations.store",
+    "ActivationStore": "dmm_ray.store.reader",
     "SubjectModel": "dmm_ray.subject.model",
 }
 __all__ = ["ActivationPrior", "ActivationStore", "SubjectModel"]

@@ -43,21 +43,17 @@ VERBS = {
     "demo": Verb(
         "dmm_ray.demo.run", "DemoConfig", "demo", "text -> activations -> prior -> report -> endpoint"
     ),
-    "extract": Verb("dmm_ray.activations.extract", "ExtractConfig", "extract", "write an activation store"),
+    "extract": Verb("dmm_ray.extraction.extract", "ExtractConfig", "extract", "write an activation store"),
     "train": Verb("dmm_ray.training.train", "TrainConfig", "train", "train a prior on a store"),
     "evaluate": Verb(
         "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
     ),
-    "score": Verb(
-        "dmm_ray.inference.verbs", "ScoreConfig", "score", "how likely each row of a store or text is"
-    ),
-    "denoise": Verb(
-        "dmm_ray.inference.verbs", "DenoiseConfig", "denoise", "move a store's rows to natural ones"
-    ),
+    "score": Verb("dmm_ray.batch.verbs", "ScoreConfig", "score", "how likely each row of a store or text is"),
+    "denoise": Verb("dmm_ray.batch.verbs", "DenoiseConfig", "denoise", "move a store's rows to natural ones"),
     "encode": Verb(
-        "dmm_ray.inference.verbs", "EncodeConfig", "encode", "the prior's hidden units on a store's rows"
+        "dmm_ray.batch.verbs", "EncodeConfig", "encode", "the prior's hidden units on a store's rows"
     ),
-    "sample": Verb("dmm_ray.inference.verbs", "SampleConfig", "sample", "draw activations from a prior"),
+    "sample": Verb("dmm_ray.batch.verbs", "SampleConfig", "sample", "draw activations from a prior"),
     "import-glp": Verb(
         "dmm_ray.training.published",
         "ImportConfig",
@@ -79,13 +75,13 @@ VERBS = {
         "answer questions about activations and texts over HTTP",
     ),
     "verify": Verb(
-        "dmm_ray.activations.verify",
+        "dmm_ray.extraction.verify",
         "VerifyConfig",
         "verify",
         "check a store against its records",
         ("store",),
     ),
-    "info": Verb("dmm_ray.activations.info", "InfoConfig", "info", "say what a store is", ("store",)),
+    "info": Verb("dmm_ray.store.info", "InfoConfig", "info", "say what a store is", ("store",)),
 }
 
 

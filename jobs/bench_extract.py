@@ -20,14 +20,14 @@ import transformers
 from timing import medians, precisions
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from dmm_ray.activations.config import ExtractConfig
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.engine import Engine, Loading, Task
-from dmm_ray.activations.extract import extract
-from dmm_ray.activations.manifest import DTYPES, read_manifest, read_record
-from dmm_ray.activations.pool import BATCH_TOKENS
-from dmm_ray.activations.units import unit_at
-from dmm_ray.activations.writer import write_shard
+from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.engine import Engine, ExtractionTask, Loading
+from dmm_ray.extraction.extract import extract
+from dmm_ray.extraction.job import BATCH_TOKENS
+from dmm_ray.store.manifest import DTYPES, read_manifest, read_record
+from dmm_ray.store.writer import write_shard
+from dmm_ray.text.corpus import Corpus
+from dmm_ray.units.unit import unit_at
 
 LAYER, WINDOW, WORDS = 7, 2048, 4000
 PLAIN_BATCH = 8
@@ -116,7 +116,9 @@ def bare_engine(store: str, out: str, text: str, threads: int) -> float:
     """The extraction of ``store`` once more by one engine in this process, without Ray."""
     manifest = read_manifest(store)
     corpus = Corpus.scan([text])
-    task = Task(out, manifest, 0, Loading(batch_tokens=BATCH_TOKENS[DEVICE], threads=threads, device=DEVICE))
+    task = ExtractionTask(
+        out, manifest, 0, Loading(batch_tokens=BATCH_TOKENS[DEVICE], threads=threads, device=DEVICE)
+    )
     engine = Engine(task, corpus)
     units = [unit_at(u, corpus.n_documents, manifest.documents_per_unit) for u in range(manifest.units)]
     with ThreadPoolExecutor(2) as pool:

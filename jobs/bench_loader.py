@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dmm_ray.activations.kept import Kept
-from dmm_ray.activations.manifest import CorpusEntry, Manifest, Record, SubjectEntry, shard_name
-from dmm_ray.activations.split import Split
-from dmm_ray.activations.store import ActivationStore
-from dmm_ray.activations.writer import write_shard
+from dmm_ray.store.manifest import CorpusEntry, Manifest, Record, SubjectEntry, shard_name
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import Split
+from dmm_ray.store.token_selection import TokenSelection
+from dmm_ray.store.writer import write_shard
 from dmm_ray.training.loader import Loader
 
 BATCH, UNIT_ROWS, DOCUMENT_ROWS, WINDOW_ROWS = 4096, 1 << 15, 128, 1 << 17
@@ -64,7 +64,7 @@ def make_manifest(d: int, documents: int, units: int) -> Manifest:
     return Manifest(
         subject=SubjectEntry(**subject, block_path=None, n_layers=1, context=DOCUMENT_ROWS),
         tokenizer_hash="", layers=(0,), dtype="bfloat16", compute_dtype="bfloat16", d=d,
-        corpus=CorpusEntry(**corpus, documents=documents * units), window=DOCUMENT_ROWS, kept=Kept(),
+        corpus=CorpusEntry(**corpus, documents=documents * units), window=DOCUMENT_ROWS, kept=TokenSelection(),
         exclude=(), covariance=False, seed=0, documents_per_unit=documents, units=units,
     )  # fmt: skip
 

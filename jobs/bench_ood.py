@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.manifest import DTYPES
-from dmm_ray.activations.split import TEST, TRAIN, Split
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation import ood, shifts
 from dmm_ray.files import join
 from dmm_ray.precision import affordable_precision
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.store.manifest import DTYPES
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import TEST, TRAIN, Split
 from dmm_ray.subject import SubjectModel
+from dmm_ray.text.corpus import Corpus
 from dmm_ray.training.calibrate import calibration_of
 
 Say = Callable[[str], None]

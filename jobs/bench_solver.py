@@ -21,12 +21,12 @@ from scipy.stats import spearmanr
 from timing import precisions
 from torch import Tensor
 
-from dmm_ray.activations.split import TEST, Split
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.evaluation.samples import frechet_distance, two_sample_auc
 from dmm_ray.prior import ActivationPrior, Solver
 from dmm_ray.prior.noise import rademacher
 from dmm_ray.prior.solver import TABLEAUX, Traced, Velocity
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import TEST, Split
 
 Say = Callable[[str], None]
 Draw = Callable[[int, int], Tensor]

@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from bench_loader import make_store
 
-from dmm_ray.activations.store import ActivationStore
+from dmm_ray.batch.config import ScoreConfig
+from dmm_ray.batch.engine import hash_prior
+from dmm_ray.batch.inputs import Inputs
+from dmm_ray.batch.job import PriorJob
+from dmm_ray.batch.operations import Score
+from dmm_ray.batch.selection import Selection, StoreRows
+from dmm_ray.batch.verbs import store_manifest
 from dmm_ray.cluster import ensure_ray
-from dmm_ray.inference.config import ScoreConfig
-from dmm_ray.inference.engine import hash_prior
-from dmm_ray.inference.inputs import Inputs
-from dmm_ray.inference.job import run_job
-from dmm_ray.inference.operations import Score
-from dmm_ray.inference.selection import Selection, StoreRows
-from dmm_ray.inference.verbs import store_manifest
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.units.job import run_job
 
 LAYER, SHORT = 0, 1 << 15
 Say = Callable[[str], None]
@@ -54,7 +55,7 @@ def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, ask
     operation = Score(config, LAYER)
     manifest = store_manifest("score", config, inputs, operation, {}, 4 * len(operation.columns))
     started = time.monotonic()
-    run_job(config, manifest, rows, operation, started)
+    run_job(PriorJob(config, manifest, rows, operation), started)
     return time.monotonic() - started
 
 

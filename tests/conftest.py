@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,8 @@ import pytest
 import torch
 from s3_server import port_to_be, settings
 from texts import make_texts
+
+SMALL = {"layers": [1, 2], "dtype": "float32", "rows_per_shard": 700, "actors": 1, "cpus_per_actor": 1}
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
@@ -96,6 +99,20 @@ def tiny_subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_subject: Path, tiny_text: Path) -> dict[str, Any]:
+    """Options of an extraction of ``tiny_text`` in 6 units of at most 11 documents (all but ``out``)."""
+    return {"model": str(tiny_subject), "text": str(tiny_text), **SMALL}
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished float32 store of layers 1 and 2, extracted in this process. Do not change it."""
+    from stores import extract_here
+
+    return Path(extract_here(out=str(tmp_path_factory.mktemp("stores") / "tiny"), **tiny_options))
 
 
 @pytest.fixture(scope="session")

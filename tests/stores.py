@@ -1,32 +1,40 @@
-"""Stores for tests that are not about how stores are made: extracted in this process, without waiting for Ray."""
+"""Jobs for tests that are not about Ray: their units are done in this process, one after the other."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dmm_ray.activations import extract as module
-from dmm_ray.activations.config import ExtractConfig
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.engine import Engine, Loading, Task
-from dmm_ray.activations.lock import WriterLock
-from dmm_ray.activations.plan import Plan
-from dmm_ray.activations.resume import Done
-from dmm_ray.activations.units import unit_at
+from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.extract import extract
+from dmm_ray.units import job as module
+from dmm_ray.units.job import Job
+from dmm_ray.units.resources import Resources
+from dmm_ray.units.unit import Unit
+
+
+@contextmanager
+def units_here() -> Iterator[None]:
+    """Inside, `extract`, `score` and the like start no Ray: the one actor lives in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "work", _work)
+        yield
 
 
 def extract_here(**options: Any) -> str:
-    """``dmm extract`` with its units run one after the other in this process; the store."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_units", _run_units)
-        return module.extract(ExtractConfig(**options))
+    """``dmm extract`` in this process; the store."""
+    with units_here():
+        return extract(ExtractConfig(**options))
 
 
-def _run_units(
-    config: ExtractConfig, out: str, plan: Plan, corpus: Corpus, done: Done, lock: WriterLock
-) -> float:
-    engine = Engine(Task(out, plan.manifest, config.max_failed_documents, Loading(2048, 1, "cpu")), corpus)
-    for number in range(plan.manifest.units):
-        engine.extract(unit_at(number, corpus.n_documents, plan.manifest.documents_per_unit))
-    return 1.0
+def _work(job: Job, units: list[Unit]) -> Generator[dict[str, Any]]:
+    kind, arguments = job.actor(Resources(actors=1, fitting=1, cpus=1.0, gpus=0.0), len(units))
+    actor = kind(*arguments)
+    for unit in units:
+        row = actor({name: np.array([value]) for name, value in unit._asdict().items()})
+        yield json.loads(row["result"][0])

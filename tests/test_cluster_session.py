@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dmm_ray import cluster
-from dmm_ray.activations.resources import plan_resources
 from dmm_ray.cluster import check_cluster, cluster_address
 from dmm_ray.errors import UserError
+from dmm_ray.units.resources import plan_resources
 
 
 @pytest.fixture

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.extract import ExtractConfig, extract
-from dmm_ray.activations.split import TEST, Split
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.config import Config
 from dmm_ray.demo.steps import Steps
 from dmm_ray.demo.stories import write_corpus
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
 from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
+from dmm_ray.extraction.extract import ExtractConfig, extract
 from dmm_ray.files import absolute, exists, join, make_folder, read_json, write_json
 from dmm_ray.seeds import torch_rng
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import TEST, Split
 from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.text.corpus import Corpus
 from dmm_ray.training.claim import saved_run
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.activations.corpus import Corpus
-from dmm_ray.activations.manifest import DTYPES
-from dmm_ray.activations.split import PARTS, TEST, TRAIN, VALIDATION, Split
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.prefixes import unseen_prefixes
 from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.store.manifest import DTYPES
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import PARTS, TEST, TRAIN, VALIDATION, Split
 from dmm_ray.subject import SubjectModel
+from dmm_ray.text.corpus import Corpus
 from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dmm_ray.activations.split import hash_documents
+from dmm_ray.store.split import hash_documents
 
 
 def prefix_hashes(tokens: Sequence[int]) -> np.ndarray:

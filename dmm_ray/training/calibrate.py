@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.activations.split import VALIDATION, Split, hash_documents
-from dmm_ray.activations.store import ActivationStore, RowGroup, Rows
 from dmm_ray.errors import UserError
 from dmm_ray.files import absolute
 from dmm_ray.precision import PrecisionOption
@@ -18,6 +16,8 @@ from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.calibrate import WIDTHS, calibrate
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.seeds import numpy_rng
+from dmm_ray.store.reader import ActivationStore, RowGroup, Rows
+from dmm_ray.store.split import VALIDATION, Split, hash_documents
 from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)

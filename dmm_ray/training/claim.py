@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from dmm_ray.activations.lock import LOCK
 from dmm_ray.config import one_line
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, join, read_json, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training.config import FREE_FIELDS, TrainConfig
+from dmm_ray.units.lock import LOCK
 
 RUN, SUMMARY = "train.json", "summary.json"
 

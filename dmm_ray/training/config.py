@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dmm_ray.activations.split import Split
 from dmm_ray.config import Config
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior.flow import LEVELS
+from dmm_ray.store.split import Split
 
 DEFAULT_SAMPLES = 100_000_000
 Preset = Literal["auto", "glp-d3", "glp-d6", "glp-d12", "glp-d24"]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.activations.split import TRAIN, Split
-from dmm_ray.activations.store import ActivationStore, RowGroup, Rows, empty_rows, records
 from dmm_ray.errors import UserError
+from dmm_ray.store.reader import ActivationStore, RowGroup, Rows, empty_rows, records
+from dmm_ray.store.split import TRAIN, Split
 from dmm_ray.training.order import Order, Window
 
 READERS = 2

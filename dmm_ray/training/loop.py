@@ -12,7 +12,6 @@ from contextlib import closing, nullcontext
 import torch
 from torch import Tensor, nn
 
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.files import join
 from dmm_ray.prior.config import PriorConfig
@@ -20,6 +19,7 @@ from dmm_ray.prior.model import ActivationPrior
 from dmm_ray.prior.module import new_denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.seeds import MASK64
+from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.interval import Interval, batch_figures, means

@@ -7,14 +7,13 @@ import time
 
 import torch
 
-from dmm_ray.activations.lock import WriterLock, writer_lock
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.config import versions
 from dmm_ray.errors import UserError
 from dmm_ray.files import absolute, join, make_folder, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.claim import SUMMARY, claim, saved_run
@@ -31,6 +30,7 @@ from dmm_ray.training.settle import (
     settle_samples,
 )
 from dmm_ray.training.tracking import StatusLines, read_stats
+from dmm_ray.units.lock import WriterLock, writer_lock
 
 logger = logging.getLogger(__name__)
 

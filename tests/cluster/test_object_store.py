@@ -19,14 +19,14 @@ from stores import extract_here
 from texts import make_texts
 
 from dmm_ray import ActivationStore, files
-from dmm_ray.activations import lock
-from dmm_ray.activations.extract import ExtractConfig, extract
-from dmm_ray.activations.verify import VerifyConfig, verify
+from dmm_ray.batch.config import ScoreConfig
+from dmm_ray.batch.verbs import score
 from dmm_ray.errors import UserError
-from dmm_ray.inference.config import ScoreConfig
-from dmm_ray.inference.verbs import score
+from dmm_ray.extraction.extract import ExtractConfig, extract
+from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
+from dmm_ray.units import lock
 
 pytestmark = pytest.mark.slow
 TEXT = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(300)).encode()

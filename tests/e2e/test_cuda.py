@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.client import Client
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
 

@@ -7,8 +7,8 @@ import pytest
 from stores import extract_here
 
 from dmm_ray import ActivationPrior
-from dmm_ray.activations.verify import VerifyConfig, verify
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
+from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.train import train
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dmm_ray.activations.manifest import read_record, record_name
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import load
@@ -20,6 +18,8 @@ from dmm_ray.evaluation.evaluate import evaluate
 from dmm_ray.evaluation.summary import finite, relative
 from dmm_ray.files import sha256
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.store.manifest import read_record, record_name
+from dmm_ray.store.reader import ActivationStore
 
 KEYS = {"prior", "gaussian", "pca", "mixture", "sae", "untrained"}
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from dmm_ray.activations.split import VALIDATION, Split
-from dmm_ray.activations.store import ActivationStore
 from dmm_ray.errors import UserError
 from dmm_ray.prior import ActivationPrior, PriorConfig
 from dmm_ray.prior.calibration import CALIBRATION, Calibration
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import VALIDATION, Split
 from dmm_ray.training.calibrate import (
     BLOCK,
     Places,

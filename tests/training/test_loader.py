@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmm_ray.activations.kept import Kept
-from dmm_ray.activations.manifest import DTYPES, CorpusEntry, Manifest, Record, SubjectEntry, shard_name
-from dmm_ray.activations.split import TRAIN, Split
-from dmm_ray.activations.store import ActivationStore, Rows
-from dmm_ray.activations.writer import write_shard
 from dmm_ray.errors import UserError
+from dmm_ray.store.manifest import DTYPES, CorpusEntry, Manifest, Record, SubjectEntry, shard_name
+from dmm_ray.store.reader import ActivationStore, Rows
+from dmm_ray.store.split import TRAIN, Split
+from dmm_ray.store.token_selection import TokenSelection
+from dmm_ray.store.writer import write_shard
 from dmm_ray.training.loader import Loader, check_finite
 
 SPLIT = Split(seed=1, train=0.8, validation=0.1, test=0.1)
@@ -46,7 +46,7 @@ def make_store(folder: Path, units: int, docs: int, rows: int, d: int = 3, dtype
         ),
         tokenizer_hash="", layers=(0,), dtype=dtype, compute_dtype=dtype, d=d,
         corpus=CorpusEntry(uris=("none",), hash="", documents=units * docs, text_field="text", separator=None),
-        window=64, kept=Kept(), exclude=(), covariance=False, seed=0, documents_per_unit=docs, units=units,
+        window=64, kept=TokenSelection(), exclude=(), covariance=False, seed=0, documents_per_unit=docs, units=units,
     )  # fmt: skip
     return ActivationStore(str(folder), manifest, records)
 

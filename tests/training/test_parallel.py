@@ -13,11 +13,11 @@ import torch
 from training.workers import run_workers
 
 from dmm_ray import ActivationStore
-from dmm_ray.activations.split import Split
 from dmm_ray.errors import UserError
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.store.split import Split
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.parallel import Place

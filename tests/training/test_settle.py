@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dmm_ray import precision
-from dmm_ray.activations.split import Split
 from dmm_ray.errors import UserError
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.store.split import Split
 from dmm_ray.training import settle
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
 from dmm_ray.training.loop import Run
@@ -95,7 +95,7 @@ def test_a_trial_leaves_no_trace_and_measures_steps_of_the_run(train_store: str,
 
 
 def train_prior_config(this: TrainConfig) -> Any:
-    from dmm_ray.activations.store import ActivationStore
+    from dmm_ray.store.reader import ActivationStore
     from dmm_ray.training.train import _prior_config
 
     return _prior_config(this, ActivationStore.open(this.activations))

@@ -12,13 +12,12 @@ import torch
 from stores import extract_here
 
 from dmm_ray import ActivationPrior, ActivationStore
-from dmm_ray.activations.lock import writer_lock
-from dmm_ray.activations.split import TEST, TRAIN, Split
 from dmm_ray.cluster import call_on_workers
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.store.split import TEST, TRAIN, Split
 from dmm_ray.training import checkpoint, ray_trainer
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
@@ -29,6 +28,7 @@ from dmm_ray.training.parallel import Place
 from dmm_ray.training.state import snapshot
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
+from dmm_ray.units.lock import writer_lock
 
 
 def config(store: str, out: Path, **changes) -> TrainConfig:

@@ -1,1 +1,0 @@
-"""Activations on disk: extraction from text with Ray Data, the verified store, its reader."""

@@ -1,0 +1,116 @@
+"""One unit of documents in, one shard out: read the rows, ask the prior, write, record."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.batch.operations import ACTIVATION, Found, Operation
+from dmm_ray.batch.outputs import write_unit
+from dmm_ray.batch.selection import Source
+from dmm_ray.errors import UserError
+from dmm_ray.files import exists, hash_json, join, write_bytes
+from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.store.manifest import Manifest, read_record, record_name
+from dmm_ray.store.moments import Moments
+from dmm_ray.store.reader import Rows
+from dmm_ray.units.actor import UnitActor
+from dmm_ray.units.unit import Unit
+
+BATCH_FLOATS = 1 << 26
+"""Results of a batch hold about this many numbers at most."""
+
+
+@dataclass(frozen=True)
+class PriorTask:
+    """What every engine of a run is told."""
+
+    out: str
+    manifest: Manifest
+    source: Source
+    operation: Operation
+    device: str
+    threads: int
+    batch_rows: int | None
+
+
+class PriorActor(UnitActor):
+    """Holds a prior, loaded at the first unit.
+
+    Several threads may work: one of its own uses the prior, while they read and write, by numpy. (Each thread in which
+    torch computes gets OpenMP threads; where there are more in all than cores, they hardly spin while they wait.)
+    """
+
+    def __init__(self, task: PriorTask) -> None:
+        super().__init__(task.out)
+        self.task = task
+        self._thread = ThreadPoolExecutor(1, "dmm-prior")
+
+    @cached_property
+    def prior(self) -> ActivationPrior:
+        """The prior on its device. Raises UserError where there is no such device, or the prior has changed."""
+        assert self.task.manifest.derived is not None
+        if self.task.device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0"
+            )
+        torch.set_num_threads(self.task.threads)
+        about = self.task.manifest.derived
+        prior = ActivationPrior.from_pretrained(about.prior)
+        if hash_prior(prior.config, prior.state_dict()) != about.prior_hash:
+            raise UserError(
+                f"prior: {about.prior} has changed since this job started; give --out another folder"
+            )
+        return prior.to(self.task.device)
+
+    def work(self, unit: Unit) -> dict[str, Any]:
+        """Do a unit: how many ``rows`` it has. One that has its record is done.
+
+        Raises:
+            UserError: rows or arguments that the prior does not take.
+            OSError: the folder cannot be written.
+        """
+        out, manifest = self.task.out, self.task.manifest
+        name = join(out, record_name(unit.unit))
+        if exists(name) and (done := read_record(out, unit.unit)).config_hash == manifest.config_hash:
+            return {"rows": done.rows}
+        rows = self.task.source.rows(unit)
+        ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1))
+        found, moments = self._thread.submit(self._ask, rows, ids).result()
+        with self.turn():
+            record = write_unit(out, manifest, unit, rows, found, moments)
+            write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
+        return {"rows": record.rows}
+
+    def _ask(self, rows: Rows, ids: Tensor) -> tuple[Found, Moments | None]:
+        """Results, and moments of the activations among them."""
+        operation, found = self.task.operation, self.task.operation.nothing
+        if len(ids):
+            found = operation.unit(self.prior, rows, self._batches(rows.activation, ids))
+        if self.task.manifest.is_table:
+            return found, None
+        return found, Moments.of(found[ACTIVATION], self.task.manifest.covariance)[0]
+
+    def _batches(self, x: Tensor, ids: Tensor) -> Found:
+        size = min(self.task.batch_rows or len(x), max(1, BATCH_FLOATS // self.task.operation.width))
+        parts = [
+            self.task.operation.batch(self.prior, x[at : at + size], ids[at : at + size])
+            for at in range(0, len(x), size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def hash_prior(config: PriorConfig, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over a prior's configuration and its tensors by name, in float32."""
+    hashes = {}
+    for name, tensor in tensors.items():
+        raw = tensor.detach().to("cpu", torch.float32).contiguous()
+        hashes[name] = hashlib.sha256(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hash_json({"config": config.model_dump(mode="json"), "tensors": hashes})

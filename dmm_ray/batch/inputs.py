@@ -1,0 +1,135 @@
+"""What a job over a store reads: the prior, the store, the choice of rows; all checked first."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from dmm_ray.batch.config import JobConfig, StoreJobConfig
+from dmm_ray.batch.engine import hash_prior
+from dmm_ray.batch.selection import StoreRows, expected_rows, select, suspects
+from dmm_ray.errors import UserError
+from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.extract import extract
+from dmm_ray.files import absolute
+from dmm_ray.prior import ActivationPrior
+from dmm_ray.prior.folder import resolve
+from dmm_ray.prior.rows import Rows as PriorRows
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.training.loader import check_finite
+from dmm_ray.units.resume import check_target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prior and the rows of a store that it is asked about."""
+
+    prior: str
+    """Where the prior is, as actors find it."""
+    prior_hash: str
+    layer: int
+    store: ActivationStore
+    rows: StoreRows
+    expected: int
+    """How many rows there are, about."""
+
+
+def open_prior(config: JobConfig) -> tuple[ActivationPrior, int]:
+    """The prior, on the CPU, and the layer to work on. Raises UserError where there is none such."""
+    prior = ActivationPrior.from_pretrained(config.prior)
+    return prior, prior.layers[prior.layer_row(config.layer)]
+
+
+def locate(prior: str) -> str:
+    """Where a prior is, as other processes find it: local folders made absolute, hub ids unchanged."""
+    return absolute(prior) if resolve(prior) == prior else prior
+
+
+def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> Inputs:
+    """Open and check all; extract the activations first where text is given.
+
+    Raises:
+        UserError: no such store or text, another width or layer, no rows of the part, a value that is not finite.
+    """
+    out = absolute(config.out)
+    check_target(out)
+    uri = absolute(config.activations or f"{out.rstrip('/')}-activations")
+    if uri.rstrip("/") == out.rstrip("/"):
+        raise UserError(f"out: {out} is the store that is read; choose another --out")
+    if config.text is not None:
+        extract_first(config, prior, layer, uri)
+    store = ActivationStore.open(uri)
+    check_match(prior, layer, store)
+    selection = select(store, layer, prior.config, config.split, config.rows, config.seed)
+    rows = StoreRows(store, layer, selection)
+    check_rows(prior, rows)
+    return Inputs(
+        locate(config.prior),
+        hash_prior(prior.config, prior.state_dict()),
+        layer,
+        store,
+        rows,
+        expected_rows(store, selection, config.rows),
+    )
+
+
+def extract_first(config: StoreJobConfig, prior: ActivationPrior, layer: int, store: str) -> None:
+    """Write, or finish, the store of the text. Raises UserError where no model is known, or as ``dmm extract``."""
+    subject = prior.config.subject
+    model = config.model or subject.get("id")
+    if model is None:
+        raise UserError("model: the prior does not say which model it is of; give --model")
+    revision = config.revision or (None if config.model else subject.get("revision"))
+    logger.info("extracting layer %d of %s into %s", layer, model, store)
+    extract(
+        ExtractConfig(
+            model=model,
+            text=config.text or [],
+            layers=[layer],
+            out=store,
+            revision=revision,
+            window=config.window,
+            block_path=subject.get("block_path"),
+            actors=config.actors,
+            cpus_per_actor=config.cpus_per_actor,
+            gpus_per_actor=config.gpus,
+        )
+    )
+
+
+def check_match(prior: ActivationPrior, layer: int, store: ActivationStore) -> None:
+    """Raises UserError for a store of another width or without the layer; warns of one of another model."""
+    if store.d != prior.d:
+        raise UserError(f"activations: {store.uri} has d = {store.d}, the prior models d = {prior.d}")
+    if layer not in store.layers:
+        raise UserError(
+            f"layer: {store.uri} has {', '.join(map(str, store.layers))}, the prior models layer {layer}; "
+            "extract that layer"
+        )
+    ours, theirs = prior.config.subject.get("weights_hash"), store.manifest.subject.weights_hash
+    if ours and ours != theirs:
+        logger.warning(
+            "activations: %s is of the model %s, the prior was trained on %s (%s, not %s)",
+            store.uri, store.manifest.subject.id, prior.config.subject.get("id"), theirs[:12], ours[:12],
+        )  # fmt: skip
+
+
+def check_rows(prior: ActivationPrior, source: StoreRows) -> None:
+    """Warn if the first rows do not fit the prior's normaliser.
+
+    Raises:
+        UserError: a chosen row holds a value that is not finite; the message names it.
+    """
+    store, layer = source.store, source.layer
+    for documents in suspects(store, layer):
+        check_finite(store, layer, source.rows(documents))
+    first = store.read(layer, store.row_groups(layer)[0], ("activation",)).activation
+    finite = first[torch.isfinite(first).all(1)]
+    if len(finite):
+        row = prior.layer_row(layer)
+        for _ in PriorRows(finite, None, prior.config, prior.normalizer, row).pieces(1):
+            pass  # the warning comes at the end

@@ -1,0 +1,123 @@
+"""A prior's operation as a job of units: its actors, its precision, the figures of a table."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from dmm_ray.batch.config import JobConfig
+from dmm_ray.batch.engine import PriorActor, PriorTask
+from dmm_ray.batch.operations import Operation
+from dmm_ray.batch.outputs import QUANTILES
+from dmm_ray.batch.selection import Source
+from dmm_ray.files import absolute, exists, join
+from dmm_ray.parallel import in_order
+from dmm_ray.precision import Precision, choose_precision
+from dmm_ray.store.manifest import MANIFEST, Manifest, read_manifest, read_record
+from dmm_ray.units.actor import UnitActor
+from dmm_ray.units.job import Job, PoolSize
+from dmm_ray.units.resources import Resources, actors_have_fast_bfloat16
+from dmm_ray.units.resume import finish
+
+logger = logging.getLogger(__name__)
+SHOWN = (1, 5, 25, 50, 75, 95, 99)
+"""Percentiles in the summary."""
+
+
+class PriorJob(Job):
+    """A prior's operation on rows.
+
+    Args:
+        config: of the verb.
+        manifest: what its folder is to hold.
+        source: the rows.
+        operation: what is done with them.
+    """
+
+    def __init__(self, config: JobConfig, manifest: Manifest, source: Source, operation: Operation) -> None:
+        size = PoolSize(config.actors, config.cpus_per_actor, config.gpus)
+        super().__init__(absolute(config.out), manifest, size, config)
+        self.options, self.source, self.operation = config, source, operation
+
+    def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
+        """The prior in each."""
+        manifest = self.manifest
+        task = PriorTask(
+            self.out,
+            manifest,
+            self.source,
+            self.operation,
+            device=resources.device,
+            threads=max(1, int(resources.cpus)),
+            batch_rows=self.options.batch_rows,
+        )
+        logger.info(
+            "%s: %d units of %d documents at most, layer %d, on %d actors (%s)",
+            manifest.verb, units, manifest.documents_per_unit, manifest.layers[0], resources.actors,
+            resources.device,
+        )  # fmt: skip
+        return PriorActor, (task,)
+
+    def finish(self) -> dict[str, Any]:
+        """Sum up a table, or write the moments of activations."""
+        total = table_figures if self.manifest.is_table else finish
+        return total(self.out, self.manifest)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Which prior it was."""
+        return {"prior_hash": self.manifest.derived and self.manifest.derived.prior_hash}
+
+
+def settle_precision(config: JobConfig) -> Precision:
+    """The precision of a job: asked for, that of the folder it resumes, or by what the devices are fast in."""
+    if config.precision != "auto":
+        return config.precision
+    out = absolute(config.out)
+    if exists(join(out, MANIFEST)):
+        derived = read_manifest(out).derived
+        return derived.arguments["precision"] if derived else "float32"  # another store; refused later on
+    chosen = choose_precision("auto", actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus))
+    logger.info("precision: %s, which the devices are fast in (--precision to choose)", chosen)
+    return chosen
+
+
+def table_figures(out: str, manifest: Manifest) -> dict[str, Any]:
+    """Sums over the records: rows, documents, bytes, each score's mean, quantiles of the main one.
+
+    Quantiles are those of the units' quantiles, each weighted by its rows.
+    """
+    totals = {"rows": 0, "documents": 0, "bytes": 0}
+    means: dict[str, list[tuple[int, float]]] = {}
+    quantiles: dict[str, list[tuple[int, list[float]]]] = {}
+    for record in in_order(lambda unit: read_record(out, unit), iter(range(manifest.units))):
+        totals["rows"] += record.rows
+        totals["documents"] += record.figures["documents"]
+        totals["bytes"] += sum(entry.bytes for entry in record.files.values())
+        for name, (count, mean) in record.figures["means"].items():
+            means.setdefault(name, []).append((count, mean))
+        for name, values in record.figures["quantiles"].items():
+            quantiles.setdefault(name, []).append((record.rows, values))
+    averages = {name: _average(parts) for name, parts in means.items()}
+    shown = {name: merge_quantiles(parts) for name, parts in quantiles.items()}
+    logger.info(
+        "%d rows of %d documents; mean %s", totals["rows"], totals["documents"],
+        ", ".join(f"{name} {mean:.4g}" for name, mean in averages.items()) or "of no score",
+    )  # fmt: skip
+    return {**totals, "units": manifest.units, "means": averages, "quantiles": shown}
+
+
+def _average(parts: list[tuple[int, float]]) -> float:
+    counts, values = zip(*parts, strict=True)
+    return float(np.average(values, weights=counts))
+
+
+def merge_quantiles(parts: list[tuple[int, list[float]]]) -> dict[str, float]:
+    """Percentiles of all rows, about, from the number of rows and the 101 quantiles of each part."""
+    values = np.concatenate([found for _, found in parts])
+    weights = np.repeat([rows for rows, _ in parts], len(QUANTILES)).astype(np.float64)
+    order = np.argsort(values, kind="stable")
+    share = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+    return {f"p{p:02d}": float(np.interp(p / 100, share, values[order])) for p in SHOWN}

@@ -1,0 +1,275 @@
+"""What is done with a unit's rows: each operation takes rows to named results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, SampleConfig, ScoreConfig
+from dmm_ray.errors import UserError
+from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.prior.windows import window_means
+from dmm_ray.store.manifest import DTYPES
+from dmm_ray.store.reader import Rows
+
+ACTIVATION, FEATURES = "activation", "features"
+Found = dict[str, Tensor]
+"""Results of n rows by column: (n,) or (n, width), on the CPU. A column that is not there is null for every row."""
+SCORES = {
+    "nats": "log p(x) of the raw activation, nats",
+    "nats_per_dim": "nats / d",
+    "stderr": "standard error of nats by the trace estimate; null from one probe",
+    "percentile": "per cent of natural rows that are less likely; null without a calibration",
+    "latent_percentile": "two-sided percentile of the latent norm, 0 to 100; null without a calibration",
+    "combined_percentile": "percentile of the least of the two and of the row's own norm; null without a calibration",
+    "base": "log N(z_1; 0, I), nats",
+    "divergence": "integral of the velocity's divergence along the path, nats",
+}
+PROXY = {
+    "velocity_error": "mean squared velocity error, the training loss; small is natural",
+    "proxy_percentile": "per cent of natural rows with a larger one; null without a calibration",
+}
+WINDOWS = {
+    "window_nats_per_dim": "mean of nats_per_dim over the last {} tokens; null where not all are there",
+    "window_percentile": "per cent of natural windows with a lesser mean; null without a calibration of it",
+    "window_combined_percentile": "the same of means of combined_percentile",
+}
+PROXY_WINDOWS = {"window_velocity_error": "mean of velocity_error over the last {} tokens; null likewise"}
+
+
+class Operation(Protocol):
+    """Picklable; ``layer`` is the block number that the rows are of."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the table that is written, and what they mean; none where activations are."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row's result, while it is worked on."""
+
+    @property
+    def nothing(self) -> Found:
+        """Results of no rows."""
+
+    def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        """Results of rows x (n, d) with ids (n, 2)."""
+
+    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
+        """What needs all rows of a unit, added."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-likelihoods, or velocity errors."""
+
+    config: ScoreConfig
+    layer: int
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """See the tables above."""
+        scores, windows = (PROXY, PROXY_WINDOWS) if self.config.proxy else (SCORES, WINDOWS)
+        width = self.config.window_tokens
+        return scores | ({k: v.format(width) for k, v in windows.items()} if width else {})
+
+    @property
+    def width(self) -> int:
+        """One number a column."""
+        return len(self.columns)
+
+    @property
+    def nothing(self) -> Found:
+        """No columns."""
+        return {}
+
+    def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        """(n,) each."""
+        c = self.config
+        if c.proxy:
+            return self._proxy(prior, x, ids)
+        result = prior.log_prob(
+            x, layer=self.layer, steps=c.steps, probes=c.probes, ids=ids, seed=c.seed, precision=c.precision
+        )
+        columns = {name: getattr(result, name) for name in SCORES}
+        return {name: column.cpu() for name, column in columns.items() if column is not None}
+
+    def _proxy(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        c = self.config
+        error = prior.velocity_error(
+            x, layer=self.layer, pairs=c.pairs, ids=ids, seed=c.seed, precision=c.precision
+        ).cpu()
+        found = {"velocity_error": error}
+        if prior.calibration and self.layer in prior.calibration.layers:
+            found["proxy_percentile"] = prior.calibration.proxy_percentile(self.layer, error, ids[:, 1])
+        return found
+
+    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
+        """Means over the last tokens of the same document; NaN where not all of them are among the rows."""
+        width = self.config.window_tokens
+        if not width:
+            return found
+        if self.config.proxy:
+            return found | {"window_velocity_error": _mean(found["velocity_error"], rows, width)}
+        means = {"nats_per_dim": _mean(found["nats_per_dim"], rows, width)}
+        windows = {"window_nats_per_dim": means["nats_per_dim"]}
+        calibration = prior.calibration
+        if calibration and self.layer in calibration.layers and width in calibration.widths:
+            means["combined"] = _mean(found["combined_percentile"], rows, width)
+            for score, column in (
+                ("nats_per_dim", "window_percentile"),
+                ("combined", "window_combined_percentile"),
+            ):
+                shares = calibration.window_percentile(self.layer, score, means[score].numpy(), width)
+                windows[column] = torch.from_numpy(shares)
+        return found | windows
+
+
+def _mean(values: Tensor, rows: Rows, width: int) -> Tensor:
+    return torch.from_numpy(window_means(values.numpy(), rows.doc, rows.position, width).astype(np.float32))
+
+
+class _EachByItself:
+    """What is found of a row depends on no other."""
+
+    def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
+        """As it is."""
+        return found
+
+
+class _Activations(_EachByItself):
+    """Rows of activations."""
+
+    width: int
+    dtype: str
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """None: activations are written."""
+        return {}
+
+    @property
+    def nothing(self) -> Found:
+        """``activation`` (0, d)."""
+        return {ACTIVATION: torch.empty(0, self.width, dtype=DTYPES[self.dtype])}
+
+
+@dataclass(frozen=True)
+class Denoise(_Activations):
+    """Restored rows."""
+
+    config: DenoiseConfig
+    layer: int
+    width: int
+    dtype: str
+
+    def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        """``activation`` (n, d) in the stored dtype."""
+        c = self.config
+        restored = prior.denoise(
+            x,
+            self._levels(prior, x, ids),
+            steps=c.steps,
+            mode=c.mode,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            precision=c.precision,
+        )
+        return {ACTIVATION: restored.to(DTYPES[self.dtype]).cpu()}
+
+    def _levels(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> float | Tensor:
+        c = self.config
+        if c.distance is None:
+            return c.u
+        return prior.level_for_distance(
+            x,
+            c.distance,
+            steps=c.steps,
+            mode=c.mode,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            precision=c.precision,
+        )
+
+
+@dataclass(frozen=True)
+class Encode(_EachByItself):
+    """Meta-neurons."""
+
+    config: EncodeConfig
+    layer: int
+    width: int
+    kept: int
+    """Of those, how many are written."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """One."""
+        c = self.config
+        chosen = f"numbers {c.features}" if c.features else "all"
+        place = "all blocks" if c.block is None else f"block {c.block}"
+        meaning = f"{self.kept} little-endian {c.dtype}: hidden units of {place}, {chosen}, at u = {c.u:g}"
+        return {FEATURES: meaning}
+
+    @property
+    def nothing(self) -> Found:
+        """``features`` (0, kept)."""
+        return {FEATURES: torch.empty(0, self.kept, dtype=getattr(torch, self.config.dtype))}
+
+    def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        """``features`` (n, kept) in the stored dtype. Raises UserError if that cannot hold them."""
+        c = self.config
+        units = prior.encode(
+            x,
+            u=c.u,
+            block=c.block,
+            layer=self.layer,
+            ids=ids,
+            seed=c.seed,
+            noises=c.noises,
+            precision=c.precision,
+        )
+        kept = units if c.features is None else units[:, c.features]
+        stored = kept.to(getattr(torch, c.dtype)).cpu()
+        if not stored.isfinite().all():
+            raise UserError(f"dtype: {c.dtype} cannot hold every hidden unit; give --dtype float32")
+        return {FEATURES: stored}
+
+
+@dataclass(frozen=True)
+class Sample(_Activations):
+    """Drawn rows."""
+
+    config: SampleConfig
+    layer: int
+    width: int
+    dtype: str
+
+    def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
+        """``activation`` (n, d) in the stored dtype; of x the length alone counts."""
+        c = self.config
+        rows = prior.sample(
+            len(ids), steps=c.steps, layer=self.layer, ids=ids, seed=c.seed, precision=c.precision
+        )
+        return {ACTIVATION: rows.to(DTYPES[self.dtype]).cpu()}
+
+
+def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:
+    """How many features a row has, and how many of them are written.
+
+    Raises:
+        UserError: a block or a feature that the prior lacks.
+    """
+    if config.block is not None and config.block >= prior.n_blocks:
+        raise UserError(f"block: this prior has blocks 0 to {prior.n_blocks - 1} (got {config.block})")
+    there = prior.d_mlp * (prior.n_blocks if config.block is None else 1)
+    chosen = config.features or []
+    if len(set(chosen)) < len(chosen) or not all(0 <= f < there for f in chosen):
+        raise UserError(f"features: distinct numbers from 0 to {there - 1} are needed (got {chosen})")
+    return there, len(chosen) or there

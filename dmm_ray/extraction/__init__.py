@@ -1,0 +1,1 @@
+"""Text to an activation store: truncated language models in a pool of actors."""

@@ -1,0 +1,92 @@
+"""Pieces through the subject: packed where it can be, else padded by length; each row to its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.extraction.batches import packs, padded_batches
+from dmm_ray.extraction.pieces import Piece
+from dmm_ray.subject import SubjectModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Outputs:
+    """What the model gave for some pieces."""
+
+    rows: dict[int, Tensor]
+    """(rows, d) by layer in the stored dtype on the model's device, in the order of the pieces."""
+    padding: int = 0
+    """Padding tokens that were run."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Documents whose forward pass failed, and why; their rows are undefined."""
+
+
+class Forward:
+    """Runs pieces in batches of at most ``batch_tokens`` tokens."""
+
+    def __init__(
+        self, subject: SubjectModel, layers: Sequence[int], dtype: torch.dtype, batch_tokens: int
+    ) -> None:
+        self.subject = subject
+        self.layers = tuple(layers)
+        self.dtype = dtype
+        self.batch_tokens = batch_tokens
+        self.packed = subject.packable
+        logger.info("%s", f"sequences are {'packed without padding' if self.packed else 'padded by length'}")
+
+    def __call__(self, found: Sequence[Piece]) -> Outputs:
+        """Every kept row of every piece."""
+        counts = np.array([len(piece.kept) for piece in found], dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        shape = (int(counts.sum()), self.subject.d)
+        outputs = Outputs(
+            {k: torch.empty(shape, dtype=self.dtype, device=self.subject.device) for k in self.layers}
+        )
+        group = packs if self.packed else padded_batches
+        for batch in group([len(piece.ids) for piece in found], self.batch_tokens):
+            self._run(found, starts, batch, outputs)
+        return outputs
+
+    def _run(self, found: Sequence[Piece], starts: np.ndarray, batch: list[int], outputs: Outputs) -> None:
+        """One batch; where it fails its halves, down to the document that is at fault."""
+        try:
+            hidden, offsets, padding = self._hidden([found[i].ids for i in batch])
+        except UserError:  # the model cannot be read at all
+            raise
+        except (RuntimeError, IndexError, ValueError) as e:  # out of memory is a RuntimeError
+            if len(batch) > 1:
+                half = len(batch) // 2
+                self._run(found, starts, batch[:half], outputs)
+                self._run(found, starts, batch[half:], outputs)
+                return
+            doc, first = found[batch[0]].doc, " ".join(str(e).split())[:200]
+            outputs.failed[doc] = f"document {doc}: its forward pass failed: {type(e).__name__}: {first}"
+            return
+        source = np.concatenate([found[i].kept + at for i, at in zip(batch, offsets, strict=True)])
+        target = np.concatenate([starts[i] + np.arange(len(found[i].kept)) for i in batch])
+        outputs.padding += padding
+        for layer, x in hidden.items():
+            rows = x[torch.from_numpy(source).to(x.device)].to(self.dtype)
+            out = outputs.rows[layer]
+            out[torch.from_numpy(target).to(out.device)] = rows.to(out.device)
+
+    def _hidden(self, ids: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], list[int], int]:
+        """Outputs by layer as (tokens, d), where each sequence begins in them, and the padding among them."""
+        lengths = [len(tokens) for tokens in ids]
+        if self.packed:
+            starts = (np.cumsum(lengths) - lengths).tolist()
+            return self.subject.capture_packed(ids, self.layers), starts, 0
+        input_ids, mask = self.subject.pad(ids)
+        captured = self.subject.capture(input_ids, mask, self.layers)
+        width = input_ids.shape[1]
+        flat = {layer: x.flatten(0, 1) for layer, x in captured.items()}
+        return flat, [i * width for i in range(len(ids))], input_ids.numel() - sum(lengths)

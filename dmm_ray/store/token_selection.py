@@ -1,0 +1,48 @@
+"""Which tokens of a document are kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmm_ray.config import Config
+
+
+class TokenSelection(Config):
+    """The choice of positions; part of a store's identity."""
+
+    keep_first: bool = False
+    """Keep position 0 (BOS, [CLS] or attention sink) too."""
+    keep_special: bool = False
+    """Keep the special tokens that a tokenizer puts at a document's end ([SEP], an end of text) too."""
+    long_documents: Literal["cut", "split"] = "cut"
+    """Cut a document longer than the window, or split it into windows that do not see each other."""
+    tokens_per_doc: Literal["all", "last"] | int = "all"
+    """Tokens kept of each document: all, the last, or so many drawn by seed."""
+    min_position: int = Field(default=0, ge=0)
+    """Leave out earlier positions."""
+    max_position: int | None = Field(default=None, ge=0)
+    """Leave out later positions."""
+
+    @field_validator("tokens_per_doc", mode="before")
+    @classmethod
+    def _all_last_or_number(cls, value: object) -> object:
+        if value in ("all", "last") or (str(value).isdecimal() and int(str(value)) > 0):
+            return value
+        raise ValueError("give all, last or a number from 1")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TokenSelection:
+        if self.max_position is not None and self.max_position < self.min_position:
+            raise ValueError(
+                f"max_position {self.max_position} is before min_position {self.min_position}: nothing is left"
+            )
+        return self
+
+    def most_rows(self, window: int) -> int:
+        """The most rows that a document cut at ``window`` gives."""
+        low = max(self.min_position, 0 if self.keep_first else 1)
+        high = window if self.max_position is None else min(window, self.max_position + 1)
+        drawn = {"all": window, "last": 1}.get(str(self.tokens_per_doc), self.tokens_per_doc)
+        return max(1, min(high - low, int(drawn)))

@@ -1,0 +1,1 @@
+"""Documents out of text files of many kinds, on any file system."""

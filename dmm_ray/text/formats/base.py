@@ -1,0 +1,142 @@
+"""What every kind of text file has in common: blocks of documents, and one pass that counts and checks them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+
+from dmm_ray.errors import UserError
+from dmm_ray.text.documents import Content, Document
+from dmm_ray.text.formats.streams import Hashed, length, opened
+
+STRIDE = 64
+"""The byte offset of every 64th document of a plain file is kept."""
+CHECKED_BYTES = 16 << 20
+"""The scan parses this much of each file, so that a wrong field name or encoding shows before any work."""
+KEPT_PROBLEMS = 100
+
+
+class Block(NamedTuple):
+    """Consecutive documents that were read at once, parsed one by one on request."""
+
+    raws: Sequence[Any]
+    parse: Callable[[Any], Content]
+    """What one of ``raws`` says."""
+    n_bytes: int
+    offsets: Sequence[int] = ()
+    """Byte offset of each document, where reading may start there."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """What a scan found in one file."""
+
+    uri: str
+    source: Source
+    size: int
+    sha256: str
+    documents: int
+    starts: np.ndarray
+    """int64: where reading may start, in the source's own terms; empty where it is at the beginning alone."""
+    problems: tuple[Document, ...]
+    """Documents without text among the first 16 MiB, numbered within the file; at most 100."""
+    blank: int
+    """Documents known to be blank."""
+
+    def document(self, number: int, content: Content, first: int = 0) -> Document:
+        """Document ``number`` of this file as number ``first + number`` of a corpus."""
+        return _document(self.uri, self.source.unit, number, content)._replace(doc=first + number)
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """A kind of file, and how its documents are read. Hashable and picklable."""
+
+    text_field: str
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """What errors call a record: line, document or row."""
+
+    @abstractmethod
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+        """The documents of ``file`` in order, from ``place`` on, as ``place`` names it."""
+
+    def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
+        """The nearest document up to ``number`` where reading may start, and the argument of ``blocks``."""
+        return 0, 0
+
+    def scan(self, uri: str) -> TextFile:
+        """One pass over a file, in bounded memory: count and index its documents, hash its bytes.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        with opened(uri) as raw:
+            size = length(raw)
+            file = Hashed(raw)
+            tally = Tally(uri, self.unit)
+            for block in self.blocks(cast(BinaryIO, file)):
+                tally.add(block)
+            return tally.found(self, size, file.sha256())
+
+
+def read_blocks(file: TextFile, place: int) -> Generator[Block, None, None]:
+    """The blocks of a scanned file from ``place`` on.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another length than the scan saw.
+    """
+    with opened(file.uri) as raw:
+        if length(raw) != file.size:
+            raise changed(file)
+        yield from file.source.blocks(raw, place)
+
+
+def changed(file: TextFile) -> UserError:
+    """The error for a file that is not what was scanned."""
+    return UserError(f"text: {file.uri} has changed since it was scanned; run again once it is settled")
+
+
+@dataclass
+class Tally:
+    """Counts one file's documents, and checks those of its first 16 MiB."""
+
+    uri: str
+    unit: str
+    documents: int = 0
+    blank: int = 0
+    n_bytes: int = 0
+    starts: list[int] = field(default_factory=list)
+    problems: list[Document] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        """Count the next block."""
+        if self.n_bytes < CHECKED_BYTES:
+            self._check(block)
+        self.starts += block.offsets[-self.documents % STRIDE :: STRIDE]
+        self.documents += len(block.raws)
+        self.n_bytes += block.n_bytes
+
+    def found(self, source: Source, size: int, sha256: str) -> TextFile:
+        """The result."""
+        starts, problems = np.array(self.starts, dtype=np.int64), tuple(self.problems)
+        return TextFile(self.uri, source, size, sha256, self.documents, starts, problems, self.blank)
+
+    def _check(self, block: Block) -> None:
+        for number, raw in enumerate(block.raws, self.documents):
+            content = block.parse(raw)
+            self.blank += content.is_blank
+            if content.error and len(self.problems) < KEPT_PROBLEMS:
+                self.problems.append(_document(self.uri, self.unit, number, content))
+
+
+def _document(uri: str, unit: str, number: int, content: Content) -> Document:
+    """A document of one file; its error names the file and the record, counted from 1."""
+    error = content.error and f"{uri}: {unit} {number + 1}: {content.error}"
+    return Document(number, content.text, error, content.messages)

@@ -1,0 +1,75 @@
+"""Files of .csv, plain or compressed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import BinaryIO
+
+from dmm_ray.text.documents import Content, record_content
+from dmm_ray.text.formats.base import Block, Source
+from dmm_ray.text.formats.streams import DamagedError, decompressed
+
+ROWS = 64
+"""Rows of a block."""
+
+
+@dataclass(frozen=True)
+class CsvRows(Source):
+    """Comma-separated rows below a header. Quoted fields may hold newlines; empty lines are no rows."""
+
+    codec: str | None
+
+    @property
+    def unit(self) -> str:
+        """A row, counted without the header."""
+        return "row"
+
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+        """All rows, as lists of fields."""
+        csv.field_size_limit(sys.maxsize)  # a setting of the whole process; fields of any length are fine
+        stream = decompressed(file, self.codec)
+        with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+            rows = _rows(text)
+            parse = partial(_content, next(rows, []), self.text_field)
+            while block := list(islice(rows, ROWS)):
+                yield Block(block, parse, sum(len(value) + 1 for row in block for value in row))
+
+
+def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
+    """The rows that are not empty.
+
+    Raises:
+        DamagedError: the file ends inside quotes.
+    """
+    at_end = False
+
+    def lines() -> Iterator[str]:
+        nonlocal at_end
+        yield from text
+        at_end = True
+
+    for number, row in enumerate(filter(None, csv.reader(lines()))):
+        if at_end:  # the reader looks for another line only inside quotes
+            raise DamagedError(f"row {number}: a quote is never closed")
+        yield row
+
+
+def _content(header: Sequence[str], text_field: str, row: Sequence[str]) -> Content:
+    if len(row) != len(header):
+        return Content(
+            error=f"has {len(row)} fields where the header has {len(header)}; quote those with commas"
+        )
+    record = dict(zip(header, row, strict=True))
+    if text_field not in record:
+        return record_content({}, text_field)
+    try:
+        record[text_field].encode()
+    except UnicodeEncodeError:
+        return Content(error="not valid UTF-8")
+    return Content(text=record[text_field])

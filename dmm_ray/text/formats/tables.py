@@ -1,0 +1,140 @@
+"""Files of .parquet and .arrow, the latter as Hugging Face's ``datasets`` saves them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmm_ray.text.documents import MESSAGES, Content, record_content
+from dmm_ray.text.formats.base import CHECKED_BYTES, Block, Source, Tally, TextFile
+from dmm_ray.text.formats.streams import CHUNK_BYTES, DamagedError, length, opened
+
+BATCH_ROWS = 256
+"""Rows of a block of parquet; a block of arrow is a batch as it was written (1000 rows by ``datasets``)."""
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+@dataclass(frozen=True)
+class ArrowRows(Source):
+    """Rows of an Arrow IPC stream."""
+
+    @property
+    def unit(self) -> str:
+        """A row."""
+        return "row"
+
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+        """All record batches.
+
+        Raises:
+            DamagedError: the file does not end with the stream's end mark.
+        """
+        file.seek(-min(len(END_OF_STREAM), length(file)), io.SEEK_END)
+        if file.read() != END_OF_STREAM:
+            raise DamagedError("an Arrow stream's end mark is missing")
+        file.seek(0)
+        with pa.ipc.open_stream(pa.PythonFile(file, mode="r")) as reader:
+            for batch in reader:
+                yield _block(batch, self.text_field)
+        if file.read(1):
+            raise DamagedError("there is more after the end of the stream")
+
+
+@dataclass(frozen=True)
+class ParquetRows(Source):
+    """Rows of parquet, of which only the wanted column is read. Files can be entered at every row group."""
+
+    @property
+    def unit(self) -> str:
+        """A row."""
+        return "row"
+
+    def scan(self, uri: str) -> TextFile:
+        """Count and index by the footer alone; check the rows of the first 16 MiB.
+
+        ``sha256`` is that of the footer: it says where the data lie, how long they are and, as a rule, their
+        least and greatest values, so that a file need not be read as a whole.
+        """
+        with opened(uri) as file:
+            footer = _footer(file)
+            metadata = pq.ParquetFile(file).metadata
+            tally = Tally(uri, self.unit)
+            for block in takewhile(lambda _: tally.n_bytes < CHECKED_BYTES, self.blocks(file)):
+                tally.add(block)
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            tally.starts = np.cumsum([0, *rows])[:-1].tolist()
+            tally.documents = metadata.num_rows
+            return tally.found(self, length(file), hashlib.sha256(footer).hexdigest())
+
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+        """The rows from row group ``place`` on."""
+        table = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        column = _wanted(table.schema_arrow.names, self.text_field)
+        for group in range(place, table.num_row_groups):
+            columns = [] if column is None else [column]
+            for batch in table.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                yield _block(batch, self.text_field)
+
+    def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
+        """The row group that holds row ``number``."""
+        group = int(np.searchsorted(starts, number, side="right")) - 1
+        return int(starts[group]), group
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """A parquet file's metadata as stored."""
+    file.seek(-min(8, length(file)), io.SEEK_END)
+    tail = file.read()
+    if not tail.endswith(b"PAR1"):
+        raise DamagedError("parquet's end mark is missing")
+    stored = int.from_bytes(tail[:4], "little") + len(tail)
+    if stored > length(file):
+        raise DamagedError("parquet's footer is not whole")
+    file.seek(-stored, io.SEEK_END)
+    return file.read()
+
+
+def _wanted(names: list[str], text_field: str) -> str | None:
+    return next((name for name in (text_field, MESSAGES) if name in names), None)
+
+
+def _block(batch: pa.RecordBatch, text_field: str) -> Block:
+    """The rows of a batch; their wanted column is turned into Python objects when it is asked for."""
+    name = _wanted(batch.schema.names, text_field)
+    if name is None:
+        return Block(range(len(batch)), lambda _: record_content({}, text_field), batch.nbytes + len(batch))
+    column = _as_bytes(batch.column(batch.schema.names.index(name)))
+    return Block(range(len(batch)), partial(_content, name, column, text_field), column.nbytes)
+
+
+def _content(name: str, column: pa.Array, text_field: str, row: int) -> Content:
+    try:
+        value = column[row].as_py()
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return Content(error="not valid UTF-8")
+    return record_content({name: text}, text_field)
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """Text as bytes, so that a row of invalid UTF-8 spoils that row alone; other columns as they are.
+
+    Raises:
+        pa.ArrowInvalid: the column's offsets are damaged.
+    """
+    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    is_text = any(is_kind(plain.type) for is_kind in (*kinds, pa.types.is_binary, pa.types.is_large_binary))
+    if is_text:
+        plain = plain.cast(pa.large_binary())
+    plain.validate(full=is_text)
+    return plain

@@ -1,0 +1,133 @@
+"""A resumable run over units on a Ray Data actor pool: its folder before, during and after the work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from dmm_ray.cluster import ensure_ray
+from dmm_ray.config import Config, versions
+from dmm_ray.errors import UserError
+from dmm_ray.files import join, make_folder, write_json
+from dmm_ray.store.manifest import SUMMARY, Manifest
+from dmm_ray.store.reader import file_sizes
+from dmm_ray.units.actor import UnitActor
+from dmm_ray.units.lock import WriterLock, writer_lock
+from dmm_ray.units.pool import map_units
+from dmm_ray.units.progress import Progress
+from dmm_ray.units.resources import Resources, plan_resources
+from dmm_ray.units.resume import Done, prepare, remove_temporary
+from dmm_ray.units.unit import Unit, unit_at
+
+logger = logging.getLogger(__name__)
+
+
+class PoolSize(NamedTuple):
+    """How many actors of what size are asked for; None means the default."""
+
+    actors: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+
+
+class Job(ABC):
+    """What a verb does with units.
+
+    Args:
+        out: folder to write or to resume; an absolute path or URI.
+        manifest: what the folder is to hold.
+        size: of the actor pool.
+        config: of the verb, for ``summary.json``.
+    """
+
+    def __init__(self, out: str, manifest: Manifest, size: PoolSize, config: Config) -> None:
+        self.out, self.manifest, self.size, self.config = out, manifest, size, config
+        self.failed = 0
+        """Documents that failed so far, those of units that were done before too."""
+
+    @abstractmethod
+    def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
+        """The class of the actors and their arguments; logs what ``units`` units are about to be done."""
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Count a unit's result. An overriding method may raise UserError to end the run."""
+        self.failed += result.get("failed", 0)
+
+    @abstractmethod
+    def finish(self) -> dict[str, Any]:
+        """After the last unit: write what is about all of them; the summary's ``figures``."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """More keys of the summary."""
+        return {}
+
+
+def run_job(job: Job, started: float) -> str:
+    """Write, or finish, the folder ``job.out``; the folder.
+
+    Args:
+        job: what is to be done.
+        started: ``time.monotonic()`` at the start of the command, for the summary's ``seconds``.
+
+    Raises:
+        UserError: the folder holds something else or another configuration's results, or is being written; a unit
+            reports bad input.
+        CheckFailed: another process took the folder over.
+    """
+    out, manifest = job.out, job.manifest
+    make_folder(out)
+    with writer_lock(out) as lock:
+        done = prepare(out, manifest)
+        if len(done.units) == manifest.units and SUMMARY in file_sizes(out):
+            logger.info("%s is complete already: %d units", out, manifest.units)
+            return out
+        if done.units:
+            logger.info("resuming %s: %d of %d units are done", out, len(done.units), manifest.units)
+        job.failed = done.failed
+        try:
+            rows_per_s = _run_units(job, done, lock)
+        finally:
+            remove_temporary(out)
+        summary = {
+            "figures": {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)},
+            "inputs": job.config.model_dump(mode="json"),
+            **job.provenance,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_json(join(out, SUMMARY), summary)
+    return out
+
+
+def _run_units(job: Job, done: Done, lock: WriterLock) -> float | None:
+    """Do the units that are not ``done``, logging rate and time left; rows per second, or None where all are."""
+    manifest = job.manifest
+    todo = [
+        unit_at(unit, manifest.corpus.documents, manifest.documents_per_unit)
+        for unit in range(manifest.units)
+        if unit not in done.units
+    ]
+    if not todo:
+        return None
+    progress = Progress(len(todo))
+    with closing(work(job, todo)) as results:
+        for result in results:
+            lock.check()
+            if "error" in result:
+                raise UserError(result["error"])
+            job.add(result)
+            progress.add(result["rows"])
+    return progress.rows_per_s
+
+
+def work(job: Job, units: list[Unit]) -> Generator[dict[str, Any]]:
+    """The result of each unit, as they finish, from a pool of the job's actors on Ray."""
+    ensure_ray()
+    resources = plan_resources(*job.size, len(units))
+    actor, arguments = job.actor(resources, len(units))
+    yield from map_units(actor, arguments, units, resources)

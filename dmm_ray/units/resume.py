@@ -1,0 +1,165 @@
+"""A store's folder before and after its units are made: what is there, what may go on, what is left over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dmm_ray.errors import UserError
+from dmm_ray.files import filesystem, join, plain_errors, write_json
+from dmm_ray.parallel import THREADS, in_order
+from dmm_ray.store.figures import Figures
+from dmm_ray.store.manifest import (
+    MANIFEST,
+    STATISTICS,
+    SUMMARY,
+    Manifest,
+    Record,
+    moments_name,
+    read_manifest,
+    read_moments,
+    read_record,
+    record_name,
+    write_moments,
+)
+from dmm_ray.store.moments import Moments
+from dmm_ray.store.reader import file_sizes, length_problem
+from dmm_ray.store.writer import TEMPORARY
+from dmm_ray.units.lock import LOCK
+
+logger = logging.getLogger(__name__)
+AHEAD_BYTES = 32 << 20
+"""Of moments read ahead of their merging, about."""
+
+
+class Done(NamedTuple):
+    """Units that are finished, and how many documents failed in them."""
+
+    units: set[int]
+    failed: int
+
+
+def units_ahead(moments: Mapping[int, Moments]) -> int:
+    """Of how many units moments like these, by layer, may be read ahead: few where they have covariances."""
+    n_bytes = sum(array.nbytes for part in moments.values() for array in part.arrays("").values())
+    return max(1, min(4 * THREADS, AHEAD_BYTES // n_bytes))
+
+
+def check_target(out: str) -> None:
+    """Raise UserError where ``out`` is a file, or a folder that holds other things than a store."""
+    fs, path = filesystem(out)
+    with plain_errors(out):
+        if fs.isfile(path):
+            raise UserError(f"out: {out} is a file; choose another --out")
+        if not fs.isdir(path):
+            return
+        entries = {name.strip("/") for name in fs.ls(path, detail=False)} - {
+            path.strip("/")
+        }  # its own marker
+    names = {name.rsplit("/", 1)[-1] for name in entries} - {LOCK}
+    if names and MANIFEST not in names:
+        raise UserError(
+            f"out: {out} holds no store but other things ({sorted(names)[0]}); choose another --out"
+        )
+
+
+def prepare(out: str, manifest: Manifest) -> Done:
+    """Write the manifest, or compare it with the one there. Left-over files and damaged units go.
+
+    Raises:
+        UserError: the folder holds finished units of another configuration; the message names the option.
+    """
+    sizes = file_sizes(out)
+    there = read_manifest(out) if MANIFEST in sizes else None
+    records = {}
+    for unit, record in in_order(
+        lambda u: (u, _record(out, u, sizes, there)), iter(range(there.units if there else 0))
+    ):
+        if record is not None:
+            records[unit] = len(record.failed)
+    same = there is not None and there.config_hash == manifest.config_hash
+    if there and not same and (records or SUMMARY in sizes):
+        raise UserError(refusal(out, there, manifest))
+    kept = set(map(record_name, records)) if same else set()
+    fs, path = filesystem(out)
+    for name in sizes:
+        broken = name.startswith("shards/") and name.endswith(".json") and name not in kept
+        if TEMPORARY in name or broken or (not same and "/" in name):
+            with plain_errors(out):
+                fs.rm_file(join(path, name))
+    if not same:
+        write_json(join(out, MANIFEST), manifest.model_dump(mode="json"))
+    return Done(set(records) if same else set(), sum(records.values()) if same else 0)
+
+
+def _record(out: str, unit: int, sizes: dict[str, int], manifest: Manifest | None) -> Record | None:
+    """The record of a unit that is finished and all of whose files have their lengths."""
+    if record_name(unit) not in sizes:
+        return None
+    try:
+        record = read_record(out, unit)
+    except UserError as e:
+        logger.warning("%s; its unit is made again", e)
+        return None
+    if manifest is None or record.config_hash != manifest.config_hash:
+        logger.warning("%s: unit %d is of another configuration; it is made again", out, unit)
+        return None
+    if problem := length_problem(record, sizes):
+        logger.warning("%s: %s; its unit is made again", out, problem)
+        return None
+    return record
+
+
+def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
+    """Which option differs from what the store at ``out`` was made with."""
+    theirs, ours = there.identity(), manifest.identity()
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    option = next((name for name in names if theirs.get(name) != ours.get(name)), MANIFEST)
+    return (
+        f"{option}: {out} was made with {_short(theirs.get(option))}, not {_short(ours.get(option))}; "
+        "choose another --out, or give the same configuration to resume"
+    )
+
+
+def finish(out: str, manifest: Manifest) -> dict[str, Any]:
+    """Merge the moments in shard order and write them; the figures of all records.
+
+    Raises:
+        UserError: the corpus gave not one row.
+    """
+    total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
+    figures = Figures(manifest)
+
+    def read(unit: int) -> tuple[Record, dict[int, Moments]]:
+        return read_record(out, unit), read_moments(out, moments_name(unit), manifest.layers)
+
+    for record, part in in_order(read, iter(range(manifest.units)), units_ahead(total)):
+        figures.add(record)
+        total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
+    if figures.rows == 0:
+        raise UserError(
+            f"text: {', '.join(manifest.corpus.uris)}: no document has a token that is to be kept; "
+            "see --keep-first, --min-position and --max-position"
+        )
+    write_moments(out, STATISTICS, total)
+    remove_temporary(out)
+    figures.massive = {layer: moments.massive() for layer, moments in total.items()}
+    logger.info("%s", figures.line())
+    return figures.summary()
+
+
+def remove_temporary(out: str) -> None:
+    """Delete what a killed process was writing."""
+    fs, path = filesystem(out)
+    for name in file_sizes(out):
+        if TEMPORARY in name:
+            with plain_errors(out):
+                fs.rm_file(join(path, name))
+
+
+def _short(value: object) -> str:
+    """A value for an error line; hashes cut."""
+    parts = value if isinstance(value, list) else [value]
+    shown = [p[:12] if isinstance(p, str) and len(p) == 64 else str(p) for p in parts]
+    return f"[{', '.join(shown)}]" if isinstance(value, list) else shown[0]

@@ -1,0 +1,131 @@
+"""What is refused, in one line, before anything is written; none of it starts a job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from batch_cases import LAYER
+from pydantic import ValidationError
+
+from dmm_ray import ActivationPrior, ActivationStore
+from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, SampleConfig, ScoreConfig, StoreJobConfig
+from dmm_ray.batch.inputs import check_match
+from dmm_ray.batch.outputs import make_table
+from dmm_ray.batch.selection import Draws
+from dmm_ray.batch.verbs import denoise, encode, sample, score
+from dmm_ray.errors import UserError
+from dmm_ray.prior import PriorConfig
+from dmm_ray.store.manifest import read_record, record_name, shard_name
+from dmm_ray.store.writer import write_shard
+from dmm_ray.units.unit import Unit
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    return str(tmp_path / "out")
+
+
+def saved(path: Path, **changes: Any) -> str:
+    """An untrained prior's folder."""
+    shape = {"d": 32, "layers": (LAYER,), "d_model": 16, "d_mlp": 16, "n_blocks": 1, "variance_floor": 1e-6}
+    config = PriorConfig(**(shape | changes))
+    ActivationPrior.untrained(
+        config, torch.zeros(len(config.layers), config.d), torch.ones(len(config.layers), config.d)
+    ).save_pretrained(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d": 16}, "activations: .* has d = 32, the prior models d = 16"),
+        ({"layers": (3,)}, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
+        ({"layers": (1, 2)}, r"layer: this prior models 1, 2 \(got None\)"),
+    ],
+)
+def test_a_store_that_does_not_fit(
+    options: dict[str, Any], out: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        score(ScoreConfig(**{**options, "out": out, "prior": saved(tmp_path / "prior", **changes)}))
+    assert not Path(out).exists()
+
+
+def test_arguments_that_do_not_fit(options: dict[str, Any], out: str, tmp_path: Path) -> None:
+    wide = saved(tmp_path / "wide", d=600)
+    for message, call in (
+        ("features: distinct numbers from 0 to 95", lambda: encode(EncodeConfig(out=out, features=[96], **options))),
+        ("block: this prior has blocks 0 to 1", lambda: encode(EncodeConfig(out=out, block=2, **options))),
+        ("probes: 0, the exact trace", lambda: score(ScoreConfig(**{**options, "prior": wide}, out=out, probes=0))),
+        ("split: this prior was saved without", lambda: score(
+            ScoreConfig(**{**options, "prior": saved(tmp_path / "plain")}, out=out, split="test"))),
+        ("is the store that is read", lambda: denoise(DenoiseConfig(out=options["activations"], **options))),
+        ("holds no store but other things", lambda: sample(
+            SampleConfig(prior=options["prior"], n=1, out=str(tmp_path)))),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (DenoiseConfig, {"u": 1.5}),
+        (DenoiseConfig, {"u": float("nan")}),
+        (DenoiseConfig, {"steps": 0}),
+        (DenoiseConfig, {"distance": -1.0}),
+        (ScoreConfig, {"probes": -1}),
+        (ScoreConfig, {"rows": 0}),
+        (ScoreConfig, {"activations": None}),
+        (ScoreConfig, {"model": "m"}),
+    ],
+)
+def test_fields_out_of_range(config: type[StoreJobConfig], fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        config(**{"prior": "p", "activations": "a", "out": "o", **fields})
+
+
+def test_a_row_that_is_not_finite_is_named(
+    store: ActivationStore, options: dict[str, Any], out: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(store.uri, tmp_path / "copy"))
+    rows = store.read(LAYER, next(g for g in store.row_groups(LAYER) if g.shard == 3))
+    rows.activation[17, 4] = torch.inf
+    name = shard_name(LAYER, 3)
+    entry = write_shard(str(copy / name), rows.activation, rows.doc, rows.position, rows.token_id)
+    record = read_record(str(copy), 3).model_dump(mode="json")
+    record["files"][name], record["nonfinite"][str(LAYER)] = entry.model_dump(), 1
+    (copy / record_name(3)).write_text(json.dumps(record))
+    where = rf"not finite at document {rows.doc[17]}, position {rows.position[17]};"
+    with pytest.raises(UserError, match=where):
+        score(ScoreConfig(**{**options, "activations": str(copy)}, out=out))
+    assert not Path(out).exists()
+
+
+def test_another_model_brings_a_warning(
+    store: ActivationStore, prior: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = ActivationPrior.from_pretrained(prior)
+    check_match(known, LAYER, store)
+    assert not caplog.records
+    subject = known.config.subject | {"id": "another", "weights_hash": "0" * 64}
+    known.config = known.config.model_copy(update={"subject": subject})
+    with caplog.at_level(logging.WARNING):
+        check_match(known, LAYER, store)
+    assert "the prior was trained on another" in caplog.text
+
+
+def test_a_unit_without_rows_has_the_same_columns() -> None:
+    full, none = Draws().rows(Unit(0, 0, 2)), Draws().rows(Unit(0, 2, 2))
+    columns = ["nats", "stderr"]
+    some = make_table(full, columns, {"nats": torch.tensor([1.0, torch.nan])})
+    assert some["nats"].to_pylist() == [1.0, None]
+    assert some["stderr"].to_pylist() == [None, None]
+    assert make_table(none, columns, {}).schema == some.schema

@@ -1,0 +1,138 @@
+"""Documents and tokenizers at the edges, through the real engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from stores import extract_here
+from texts import WORDS
+
+from dmm_ray.errors import UserError
+from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.extract import extract
+from dmm_ray.store.reader import ActivationStore
+
+MILLION = 1_000_000
+
+
+@pytest.fixture
+def plain(tiny_subject: Path, tmp_path: Path) -> Path:
+    """A random GPT-2 whose tokenizer has no BOS, no end of text, no padding token."""
+    folder = tmp_path / "gpt2"
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    shutil.copy(tiny_subject / "tokenizer.json", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(
+        json.dumps(tokenizer | {"post_processor": None, "added_tokens": []})
+    )
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def odd_store(model: Path, texts: list[str], folder: Path, **options: Any) -> ActivationStore:
+    """The store of one layer of these documents, made in this process."""
+    text = folder / "odd.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    given: dict[str, Any] = {"layers": [0], "dtype": "float32", **options}
+    return ActivationStore.open(
+        extract_here(model=str(model), text=str(text), out=str(folder / "store"), **given)
+    )
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_subject: Path) -> str:
+    """A text of a little over a million tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_subject)
+    words = " ".join(np.random.default_rng(0).choice(WORDS, 10_000)) + " "
+    return words * (MILLION // (len(tokenizer(words)["input_ids"]) - 2) + 1)
+
+
+def test_a_document_of_a_million_tokens_is_cut(tiny_subject: Path, endless: str, tmp_path: Path) -> None:
+    store = odd_store(tiny_subject, ["the cat", endless, "a dog"], tmp_path)
+    assert store.document(0, 1).position.tolist() == list(range(1, 64))
+    assert len(store.document(0, 2).doc) > 0
+    assert store.records[0].long == 1
+
+
+def test_a_document_of_a_million_tokens_is_split(tiny_subject: Path, endless: str, tmp_path: Path) -> None:
+    store = odd_store(tiny_subject, ["the cat", endless, "a dog"], tmp_path, long_documents="split")
+    position = store.document(0, 1).position
+    assert len(position) >= MILLION
+    np.testing.assert_array_equal(position, np.arange(1, len(position) + 1))
+    assert store.statistics(0).count == store.rows == sum(r.tokens for r in store.records) - windows(store)
+
+
+def windows(store: ActivationStore) -> int:
+    """How many times a first token went through the model: once a document, or a window of one."""
+    return sum(-(-len(store.document(0, doc).doc) // 63) for doc in range(3))
+
+
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_one_token_documents_with_a_bos(tiny_subject: Path, tmp_path: Path, keep_first: bool) -> None:
+    store = odd_store(tiny_subject, ["Q", "", "Z", " "], tmp_path, keep_first=keep_first)
+    kept = [0, 1] if keep_first else [1]
+    assert [store.document(0, doc).position.tolist() for doc in range(4)] == [kept, [], kept, []]
+
+
+def test_one_token_documents_without_a_bos(plain: Path, tmp_path: Path) -> None:
+    """Position 0 is the text's own token then, and not kept unless asked for."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, None, None)
+    texts = ["Q", "the cat sat on a mat", "Z"]
+    (tmp_path / "all").mkdir()
+    store = odd_store(plain, texts, tmp_path)
+    whole = odd_store(plain, texts, tmp_path / "all", keep_first=True)
+    for doc, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        assert store.document(0, doc).token_id.tolist() == ids[1:]
+        assert whole.document(0, doc).token_id.tolist() == ids
+
+
+@pytest.fixture
+def poisoned(tiny_subject: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options: invalid UTF-8, no field, no JSON, a token that the model does not know; a document a unit."""
+    model = shutil.copytree(tiny_subject, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<boom>"])
+    tokenizer.save_pretrained(model)
+    lines = [b'{"text": "the cat"}', b'{"text": "\xff\xfe"}', b'{"txt": "a dog"}', b'{"text": ']
+    lines += [b'{"text": "a red <boom> cat"}', b'{"text": "one town"}']
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    given = {"model": str(model), "text": str(tmp_path / "t.jsonl"), "out": str(tmp_path / "store")}
+    return {**given, "layers": [0], "dtype": "float32", "rows_per_shard": 1, "actors": 1, "cpus_per_actor": 1}
+
+
+def test_poisoned_documents_within_the_limit_are_listed(poisoned: dict[str, Any]) -> None:
+    store = Path(extract_here(**poisoned, max_failed_documents=4))
+    figures = json.loads((store / "summary.json").read_text())["figures"]
+    assert figures["failed_documents"] == 4
+    assert [failed["doc"] for failed in figures["failed"]] == [1, 2, 3, 4]
+    for failed, says in zip(
+        figures["failed"],
+        ("UTF-8", "no field 'text'", "not valid JSON", "its forward pass failed"),
+        strict=True,
+    ):
+        assert says in failed["error"]
+    found = ActivationStore.open(str(store))
+    assert [doc for doc in range(6) if len(found.document(0, doc).doc)] == [0, 5]
+
+
+def test_poisoned_documents_over_the_limit_stop_the_job(ray_local: None, poisoned: dict[str, Any]) -> None:
+    """The scan sees three; the fourth, found by an actor, is one too many."""
+    with pytest.raises(
+        UserError, match=r"^text: 4 documents failed, the last: .*--max-failed-documents \(now 3\)$"
+    ):
+        extract(ExtractConfig(**poisoned, max_failed_documents=3))
+    store = Path(poisoned["out"])
+    assert not (store / "summary.json").exists()
+    extract(ExtractConfig(**poisoned, max_failed_documents=4))
+    assert ActivationStore.open(str(store)).manifest.units == 6
