@@ -16,6 +16,8 @@ from texts import make_texts
 
 POLL_S = 0.002
 LIMIT_S = 120.0
+ALONE = (str(Path(__file__).with_name("alone.py")),)
+"""In place of ``-m dmm_ray``: without Ray."""
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Job:
     logs: Path
     options: Mapping[str, object] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "dmm_ray")
 
     def start(self, out: Path, **more: object) -> Run:
         """Start the command, in a process group of its own as a terminal does."""
@@ -71,7 +74,7 @@ class Job:
         log_file = self.logs / f"{len(list(self.logs.iterdir()))}.log"
         with log_file.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dmm_ray", "extract", *flags],
+                [sys.executable, *self.program, "extract", *flags],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True,
                 env={**os.environ, **self.env}, process_group=0,
             )  # fmt: skip

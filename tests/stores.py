@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,24 @@ from dmm_ray.units.unit import Unit
 
 
 @contextmanager
-def units_here() -> Iterator[None]:
-    """Inside, `extract`, `score` and the like start no Ray: the one actor lives in this process."""
+def units_here(before: Callable[[], object] | None = None) -> Iterator[None]:
+    """Inside, `extract`, `score` and the like start no Ray: the one actor lives in this process.
+
+    Args:
+        before: called before each unit.
+    """
+
+    def work(job: Job, units: list[Unit]) -> Generator[dict[str, Any]]:
+        kind, arguments = job.actor(Resources(actors=1, fitting=1, cpus=1.0, gpus=0.0), len(units))
+        actor = kind(*arguments)
+        for unit in units:
+            if before is not None:
+                before()
+            row = actor({name: np.array([value]) for name, value in unit._asdict().items()})
+            yield json.loads(row["result"][0])
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "work", _work)
+        patch.setattr(module, "work", work)
         yield
 
 
@@ -30,11 +44,3 @@ def extract_here(**options: Any) -> str:
     """``dmm extract`` in this process; the store."""
     with units_here():
         return extract(ExtractConfig(**options))
-
-
-def _work(job: Job, units: list[Unit]) -> Generator[dict[str, Any]]:
-    kind, arguments = job.actor(Resources(actors=1, fitting=1, cpus=1.0, gpus=0.0), len(units))
-    actor = kind(*arguments)
-    for unit in units:
-        row = actor({name: np.array([value]) for name, value in unit._asdict().items()})
-        yield json.loads(row["result"][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from extractions import ALONE
 from s3_server import s3_server
-from stores import extract_here
+from stores import extract_here, units_here
 from texts import make_texts
 
 from dmm_ray import ActivationStore, files
@@ -56,8 +58,11 @@ def flags(model: Path, text: str, out: str) -> list[str]:
 
 
 def start(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dmm_ray", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *ALONE, *args]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "DMM_TEST_BY_LINE": "1"},
+    )  # fmt: skip
 
 
 def kill(run: subprocess.Popen[str]) -> None:
@@ -95,9 +100,7 @@ def test_the_same_rows_as_on_a_local_disk(
     assert verify(VerifyConfig(store=out)) == out
 
 
-def test_a_prior_and_its_scores_are_those_of_a_local_disk(
-    ray_local: None, bucket: str, local: str, tmp_path: Path
-) -> None:
+def test_a_prior_and_its_scores_are_those_of_a_local_disk(bucket: str, local: str, tmp_path: Path) -> None:
     training: dict[str, Any] = {"samples": 2048, "batch": 256, "workers": 0, "layer": 2, "wandb": "disabled"}
     scoring: dict[str, Any] = {
         "activations": local, "actors": 1, "cpus_per_actor": 1, "steps": 2, "split": "test", "precision": "float32",
@@ -105,7 +108,8 @@ def test_a_prior_and_its_scores_are_those_of_a_local_disk(
     found = []
     for store, out in ((f"{bucket}/runs/one/store", f"{bucket}/runs/one"), (local, str(tmp_path))):
         prior = train(TrainConfig(activations=store, out=f"{out}/prior", precision="float32", **training))
-        scores = score(ScoreConfig(prior=prior, out=f"{out}/scores", **scoring))
+        with units_here():
+            scores = score(ScoreConfig(prior=prior, out=f"{out}/scores", **scoring))
         found.append(content(scores))
         found[-1]["weights"] = files.read_bytes(f"{prior}/model.safetensors")
     assert found[0] == found[1]
@@ -122,7 +126,6 @@ def test_a_missing_bucket(bucket: str, tiny_subject: Path, text: str, out: str) 
 
 
 def test_killed_and_resumed_with_a_second_writer_beside(
-    ray_local: None,
     bucket: str,
     local: str,
     tiny_subject: Path,
@@ -133,10 +136,13 @@ def test_killed_and_resumed_with_a_second_writer_beside(
     first = start("extract", *flags(tiny_subject, text, out))
     try:
         appears(first, f"{out}/.lock")
-        with caplog.at_level(logging.INFO), pytest.raises(UserError) as refused:
+        with caplog.at_level(logging.INFO), units_here(), pytest.raises(UserError) as refused:
             extract(ExtractConfig(model=str(tiny_subject), text=text, out=out, **OPTIONS))
         assert f"{out} is being written by process {first.pid} on " in str(refused.value)
         assert "watching it" in caplog.text
+        assert first.stdin is not None
+        first.stdin.write("\n")
+        first.stdin.flush()
         appears(first, f"{out}/shards/000000.json")
     finally:
         kill(first)
@@ -146,7 +152,7 @@ def test_killed_and_resumed_with_a_second_writer_beside(
     assert files.exists(f"{out}/.lock")
     caplog.clear()
     monkeypatch.setattr(lock, "WATCH_S", 8.0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), units_here():
         extract(ExtractConfig(model=str(tiny_subject), text=text, out=out, **OPTIONS))
     assert f"process {first.pid} on " in caplog.text
     assert "has stopped; its lock is taken over" in caplog.text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from stores import extract_here
+from stores import extract_here, units_here
 from texts import WORDS
 
 from dmm_ray.errors import UserError
@@ -126,13 +126,16 @@ def test_poisoned_documents_within_the_limit_are_listed(poisoned: dict[str, Any]
     assert [doc for doc in range(6) if len(found.document(0, doc).doc)] == [0, 5]
 
 
-def test_poisoned_documents_over_the_limit_stop_the_job(ray_local: None, poisoned: dict[str, Any]) -> None:
+def test_poisoned_documents_over_the_limit_stop_the_job(poisoned: dict[str, Any]) -> None:
     """The scan sees three; the fourth, found by an actor, is one too many."""
-    with pytest.raises(
-        UserError, match=r"^text: 4 documents failed, the last: .*--max-failed-documents \(now 3\)$"
+    with (
+        pytest.raises(
+            UserError, match=r"^text: 4 documents failed, the last: .*--max-failed-documents \(now 3\)$"
+        ),
+        units_here(),
     ):
         extract(ExtractConfig(**poisoned, max_failed_documents=3))
     store = Path(poisoned["out"])
     assert not (store / "summary.json").exists()
-    extract(ExtractConfig(**poisoned, max_failed_documents=4))
+    extract_here(**poisoned, max_failed_documents=4)
     assert ActivationStore.open(str(store)).manifest.units == 6

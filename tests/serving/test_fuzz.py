@@ -1,6 +1,6 @@
 """Bodies at random, over real HTTP: no failure but refusals, and nobody else's answer changes.
 
-``DMM_FUZZ_REQUESTS`` (400) says how many, ``DMM_FUZZ_SEED`` (0) which.
+``DMM_FUZZ_REQUESTS`` (250) says how many, ``DMM_FUZZ_SEED`` (0) which.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dmm_ray.serving.config import Limits
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.oip import LENGTH_HEADER, OPERATIONS, read_inference
 
-REQUESTS = int(os.environ.get("DMM_FUZZ_REQUESTS", "400"))
+REQUESTS = int(os.environ.get("DMM_FUZZ_REQUESTS", "250"))
 SEED = int(os.environ.get("DMM_FUZZ_SEED", "0"))
 pytestmark = pytest.mark.timeout(300 + REQUESTS // 2)
 LIMITS = Limits(

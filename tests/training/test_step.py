@@ -52,7 +52,7 @@ def test_shares_of_a_batch_hold_the_samples_of_the_whole():
 
 def test_gradient_of_shares_adds_up_to_the_whole():
     torch.manual_seed(0)
-    net, z = Denoiser(6, 12, 16, 2), torch.randn(64, 6)
+    net, z = Denoiser(6, 12, 16, 1), torch.randn(64, 6)
 
     def gradient(share: slice) -> list[torch.Tensor]:
         data = FlowBatch(CONFIG, 0, share, z[share])
@@ -68,7 +68,7 @@ def test_gradient_of_shares_adds_up_to_the_whole():
 def test_values_and_gradients_are_those_of_the_plain_formulation(how: str):
     """The time path once per level, compiled or not, against a noise level and a time path for every row."""
     torch.manual_seed(0)
-    net, z = Denoiser(6, 12, 16, 2), torch.randn(64, 6)
+    net, z = Denoiser(6, 12, 16, 1), torch.randn(64, 6)
     data = FlowBatch(CONFIG, 2, slice(0, 64), z)
     model = Model(net, Place(0, 1, torch.device("cpu")), sharded=False, compiled=how == "compiled").called
     losses = data.loss(model, False)
