@@ -173,7 +173,7 @@ def load_forward(manifest: Manifest, loading: Loading) -> Forward:
         max_memory=loading.max_memory,
         offload_folder=loading.offload_folder,
     )
-    return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens)
+    return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens, manifest.window)
 
 
 class Read(NamedTuple):

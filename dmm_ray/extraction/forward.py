@@ -16,6 +16,11 @@ from dmm_ray.extraction.pieces import Piece
 from dmm_ray.subject import SubjectModel
 
 logger = logging.getLogger(__name__)
+HOW = {
+    "packed": "packed without padding",
+    "padded": "padded by length",
+    "alone": "run one by one: this model's rows would depend on what shares a pass",
+}
 
 
 @dataclass
@@ -31,17 +36,30 @@ class Outputs:
 
 
 class Forward:
-    """Runs pieces in batches of at most ``batch_tokens`` tokens."""
+    """Runs pieces in batches.
+
+    Args:
+        subject: the model.
+        layers: block numbers.
+        dtype: of the rows it gives.
+        batch_tokens: most tokens of a pass, unless a piece alone has more.
+        longest: most tokens of a piece.
+    """
 
     def __init__(
-        self, subject: SubjectModel, layers: Sequence[int], dtype: torch.dtype, batch_tokens: int
+        self,
+        subject: SubjectModel,
+        layers: Sequence[int],
+        dtype: torch.dtype,
+        batch_tokens: int,
+        longest: int,
     ) -> None:
         self.subject = subject
         self.layers = tuple(layers)
         self.dtype = dtype
         self.batch_tokens = batch_tokens
-        self.packed = subject.packable
-        logger.info("%s", f"sequences are {'packed without padding' if self.packed else 'padded by length'}")
+        self.batching = subject.batching(longest)
+        logger.info("sequences are %s", HOW[self.batching])
 
     def __call__(self, found: Sequence[Piece]) -> Outputs:
         """Every kept row of every piece."""
@@ -51,8 +69,11 @@ class Forward:
         outputs = Outputs(
             {k: torch.empty(shape, dtype=self.dtype, device=self.subject.device) for k in self.layers}
         )
-        group = packs if self.packed else padded_batches
-        for batch in group([len(piece.ids) for piece in found], self.batch_tokens):
+        group = padded_batches if self.batching == "padded" else packs
+        most = (
+            1 if self.batching == "alone" else self.batch_tokens
+        )  # a pack of one token holds a single piece
+        for batch in group([len(piece.ids) for piece in found], most):
             self._run(found, starts, batch, outputs)
         return outputs
 
@@ -82,7 +103,7 @@ class Forward:
     def _hidden(self, ids: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], list[int], int]:
         """Outputs by layer as (tokens, d), where each sequence begins in them, and the padding among them."""
         lengths = [len(tokens) for tokens in ids]
-        if self.packed:
+        if self.batching == "packed":
             starts = (np.cumsum(lengths) - lengths).tolist()
             return self.subject.capture_packed(ids, self.layers), starts, 0
         input_ids, mask = self.subject.pad(ids)

@@ -134,9 +134,10 @@ class LanguageModel(SubjectModel):
 
         options = self._logits(1) | ({} if cache is None else {cache.name: cache.content})
         with self._hooks({} if edit is None or position == 0 else {layer: replace}):
-            out = self._model(
-                input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **options
-            )
+            run = (
+                self._run if cache is None else self._model
+            )  # later tokens go on with what the first ones left
+            out = run(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **options)
         return out.logits[0, -1].float().cpu(), Cached.of(out)
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class LanguageModel(SubjectModel):
         if not ids:
             return []
         tokens = torch.tensor([[*before, *ids]], device=self.device)
-        out = self._model(input_ids=tokens, **self._logits(len(ids) + 1))
+        out = self._run(input_ids=tokens, **self._logits(len(ids) + 1))
         predicting = out.logits[0, -len(ids) - 1 : -1].float()
         return F.cross_entropy(predicting, tokens[0, -len(ids) :], reduction="none").tolist()
 
@@ -161,7 +162,7 @@ class LanguageModel(SubjectModel):
         ids = torch.tensor([[piece.id for piece in pieces]], device=self.device)
         options = self._logits(1)
         with self._capturing([layer], ids.shape) as captured:
-            self._model(input_ids=ids, **options)
+            self._run(input_ids=ids, **options)
         return Reading(pieces, captured[layer][0].float().cpu())
 
     def pieces(self, text: str) -> list[Piece]:
@@ -198,7 +199,7 @@ class LanguageModel(SubjectModel):
         self.require_causal()
         with self._hooks({self.n_layers - 1: replace}):
             ids = torch.zeros(len(rows), 1, dtype=torch.long, device=self.device)
-            return self._model(input_ids=ids).logits[:, -1].float().cpu()
+            return self._run(input_ids=ids).logits[:, -1].float().cpu()
 
     def token_text(self, token: int) -> str:
         """A token's characters; its name in the vocabulary where it is part of a character, or special."""
@@ -225,7 +226,7 @@ class LanguageModel(SubjectModel):
         """Whether it can be told to give the last logits only: tried."""
         ids = torch.tensor([self.trial_ids(2)], device=self.device)
         try:
-            logits = self._model(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
+            logits = self._run(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
         except (TypeError, AttributeError):  # no such argument; no logits
             return False
         return logits.shape[1] == 1

@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmm_ray.errors import UserError
+from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject.blocks import find_blocks, text_model
 from dmm_ray.subject.encoding import Chat, encode
 from dmm_ray.subject.loading import Loaded, Placement, is_causal, position_offset
-from dmm_ray.subject.packing import CannotPackError, may_pack, packing
+from dmm_ray.subject.packing import CannotPackError, changing_lengths, may_pack, packing
 from dmm_ray.subject.source import SubjectSource, check_layers
+from dmm_ray.subject.state import ModuleState
 
 Hook = Callable[[Tensor], Tensor | None]
 """Sees a block's output (b, t, d); returns its replacement, or None to leave it."""
 TRIAL_TOKENS, TRIAL_IDS = 24, 200
 """Length of the sequences that a model is tried out with, and most token ids in them."""
-TRIAL_TOLERANCE = 0.05
-"""Mean difference of a row relative to its norm; sequences that see each other differ by several times that."""
+TRIAL_TOLERANCE = {torch.float32: 1e-4}
+"""Mean difference of a sequence's rows relative to their norms that is still rounding, by dtype (others: 0.05);
+sequences that see each other differ by many times that."""
+Batching = Literal["packed", "padded", "alone"]
+"""How sequences share a forward pass: laid end to end, padded to alike lengths, or not at all."""
 
 
 class SubjectModel:
@@ -56,6 +61,8 @@ class SubjectModel:
         for config in (loaded.model.config, loaded.model.config.get_text_config()):
             config.use_cache = False  # nothing reads a cache, unless it is asked for
         self._first_position = position_offset(loaded.model)
+        self._state = ModuleState(loaded.model)
+        self._batching: dict[tuple[int, ...], Batching] = {}
 
     @classmethod
     def from_pretrained(
@@ -168,10 +175,26 @@ class SubjectModel:
         Raises:
             UserError: a layer that is not loaded, or a block whose output is not (b, t, d).
         """
+        if len(input_ids) == 1 or self.batching(input_ids.shape[1]) != "alone":
+            return self._capture(input_ids, attention_mask, layers)
+        captured: dict[int, Tensor] = {}
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+            for layer, hidden in self._capture(ids[mask][None], mask[mask][None].long(), layers).items():
+                shape = (*input_ids.shape, hidden.shape[-1])
+                captured.setdefault(layer, hidden.new_zeros(shape))[row, mask] = hidden[0]
+        return captured
+
+    def _capture(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """As :meth:`capture`, all sequences in one pass."""
         options = self._options(attention_mask)
         with self._capturing(layers, input_ids.shape) as captured:
-            self._model(input_ids=input_ids, **options)
+            self._run(input_ids=input_ids, **options)
         return captured
+
+    def _run(self, **options: Any) -> Any:
+        """A forward pass of the model as it was loaded, whatever it has seen since."""
+        self._state.restore()
+        return self._model(**options)
 
     @torch.no_grad()
     def capture_packed(self, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, Tensor]:
@@ -185,7 +208,7 @@ class SubjectModel:
             ``{layer: (t, d)}`` in the compute dtype, on ``device``, the sequences end to end.
 
         Raises:
-            CannotPackError: the model's attention is of another kind; ``packable`` says so beforehand.
+            CannotPackError: the model's attention is of another kind; ``batching`` says so beforehand.
             UserError: a layer that is not loaded, or a block whose output is not (1, t, d).
         """
         tokens = torch.tensor([[token for sequence in ids for token in sequence]], device=self.device)
@@ -195,25 +218,50 @@ class SubjectModel:
             packing(self._model, lengths, self.device) as pack,
         ):
             positions = pack.positions() + self._first_position
-            self._model(input_ids=tokens, position_ids=positions)
+            self._run(input_ids=tokens, position_ids=positions)
         if pack.calls < max(layers) + 1:
             raise CannotPackError(f"{type(self._model).__name__} has attention of its own")
         return {layer: hidden[0] for layer, hidden in captured.items()}
 
-    @cached_property
-    def packable(self) -> bool:
-        """Whether ``capture_packed`` can be used: by the kind of model, and by a trial with three short sequences."""
-        if not self._causal or not may_pack(self.source.config.get_text_config()):
-            return False
-        layer, length = len(self._blocks) - 1, min(TRIAL_TOKENS, self.context)
-        trial = [self.trial_ids(n) for n in (length, length - 3, 2)]
-        alone = torch.cat([self.capture(*self.pad([ids]), [layer])[layer][0] for ids in trial]).float()
-        try:
-            packed = self.capture_packed(trial, [layer])[layer].float()
-        except (CannotPackError, TypeError):  # TypeError: its forward takes no positions
-            return False
-        difference = (packed - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-12)
-        return float(difference.mean()) <= TRIAL_TOLERANCE
+    @torch.no_grad()
+    def batching(self, longest: int) -> Batching:
+        """How sequences of at most ``longest`` tokens can share a pass so that each gives the rows it gives alone.
+
+        Tried with a few sequences: short ones, and ones on either side of every length below ``longest`` at which the
+        configuration says that the model changes (LongRoPE's other factors, attention to a choice of tokens).
+        """
+        lengths = tuple(n for n in changing_lengths(self.source.config.get_text_config()) if n < longest)
+        if lengths not in self._batching:
+            self._batching[lengths] = self._try_batching(lengths, longest)
+        return self._batching[lengths]
+
+    def _try_batching(self, changing: Sequence[int], longest: int) -> Batching:
+        layer, short = len(self._blocks) - 1, min(TRIAL_TOKENS, self.context)
+        around = [
+            n for at in changing for n in (min(3 * at, longest), min(2 * at, longest), at + 1, max(at - 3, 2))
+        ]
+        trial = [self.trial_ids(n) for n in sorted([short, max(short - 3, 2), 2, *around], reverse=True)]
+        alone = [self._capture(*self.pad([ids]), [layer])[layer][0] for ids in trial]
+        limit = TRIAL_TOLERANCE.get(alone[0].dtype, 0.05)
+
+        def same(found: Sequence[Tensor]) -> bool:
+            """Whether no sequence has other rows than alone, but for rounding."""
+            pairs = [(x.float(), y.float()) for x, y in zip(found, alone, strict=True)]
+            return all(
+                float(((x - y).norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).mean()) <= limit
+                for x, y in pairs
+            )
+
+        if self._causal and may_pack(self.source.config.get_text_config()):
+            try:
+                packed = self.capture_packed(trial, [layer])[layer]
+            # TypeError: its forward takes no positions; RuntimeError: masks of its own for so many tokens at most
+            except (CannotPackError, TypeError, RuntimeError):
+                packed = None
+            if packed is not None and same(packed.split([len(ids) for ids in trial])):
+                return "packed"
+        padded = self._capture(*self.pad(trial), [layer])[layer]
+        return "padded" if same([x[: len(ids)] for x, ids in zip(padded, trial, strict=True)]) else "alone"
 
     @torch.no_grad()
     def token_losses(
@@ -247,9 +295,11 @@ class SubjectModel:
             edited = edit(hidden.to(self.device).float()).to(hidden)
             return torch.cat([hidden[:, :1], edited[:, 1:]], dim=1)
 
+        if len(input_ids) > 1 and self.batching(input_ids.shape[1]) == "alone":
+            return self._losses_alone(input_ids, attention_mask, layer, replace)
         options = self._options(attention_mask)
         with self._hooks({} if layer is None else {layer: replace}):
-            logits = self._model(input_ids=input_ids, **options).logits
+            logits = self._run(input_ids=input_ids, **options).logits
         losses = torch.stack(
             [
                 F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
@@ -257,6 +307,27 @@ class SubjectModel:
             ]
         )
         return losses.masked_fill(attention_mask[:, 1:] == 0, float("nan"))
+
+    def _losses_alone(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        layer: int | None,
+        replace: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """As :meth:`token_losses`, a pass for each sequence; the edit sees all of them at once all the same."""
+        edited = None if layer is None else replace(self.capture(input_ids, attention_mask, [layer])[layer])
+        losses = torch.full(input_ids[:, 1:].shape, float("nan"), device=self.device)
+        for row, mask in enumerate(attention_mask.bool()):
+            hooks: dict[int, Hook] = {}
+            if layer is not None and edited is not None:
+                hooks[layer] = lambda _hidden, one=edited[row, mask][None]: one  # type: ignore[misc]
+            ids = input_ids[row, mask]
+            with self._hooks(hooks):
+                logits = self._run(input_ids=ids[None]).logits[0]
+            found = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+            losses[row, mask[1:] & mask[:-1]] = found
+        return losses
 
     def _options(self, attention_mask: Tensor) -> dict[str, Any]:
         """What a forward pass is told beside the tokens. Call it outside of hooks: it may try the model out.
@@ -275,8 +346,9 @@ class SubjectModel:
 
     def trial_ids(self, n: int) -> list[int]:
         """``n`` token ids of its vocabulary, to try something out with."""
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        return [(7 * i + n) % min(TRIAL_IDS, vocabulary) for i in range(n)]
+        text = self.source.config.get_text_config()
+        vocabulary = getattr(text, "vocab_size", None) or len(self.tokenizer)
+        return numpy_rng(n).integers(0, min(TRIAL_IDS, vocabulary), n).tolist()
 
     @cached_property
     def _uses_positions(self) -> bool:
@@ -284,10 +356,10 @@ class SubjectModel:
         ids = torch.tensor([self.trial_ids(3)], device=self.device)
         positions = self._first_position + torch.tensor([[0, 1, 3]], device=self.device)
         layer = len(self._blocks) - 1
-        plain = self.capture(ids, torch.ones_like(ids), [layer])[layer]
+        plain = self._capture(ids, torch.ones_like(ids), [layer])[layer]
         with self._capturing([layer], ids.shape) as captured:
             try:
-                self._model(input_ids=ids, position_ids=positions)
+                self._run(input_ids=ids, position_ids=positions)
             except TypeError:
                 return False
         return not torch.equal(plain, captured[layer])

@@ -149,6 +149,22 @@ def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> I
             config._attn_implementation = before[key]
 
 
+def changing_lengths(config: Any) -> list[int]:
+    """Sequence lengths at which a model of ``config`` may compute otherwise, smallest first: any number of tokens
+    that is a window, or the length that it was made for before it was extended."""
+    found: set[int] = set()
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                look(inner, str(key))
+        elif type(value) is int and value > 1 and ("window" in name or "max_position" in name):
+            found.add(value)
+
+    look(config.to_dict(), "")
+    return sorted(found)
+
+
 def may_pack(config: Any) -> bool:
     """Whether nothing in ``config`` (of the text model) speaks against packing; a trial decides."""
     known = set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS

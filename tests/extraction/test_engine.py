@@ -231,8 +231,8 @@ def test_padded_rows_equal_packed_ones(
     packed, records = extract_all(tmp_path / "packed", **options)
     assert sum(r.padding for r in records) == 0
     engine, units = make_engine(tmp_path / "padded", **options)
-    assert engine.forward.packed
-    engine.forward.packed = False
+    assert engine.forward.batching == "packed"
+    engine.forward.batching = "padded"
     padded, _ = run_all(engine, units)
     torch.testing.assert_close(
         all_rows(padded, 1).activation, all_rows(packed, 1).activation, atol=1e-5, rtol=1e-5

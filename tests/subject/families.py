@@ -129,6 +129,38 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 CONFIGS = CAUSAL | MULTIMODAL | ENCODERS
 
 
+def _llama(**rope: Any) -> Any:
+    return transformers.LlamaConfig(**GROUPED | {"rope_parameters": {"rope_theta": 100.0, **rope}})
+
+
+ORIGINAL = 24
+"""The length that the models of ``CHANGING`` were made for before they were extended to 64."""
+CHANGING: dict[str, Callable[[], Any]] = {
+    "phi3_longrope": lambda: transformers.Phi3Config(
+        **GROUPED,
+        original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4
+        },
+    ),
+    "llama_dynamic": lambda: transformers.LlamaConfig(
+        **GROUPED | {"max_position_embeddings": ORIGINAL},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+    ),
+    "doge": lambda: transformers.DogeConfig(**GROUPED, keep_window_size=16),
+}  # fmt: skip
+"""Models whose rows depend on how long a sequence is, or on what stands after it."""
+ROPE: dict[str, Callable[[], Any]] = {
+    "llama_linear": lambda: _llama(rope_type="linear", factor=4.0),
+    "llama_yarn": lambda: _llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=ORIGINAL),
+    "llama3": lambda: _llama(
+        rope_type="llama3", factor=4.0, original_max_position_embeddings=ORIGINAL,
+        low_freq_factor=1.0, high_freq_factor=4.0,
+    ),
+}  # fmt: skip
+"""Kinds of rotary positions that change with nothing."""
+
+
 SINCE = {"qwen3_5": "Qwen3_5Config"}
 """Families that the oldest declared transformers does not have yet, by their configuration's class."""
 
@@ -142,4 +174,4 @@ def new_model(family: str) -> Any:
         auto = transformers.AutoModelForImageTextToText
     elif family in ENCODERS:
         auto = transformers.AutoModelForMaskedLM
-    return auto.from_config(CONFIGS[family]()).eval()
+    return auto.from_config((CONFIGS | CHANGING | ROPE)[family]()).eval()

@@ -1,0 +1,56 @@
+"""What a model's modules remember from one forward pass to the next, put back before each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class _Buffer(NamedTuple):
+    """A buffer as it was: the tensor, how often it had been written in place, and its numbers."""
+
+    tensor: Tensor
+    version: int
+    numbers: Tensor
+
+
+class ModuleState:
+    """Buffers and plain attributes of every module as they are now.
+
+    Rotary embeddings of dynamic and LongRoPE scaling replace their frequencies by those of the longest sequence so far
+    and keep them: what a document gives would depend on those before it.
+
+    Args:
+        model: whose modules are remembered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [(module, _buffers(module), _plain(module)) for module in model.modules()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what a forward pass has replaced or written into."""
+        for module, buffers, plain in self._saved:
+            for name, (tensor, version, numbers) in buffers.items():
+                if module._buffers.get(name) is not tensor:
+                    module._buffers[name] = tensor
+                if tensor._version != version:
+                    tensor.copy_(numbers)
+                    buffers[name] = _Buffer(tensor, tensor._version, numbers)
+            for name, value in plain.items():
+                if module.__dict__.get(name) is not value:
+                    module.__dict__[name] = value
+
+
+def _buffers(module: nn.Module) -> dict[str, _Buffer]:
+    # A tensor made in inference mode counts no versions, and nothing can write into it outside of that mode.
+    found = {name: t for name, t in module._buffers.items() if t is not None and not t.is_inference()}
+    return {name: _Buffer(t, t._version, t.clone()) for name, t in found.items()}
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Numbers, flags and tensors that are attributes; ``training`` is torch's own."""
+    kept = (int, float, bool, Tensor, type(None))
+    return {k: v for k, v in vars(module).items() if isinstance(v, kept) and k != "training"}
