@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dmm_ray.errors import UserError
 from dmm_ray.subject.quiet import first_line, quiet
 
+EXAMPLES = 1000
+"""Tokens of a vocabulary that are tried as examples, at most."""
 Chat = Sequence[Mapping[str, str]]
 """Messages: {"role": ..., "content": ...} each."""
 
@@ -68,12 +70,38 @@ def _tokenize(tokenizer: Any, texts: Sequence[Any], special: bool) -> list[list[
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that ``tokenizer`` puts before and after a text."""
-    [content], [whole] = _tokenize(tokenizer, ["a"], False), _tokenize(tokenizer, ["a"], True)
-    for start in range(len(whole) - len(content) + 1):
-        if whole[start : start + len(content)] == content:
-            return whole[:start], whole[start + len(content) :]
-    return [], []
+    """The special tokens that ``tokenizer`` puts before and after a text.
+
+    Found by a text whose own tokens are none of them: one of ``a`` would do for most tokenizers, but a vocabulary of
+    other letters makes nothing of it, or the unknown token.
+
+    Raises:
+        UserError: no text of the vocabulary shows them.
+    """
+    [around] = _tokenize(tokenizer, [""], True)
+    if not around:
+        return [], []
+    special = {*around, *tokenizer.all_special_ids}
+    for text in _examples(tokenizer):
+        [content], [whole] = _tokenize(tokenizer, [text], False), _tokenize(tokenizer, [text], True)
+        if not content or special.intersection(content):
+            continue
+        for start in range(len(whole) - len(content) + 1):
+            if whole[start : start + len(content)] == content:
+                return whole[:start], whole[start + len(content) :]
+    raise UserError(
+        f"model: the tokenizer of {tokenizer.name_or_path} makes only special tokens of the texts tried; "
+        "is its vocabulary the model's?"
+    )
+
+
+def _examples(tokenizer: Any) -> Iterator[str]:
+    """Texts to try a tokenizer with: a letter, then what single tokens of its vocabulary stand for."""
+    yield "a"
+    for token in range(min(len(tokenizer), EXAMPLES)):
+        text = tokenizer.decode([token])
+        if text.strip():
+            yield text
 
 
 def _once(tokenizer: Any, text: Any, ids: list[int], before: list[int]) -> list[int]:

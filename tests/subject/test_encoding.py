@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dmm_ray.errors import UserError
@@ -131,3 +131,32 @@ def test_the_hash_covers_the_chat_template(tiny_subject: Path, tmp_path: Path) -
         hashes.append(SubjectSource.resolve(str(folder)).tokenizer_hash)
     assert len(set(hashes)) == 3
     assert hashes[0] == SubjectSource.resolve(str(tiny_subject)).tokenizer_hash
+
+
+def test_a_vocabulary_without_the_letter_a() -> None:
+    """What a vocabulary of bases makes of it is nothing, and of words the unknown token: neither shows what is put
+    around a text."""
+    letters = Tokenizer(
+        models.BPE({"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5, "AC": 6}, [("A", "C")])
+    )
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "the": 2, "cat": 3, "sat": 4}, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for backend, text, ids in ((letters, "ACGTT", [6, 4, 5, 5]), (words, "the cat sat the", [2, 3, 4, 2])):
+        backend.add_special_tokens(["<s>", "</s>"])
+        for template, before, after in (("<s> $A", [0], []), ("$A </s>", [], [1]), ("<s> $A </s>", [0], [1])):
+            backend.post_processor = processors.TemplateProcessing(
+                single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+            )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+            [whole], [cut] = encode(tokenizer, [text], None), encode(tokenizer, [text], 3)
+            assert whole == Encoded(before + ids + after, len(before + ids + after), len(after))
+            assert cut.ids == before + ids[: 3 - len(before + after)] + after
+
+
+def test_a_tokenizer_of_special_tokens_alone() -> None:
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(UserError, match="model: the tokenizer of .* makes only special tokens"):
+        encode(tokenizer, ["the cat"], None)
