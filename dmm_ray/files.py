@@ -18,6 +18,8 @@ import fsspec
 from dmm_ray.errors import UserError
 
 CHUNK_BYTES = 8 << 20
+MAGIC = "*?["
+"""What a pattern of files has at least one of."""
 WRITE_MENDS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -44,8 +46,11 @@ MEND = (
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of ``uri`` (a local path or an fsspec URI) and the path on it.
 
+    A local path is a path, whatever characters it has: only a URI can be a chain of file systems (``zip://a::s3://b``).
     Object stores are listed anew each time: a cached listing hides what other processes have written.
     """
+    if not _protocol(uri):
+        return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(str(uri)))
     options = {"use_listings_cache": False} if _protocol(uri) in OBJECT_STORES else {}
     try:
         fs, path = fsspec.core.url_to_fs(str(uri), **options)
@@ -106,25 +111,58 @@ def exists(uri: str) -> bool:
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder and all in it, if it is there; one that holds nothing is not there on an object store."""
+    """Delete a folder recursively if it exists."""
     fs, path = filesystem(uri)
     with plain_errors(uri):
-        if fs.exists(path):
+        if not fs.exists(path):
+            return
+        if is_local(uri) or not any(c in path for c in MAGIC):
             fs.rm(path, recursive=True)
+            return
+        for file in fs.find(path):  # rm would take the path for a pattern
+            fs.rm_file(file)
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Every file below ``uri`` (or ``uri`` itself when it is a file, or a glob's matches), sorted by path."""
+    """Every file below the folder ``uri``, or ``uri`` itself when it is a file, sorted by path; none if it is neither.
+
+    Symbolic links are followed; one that leads nowhere is no file.
+    """
     fs, path = filesystem(uri)
     with plain_errors(uri):
-        if any(c in path for c in "*?["):
-            found = [p for p in fs.glob(path) if fs.isfile(p)]
-        elif fs.isfile(path):
+        if fs.isfile(path):
             return [str(uri)]
-        else:
-            found = fs.find(path)
+        found = filter(os.path.isfile, _walk(path)) if is_local(uri) else fs.find(path)
     kept = sorted(p for p in found if p.endswith(suffixes) and not p.endswith("/"))
     return [fs.unstrip_protocol(p) if not is_local(uri) else p for p in kept]
+
+
+def match_files(pattern: str) -> list[str]:
+    """The files that a pattern with ``*``, ``?`` or ``[..]`` matches, sorted by path."""
+    fs, path = filesystem(pattern)
+    if not any(c in path for c in MAGIC):
+        return []
+    with plain_errors(pattern):
+        found = sorted(p for p in fs.glob(path) if fs.isfile(p))
+    return [fs.unstrip_protocol(p) if not is_local(pattern) else p for p in found]
+
+
+def broken_links(uri: str) -> list[str]:
+    """The symbolic links below a local folder that lead nowhere, sorted by path."""
+    if not is_local(uri):
+        return []
+    return sorted(path for path in _walk(filesystem(uri)[1]) if not os.path.exists(path))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Every name below a local folder but folders, broken links too; linked folders are entered, each once."""
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(here, name) for name in names)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -79,7 +79,12 @@ def test_what_others_write_to_an_object_store_is_seen(bucket):
     other.pipe("bucket/fresh/a/y", b"22")
     other.pipe("bucket/fresh/b/z", b"3")
     assert files.list_files(folder) == [f"{folder}/a/x", f"{folder}/a/y", f"{folder}/b/z"]
-    assert files.list_files(f"{folder}/*/y") == [f"{folder}/a/y"]
+    assert files.match_files(f"{folder}/*/y") == [f"{folder}/a/y"]
+    for name in ("one[1]", "one1"):
+        files.write_bytes(f"{bucket}/{name}/z", b"1")
+    files.remove_folder(f"{bucket}/one[1]")  # a path, no pattern
+    assert files.list_files(f"{bucket}/one[1]") == []
+    assert files.exists(f"{bucket}/one1/z")
     assert files.read_bytes(f"{folder}/a/y") == b"".join(files.iter_chunks(f"{folder}/a/y")) == b"22"
     other.rm("bucket/fresh/a", recursive=True)
     assert not files.exists(f"{folder}/a")

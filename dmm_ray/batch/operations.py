@@ -95,6 +95,7 @@ class Score:
         result = prior.log_prob(
             x, layer=self.layer, steps=c.steps, probes=c.probes, ids=ids, seed=c.seed, precision=c.precision
         )
+        _check_answers(result.nats, ids)
         columns = {name: getattr(result, name) for name in SCORES}
         return {name: column.cpu() for name, column in columns.items() if column is not None}
 
@@ -103,6 +104,7 @@ class Score:
         error = prior.velocity_error(
             x, layer=self.layer, pairs=c.pairs, ids=ids, seed=c.seed, precision=c.precision
         ).cpu()
+        _check_answers(error, ids)
         found = {"velocity_error": error}
         if prior.calibration and self.layer in prior.calibration.layers:
             found["proxy_percentile"] = prior.calibration.proxy_percentile(self.layer, error, ids[:, 1])
@@ -131,6 +133,20 @@ class Score:
 
 def _mean(values: Tensor, rows: Rows, width: int) -> Tensor:
     return torch.from_numpy(window_means(values.numpy(), rows.doc, rows.position, width).astype(np.float32))
+
+
+def _check_answers(found: Tensor, ids: Tensor) -> None:
+    """Raise UserError where the prior's answer (n, ..) to a row is NaN or infinite; ids (n, 2) name it.
+
+    The rows themselves are finite, as the store was checked: these are so far out that the prior's numbers overflow.
+    """
+    bad = ~found.reshape(len(found), -1).isfinite().all(1)
+    if bad.any():
+        doc, position = ids[int(bad.nonzero()[0])].tolist()
+        raise UserError(
+            f"activations: the row of document {doc} at position {position} has no finite answer; it is too far from "
+            "what the prior models; leave it out when extracting (--exclude '[\"outliers\"]') or drop the document"
+        )
 
 
 class _EachByItself:
@@ -180,7 +196,9 @@ class Denoise(_Activations):
             seed=c.seed,
             precision=c.precision,
         )
-        return {ACTIVATION: restored.to(DTYPES[self.dtype]).cpu()}
+        stored = restored.to(DTYPES[self.dtype]).cpu()
+        _check_answers(stored, ids)
+        return {ACTIVATION: stored}
 
     def _levels(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> float | Tensor:
         c = self.config
@@ -235,6 +253,7 @@ class Encode(_EachByItself):
             noises=c.noises,
             precision=c.precision,
         )
+        _check_answers(units, ids)
         kept = units if c.features is None else units[:, c.features]
         stored = kept.to(getattr(torch, c.dtype)).cpu()
         if not stored.isfinite().all():
@@ -257,7 +276,9 @@ class Sample(_Activations):
         rows = prior.sample(
             len(ids), steps=c.steps, layer=self.layer, ids=ids, seed=c.seed, precision=c.precision
         )
-        return {ACTIVATION: rows.to(DTYPES[self.dtype]).cpu()}
+        stored = rows.to(DTYPES[self.dtype]).cpu()
+        _check_answers(stored, ids)
+        return {ACTIVATION: stored}
 
 
 def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:

@@ -46,6 +46,15 @@ def load(source: str, revision: str | None = None) -> tuple[PriorConfig, dict[st
     for name in ("normalizer.mean", "normalizer.var"):
         if name not in tensors:
             raise UserError(f"{join(path, WEIGHTS)}: has no tensor {name}; this is not a prior's weight file")
+        shape, right = tuple(tensors[name].shape), (len(config.layers), config.d)
+        if shape != right:
+            raise UserError(
+                f"{join(path, WEIGHTS)}: {name} has shape {shape}, {CONFIG} asks for {right}; copy the prior again"
+            )
+    if (tensors["normalizer.var"] < 0).any():
+        raise UserError(
+            f"{join(path, WEIGHTS)}: normalizer.var holds a negative variance; copy the prior again"
+        )
     return config, tensors
 
 

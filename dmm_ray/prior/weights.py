@@ -14,24 +14,49 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.files import filesystem, is_local, iter_chunks
 
+LFS = b"version https://git-lfs"
+"""What a file begins with that stands for a large one in a Git repository."""
+
 
 def read_tensors(uri: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, in float32 (16-bit floats widen exactly).
 
-    Float32 tensors are the file's own pages, read when first used: the file may be replaced meanwhile, but not written
-    into. A file elsewhere is first copied to a temporary one.
+    Float32 tensors are the file's own pages: the file may be replaced meanwhile, but not written into. A file elsewhere
+    is first copied to a temporary one.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: missing or damaged, a Git LFS pointer, or a tensor of other than finite floating-point numbers.
     """
     with _local(uri) as path:
         try:
+            _refuse_pointer(uri, path)
             tensors = safetensors.torch.load_file(path)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise UserError(f"{uri}: no such file; copy the prior again") from e
         except safetensors.SafetensorError as e:
             raise UserError(f"{uri}: damaged ({e}); copy or train the prior again") from e
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return {name: _as_float32(f"{uri}: {name}", tensor) for name, tensor in tensors.items()}
+
+
+def _as_float32(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} holds {kind} numbers, not floating-point ones; copy or train the prior again"
+        )
+    tensor = tensor.to(torch.float32)
+    # The extremes show NaN and infinities without a mask as large as the tensor.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise UserError(f"{name} holds a value that is not finite in float32; copy or train the prior again")
+    return tensor
+
+
+def _refuse_pointer(uri: str, path: str) -> None:
+    with open(path, "rb") as f:
+        if f.read(len(LFS)) == LFS:
+            raise UserError(
+                f"{uri}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+            )
 
 
 @contextmanager

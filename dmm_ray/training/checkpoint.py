@@ -121,7 +121,7 @@ def _remove(out: str, samples: int, marked: bool) -> None:
     folder = _folder(out, samples)
     if marked:
         fs, path = filesystem(join(folder, MARKER))
-        fs.rm(path)
+        fs.rm_file(path)
     remove_folder(folder)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
+import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from dmm_ray.files import exists, filesystem, is_local, join, read_bytes, write_bytes
+from dmm_ray.files import absolute, exists, filesystem, is_local, join, read_bytes, write_bytes
 from dmm_ray.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,8 @@ class Tracker:
     def __init__(self, config: TrainConfig, samples: int, about: dict[str, Any], on_ray: bool) -> None:
         self.path = join(config.out, STATS)
         self.records = [r for r in read_stats(config.out) if r["samples"] <= samples]
-        self.run = _wandb_run(config, about)
+        self.run: Any = None
+        self._safely(lambda: setattr(self, "run", _wandb_run(config, about)))
         self.gauges = _gauges(config) if on_ray else {}
 
     def log(self, record: dict[str, Any]) -> None:
@@ -47,14 +52,24 @@ class Tracker:
         self.records.append(record)
         write_bytes(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         if self.run is not None:
-            self.run.log(flat(record), step=record["samples"])
+            run, numbers = self.run, flat(record)
+            self._safely(lambda: run.log(numbers, step=record["samples"]))
         for name, gauge in self.gauges.items():
             gauge.set(record[name])
 
     def close(self) -> None:
         """End the wandb run."""
         if self.run is not None:
-            self.run.finish()
+            self._safely(self.run.finish)
+
+    def _safely(self, call: Callable[[], object]) -> None:
+        """Call Weights & Biases; where that fails the training goes on without it."""
+        try:
+            call()
+        except _tracking_errors() as e:
+            reason = " ".join(str(e).split())[:200]
+            logger.warning("wandb: %s; the run goes on without it, %s has every number", reason, self.path)
+            self.run = None
 
 
 def flat(record: dict[str, Any]) -> dict[str, float]:
@@ -75,6 +90,18 @@ def run_name(config: TrainConfig) -> str:
     return config.out.rstrip("/").split("/")[-1]
 
 
+def run_id(config: TrainConfig) -> str:
+    """What Weights & Biases knows the run by, also when it is resumed: of the whole path, in its own characters."""
+    letters = re.sub(r"[^A-Za-z0-9_-]", "-", run_name(config))[:64]
+    return f"{letters}-{hashlib.sha256(absolute(config.out).rstrip('/').encode()).hexdigest()[:8]}"
+
+
+def _tracking_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong in Weights & Biases, its own errors among them once it has been imported."""
+    wandb = sys.modules.get("wandb")
+    return (OSError, RuntimeError, ValueError, *([] if wandb is None else [wandb.Error]))
+
+
 def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
     mode: Any = os.environ.get("WANDB_MODE") or config.wandb
     if mode == "auto":
@@ -85,7 +112,7 @@ def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
 
     return wandb.init(
         project=config.wandb_project,
-        id=run_name(config),
+        id=run_id(config),
         name=run_name(config),
         resume="allow",
         mode=mode,

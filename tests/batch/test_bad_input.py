@@ -12,6 +12,7 @@ import pytest
 import torch
 from batch_cases import LAYER
 from pydantic import ValidationError
+from stores import units_here
 
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, SampleConfig, ScoreConfig, StoreJobConfig
@@ -55,6 +56,37 @@ def test_a_store_that_does_not_fit(
     with pytest.raises(UserError, match=message):
         score(ScoreConfig(**{**options, "out": out, "prior": saved(tmp_path / "prior", **changes)}))
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("verb", ["score", "proxy", "denoise", "encode"])
+def test_a_row_without_a_finite_answer(
+    options: dict[str, Any], store: ActivationStore, out: str, tmp_path: Path, verb: str
+) -> None:
+    """Finite itself, and so far away that the prior's numbers overflow."""
+    copy = Path(shutil.copytree(store.uri, tmp_path / "store"))
+    groups = store.row_groups(LAYER)
+    rows = store.read(LAYER, groups[0])
+    x = rows.activation.clone()
+    x[5] = 3e38
+    shard = copy / shard_name(LAYER, groups[0].shard)
+    write_shard(str(shard), x, rows.doc, rows.position, rows.token_id)
+    record = copy / record_name(groups[0].shard)
+    known = json.loads(record.read_text())
+    known["files"][shard_name(LAYER, groups[0].shard)]["bytes"] = shard.stat().st_size
+    record.write_text(json.dumps(known))
+    given = {**options, "activations": str(copy), "out": out}
+    calls: dict[str, Any] = {
+        "score": lambda: score(ScoreConfig(**given, steps=2)),
+        "proxy": lambda: score(ScoreConfig(**given, proxy=True)),
+        "denoise": lambda: denoise(DenoiseConfig(**given, steps=2)),
+        "encode": lambda: encode(EncodeConfig(**given)),
+    }
+    says = (
+        f"^activations: the row of document {rows.doc[5]} at position {rows.position[5]} has no finite answer"
+    )
+    with units_here(), pytest.raises(UserError, match=says):
+        calls[verb]()
+    assert not Path(out, "summary.json").exists()
 
 
 def test_arguments_that_do_not_fit(options: dict[str, Any], out: str, tmp_path: Path) -> None:

@@ -128,6 +128,26 @@ CASES: list[tuple[Spoil, str]] = [
         set_weight("model.ln.bias", torch.zeros(3)),
         r"model.ln.bias has shape \(3,\), config.yaml asks for \(24,\)",
     ),
+    (
+        set_weight("model.ln.bias", torch.full((24,), float("nan"))),
+        "final.safetensors: model.ln.bias holds a value that is not finite in float32; copy",
+    ),
+    (
+        set_weight("model.ln.bias", torch.full((24,), 1e60, dtype=torch.float64)),
+        "final.safetensors: model.ln.bias holds a value that is not finite in float32; copy",
+    ),
+    (
+        set_weight("model.ln.bias", torch.zeros(24, dtype=torch.int64)),
+        "final.safetensors: model.ln.bias holds int64 numbers, not floating-point ones",
+    ),
+    (
+        write_text("final.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "final.safetensors: is a Git LFS pointer, not the weights; run `git lfs pull`",
+    ),
+    (
+        set_statistics({"mean": torch.zeros(4, D), "var": torch.full((4, D), 1e60, dtype=torch.float64)}),
+        "rep_statistics.pt: var holds a value that is not finite in float32; copy",
+    ),
     (cut("final.safetensors", 0.5), "final.safetensors: damaged .*; copy"),
     (write_text("final.safetensors", ""), "final.safetensors: damaged .*; copy"),
     (cut("rep_statistics.pt", 0.5), "rep_statistics.pt: damaged .*; copy"),
@@ -142,7 +162,7 @@ CASES: list[tuple[Spoil, str]] = [
     (set_statistics(with_value("var", -1.0)), "rep_statistics.pt: var holds a negative variance; copy"),
     (
         set_statistics(with_value("var", float("inf"))),
-        "rep_statistics.pt: var holds a value that is not finite; copy",
+        "rep_statistics.pt: var holds a value that is not finite in float32; copy",
     ),
     (
         set_statistics(with_value("mean", float("nan"))),

@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 
 from dmm_ray.errors import UserError
@@ -157,6 +158,34 @@ class TestBadFolders:
         text = (saved / "config.json").read_text().replace('"d_mlp": 48', '"d_mlp": 40')
         (saved / "config.json").write_text(text)
         with pytest.raises(UserError, match="weights do not fit"):
+            ActivationPrior.from_pretrained(str(saved))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "says"),
+        [
+            (
+                "normalizer.mean",
+                torch.zeros(1, 3),
+                r"normalizer.mean has shape \(1, 3\), config.json asks for",
+            ),
+            ("normalizer.var", torch.tensor(-1.0), "normalizer.var holds a negative variance"),
+            ("normalizer.var", torch.tensor(float("nan")), "normalizer.var holds a value that is not finite"),
+            (
+                "denoiser.out_proj.bias",
+                torch.tensor(float("inf")),
+                "out_proj.bias holds a value that is not finite",
+            ),
+        ],
+    )
+    def test_broken_tensors_are_named(self, saved, name, value, says):
+        file = saved / "model.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in safetensors.torch.load_file(file).items()}
+        if value.ndim:
+            tensors[name] = value
+        else:
+            tensors[name].view(-1)[0] = value
+        safetensors.torch.save_file(tensors, file)
+        with pytest.raises(UserError, match=says):
             ActivationPrior.from_pretrained(str(saved))
 
     def test_unreachable_hub(self):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from dmm_ray.errors import CheckFailed
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.interval import Interval, batch_figures, means, peak_tflops
-from dmm_ray.training.tracking import Tracker, flat, read_stats, status_line
+from dmm_ray.training.tracking import Tracker, flat, read_stats, run_id, status_line
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(activations="a", out="runs/mine", samples=1000 * 8, batch=8, levels_per_batch=8)
@@ -129,7 +130,7 @@ def test_wandb_gets_named_numbers_under_the_run_s_name(tmp_path, monkeypatch):
     config = CONFIG.model_copy(update={"out": str(tmp_path / "mine")})
     tracker = Tracker(config, 0, {"parameters": 3}, on_ray=False)
     run = tracker.run
-    assert run.id == run.name == "mine"
+    assert (run.id, run.name) == (run_id(config), "mine")
     assert run.config["parameters"] == 3
     tracker.log(RECORD)
     tracker.close()
@@ -138,3 +139,41 @@ def test_wandb_gets_named_numbers_under_the_run_s_name(tmp_path, monkeypatch):
     assert numbers["loss_by_level/0"] == 0.1
     assert numbers["data_wait"] == 0.25
     assert not {"loss_by_level/1", "validation_loss", "loss_by_level"} & set(numbers)
+
+
+def test_an_id_of_its_own_for_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outs = ["w/run#1", "w/run:1", "w/run/1", "v/1", "s3://bucket/run?x=%1", "w/" + "long" * 50]
+    ids = [run_id(CONFIG.model_copy(update={"out": out})) for out in outs]
+    assert len(set(ids)) == len(outs)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", one) for one in ids)
+    same = (
+        CONFIG.model_copy(update={"out": out}) for out in ("w/run#1", str(tmp_path / "w" / "run#1") + "/")
+    )
+    assert len(set(map(run_id, same))) == 1
+
+
+@pytest.mark.parametrize("name", ["run#1", "run:1 [a]"])
+def test_any_name_is_tracked_offline(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = CONFIG.model_copy(update={"out": str(tmp_path / name), "wandb": "offline"})
+    tracker = Tracker(config, 0, {}, on_ray=False)
+    assert tracker.run is not None
+    tracker.log(RECORD)
+    tracker.close()
+    assert read_stats(config.out) == [RECORD]
+
+
+def test_a_tracker_that_fails_never_stops_a_training(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def fail(**_options):
+        raise wandb.errors.CommError("no such\nproject")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = Tracker(CONFIG.model_copy(update={"out": str(tmp_path)}), 0, {}, on_ray=False)
+    tracker.log(RECORD)
+    tracker.close()
+    assert read_stats(str(tmp_path)) == [RECORD]
+    assert "wandb: no such project; the run goes on without it" in caplog.text

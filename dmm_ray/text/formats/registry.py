@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, exists, join, list_files, read_json
+from dmm_ray.files import MAGIC, absolute, broken_links, exists, join, list_files, match_files, read_json
 from dmm_ray.text.formats.base import TextFile
 from dmm_ray.text.formats.csv_rows import CsvRows
 from dmm_ray.text.formats.delimited import Delimited, scan_txt
@@ -15,19 +16,30 @@ from dmm_ray.text.formats.splitting import LINES
 from dmm_ray.text.formats.streams import CODECS
 from dmm_ray.text.formats.tables import ArrowRows, ParquetRows
 
-STREAMED = (".jsonl", ".txt", ".csv")
+STREAMED = (".jsonl", ".ndjson", ".txt", ".csv")
 PLAIN_OR_PACKED = map("".join, product(STREAMED, ["", *CODECS]))
 SUFFIXES = (*PLAIN_OR_PACKED, *(".json" + codec for codec in CODECS), ".parquet", ".arrow")
 """Suffixes of text files. Compressed ``.json`` is JSON lines, as hub datasets have it; a plain one may be anything."""
 NOT_DATA = ("cache-", "indices")
 """Arrow files of such names lie beside a Hugging Face dataset's data: cached results, orders of rows."""
+OURS = {
+    "manifest.json": {"config_hash", "documents_per_unit"},
+    "train.json": {"train", "prior"},
+    "summary.json": {"inputs", "versions", "seconds"},
+}
+"""Files that folders of dmm-ray's own results have, and keys by which they are told from others'."""
+NAMED = 5
+"""Files left out that are named."""
+logger = logging.getLogger(__name__)
 
 
 def text_files(uris: Sequence[str]) -> list[str]:
     """The text files that ``uris`` name, once each, in sorted order.
 
-    A folder or glob gives every file of a known suffix. Of the arrow files in a folder that ``datasets`` saved
-    (it has a ``state.json``) only those that it names are data, elsewhere all but ``cache-*`` and ``indices*``.
+    What exists is that file or folder; else it is a pattern. A folder or pattern gives every file of a known suffix
+    (in capitals too), but for names that begin with ``.`` or ``_`` and what dmm-ray itself wrote; what is left out is
+    logged in one line. Of the arrow files in a folder that ``datasets`` saved (it has a ``state.json``) only those
+    that it names are data, elsewhere all but ``cache-*`` and ``indices*``.
 
     Raises:
         UserError: there is none, or a file given by name is of an unknown kind.
@@ -46,7 +58,7 @@ def scan_file(uri: str, text_field: str = "text", separator: str | None = None) 
     codec = CODECS.get("." + ending)
     if name == "txt":
         return scan_txt(uri, text_field, codec, separator)
-    if name in ("jsonl", "json"):
+    if name in ("jsonl", "ndjson", "json"):
         return Delimited(text_field, LINES, codec).scan(uri)
     if name == "csv":
         return CsvRows(text_field, codec).scan(uri)
@@ -54,7 +66,7 @@ def scan_file(uri: str, text_field: str = "text", separator: str | None = None) 
 
 
 def _suffix(uri: str) -> str:
-    found = next((suffix for suffix in SUFFIXES if uri.endswith(suffix)), None)
+    found = next((suffix for suffix in SUFFIXES if uri.lower().endswith(suffix)), None)
     if found is None:
         raise UserError(f"text: {uri}: unknown kind of file; known are {', '.join(SUFFIXES)}")
     return found
@@ -65,10 +77,56 @@ def _files_of(uri: str) -> list[str]:
     if found == [uri]:
         _suffix(uri)
         return found
-    kept = _without_caches([file for file in found if file.endswith(SUFFIXES)])
+    broken = broken_links(uri)
+    found = [*found, *broken] or match_files(uri)
+    folder, asked = _split_pattern(uri)
+    below = [file for file in found if _hidden(asked) or not _hidden(file.removeprefix(folder))]
+    ours = _own_folders(below)
+    text = [file for file in below if file.lower().endswith(SUFFIXES) and not file.startswith(ours)]
+    kept = _without_caches([file for file in text if file not in broken])
+    left_out = sorted(set(found) - set(kept), key=lambda file: (_hidden(file.removeprefix(folder)), file))
+    if left_out and kept:
+        names = ", ".join(file.removeprefix(folder).lstrip("/") for file in left_out[:NAMED])
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        logger.info(
+            "text: %s: %d files are read, %d left out (another kind, hidden, a broken link, or dmm-ray's own): %s%s",
+            uri, len(kept), len(left_out), names, more,
+        )  # fmt: skip
     if not kept:
-        raise UserError(f"text: {uri}: no such file, or a folder without any of {', '.join(SUFFIXES)}")
+        own = "; what dmm-ray wrote is not read as text" if ours else ""
+        raise UserError(f"text: {uri}: no such file, or a folder without any of {', '.join(SUFFIXES)}{own}")
     return kept
+
+
+def _split_pattern(uri: str) -> tuple[str, str]:
+    """The folder that a pattern begins with, and the rest; a folder's own path and nothing."""
+    first = min((uri.index(c) for c in MAGIC if c in uri), default=len(uri))
+    if first == len(uri) or exists(uri):
+        return uri, ""
+    folder, _, _ = uri[:first].rpartition("/")
+    return folder, uri.removeprefix(folder)
+
+
+def _hidden(below: str) -> bool:
+    """Whether a path below a folder has a part that file systems and notebooks hide, or that logs of tables use."""
+    return any(part.startswith((".", "_")) for part in below.split("/") if part)
+
+
+def _own_folders(files: Sequence[str]) -> tuple[str, ...]:
+    """The folders among those of ``files`` that hold a store, a run or a report of dmm-ray."""
+    return tuple(
+        file.removesuffix(name)
+        for file in files
+        if (name := file.rpartition("/")[2]) in OURS and _has_keys(file, OURS[name])
+    )
+
+
+def _has_keys(uri: str, keys: set[str]) -> bool:
+    try:
+        value = read_json(uri)
+    except UserError:  # not JSON, so none of ours
+        return False
+    return isinstance(value, dict) and keys <= set(value)
 
 
 def _without_caches(files: list[str]) -> list[str]:
