@@ -38,16 +38,16 @@ chaos: setup-dev
 
 # The endpoint under mixed load for ten minutes: memory flat, every answer right.
 soak: setup-dev
-	DMM_SOAK_S=$(or $(DMM_SOAK_S),600) $(BIN)/python -m pytest tests/serving/test_soak.py --timeout=3600
+	DMM_SOAK_S=$(or $(DMM_SOAK_S),600) $(BIN)/python -m pytest tests/serving/load_endpoint/test_soak.py --timeout=3600
 
 # Ten thousand odd requests to the endpoint.
 fuzz: setup-dev
-	DMM_FUZZ_REQUESTS=$(or $(DMM_FUZZ_REQUESTS),10000) $(BIN)/python -m pytest tests/serving/test_fuzz.py --timeout=3600
+	DMM_FUZZ_REQUESTS=$(or $(DMM_FUZZ_REQUESTS),10000) $(BIN)/python -m pytest tests/serving/load_endpoint/test_fuzz.py --timeout=3600
 
 # The oldest declared versions and the newest ones, each in an environment of its own: the main job, generation, the
 # page. About 10 minutes; on Linux torch from PyPI brings CUDA (6 GB an environment): see docs/developing.md.
 SMOKE := tests/e2e/test_demo.py tests/interventions tests/subject/test_families.py tests/batch/test_score.py \
-         tests/serving/test_text.py tests/serving/test_page.py
+         tests/serving/text_endpoint
 versions:
 	$(PYTHON) jobs/oldest.py > .oldest.txt
 	$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install -q --constraint .oldest.txt -e '.[dev]'

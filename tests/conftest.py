@@ -37,6 +37,22 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return None
 
 
+TOGETHER = ("tests/serving/text_endpoint/", "tests/serving/load_endpoint/")
+"""Folders whose tests share an endpoint, and so a test process."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As ``--dist loadfile``: a file at a time for each process, and the folders above as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Rooms(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((room for room in TOGETHER if nodeid.startswith(room)), super()._split_scope(nodeid))
+
+    return Rooms(config, log)
+
+
 if threading.current_thread() is threading.main_thread():
     # A background job of a script has SIGINT ignored, and would hand that on to the commands that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -63,7 +63,6 @@ class Job:
     logs: Path
     options: Mapping[str, object] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    program: tuple[str, ...] = ("-m", "dmm_ray")
 
     def start(self, out: Path, **more: object) -> Run:
         """Start the command, in a process group of its own as a terminal does."""
@@ -74,7 +73,7 @@ class Job:
         log_file = self.logs / f"{len(list(self.logs.iterdir()))}.log"
         with log_file.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, *self.program, "extract", *flags],
+                [sys.executable, "-m", "dmm_ray", "extract", *flags],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True,
                 env={**os.environ, **self.env}, process_group=0,
             )  # fmt: skip

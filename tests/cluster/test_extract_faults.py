@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from extractions import ALONE, Job, Run, content, extraction_actors, left_over, stamps, units_of, write_text
+from extractions import Job, Run, content, extraction_actors, left_over, stamps, units_of, write_text
 from stores import extract_here
 
 from dmm_ray.cluster import quiet
@@ -141,39 +141,30 @@ def test_stopped_again_and_again(job: Job, shared: Job, reference: dict[str, byt
     assert same(store, reference)
 
 
-def test_actor_killed_and_a_second_job_refused(
-    shared: Job, reference: dict[str, bytes], tmp_path: Path
+def test_robbed_of_actors_and_of_a_node_and_a_second_job_refused(
+    shared: Job, reference: dict[str, bytes], cluster: Any, tmp_path: Path
 ) -> None:
-    store, draw = tmp_path / "store", random.Random(2)
-    run, kills = shared.start(store), max(1, TRIALS // 2)
+    """What is lost is started again, on the other node when there is room, and does what it was doing."""
+    store, draw, kills = tmp_path / "store", random.Random(2), max(1, TRIALS // 2)
+    node = cluster.add_node(**NODE)
+    [raylet] = node.all_processes["raylet"]
+    there = psutil.Process(raylet.process.pid)
+    run = shared.start(store, actors=2)
     run.until((store / ".lock").exists)
     second = shared.start(store)
+    run.until(lambda: bool(extraction_actors(there)))
+    for _ in range(kills):
+        watch(run, store, draw.randint(1, UNITS // (4 * kills)))
+        wait_a_moment(draw)
+        actors = extraction_actors(psutil.Process())
+        actors[0].kill()
+    before = stamps(store)
+    cluster.remove_node(node, allow_graceful=False)
+    assert len(units_of(store)) < UNITS
     assert second.end() == 2
     assert second.log.splitlines()[1:] == [
         f"dmm extract: out: {store} is being written by process {run.process.pid}; wait or choose another --out"
     ]
-    for _ in range(kills):
-        watch(run, store, draw.randint(2, UNITS // (kills + 1)))
-        wait_a_moment(draw)
-        before, [actor] = stamps(store), extraction_actors(psutil.Process())
-        actor.kill()
-    assert len(units_of(store)) < UNITS
-    run.finish()
-    assert untouched(before, store)
-    assert same(store, reference)
-
-
-def test_node_lost(shared: Job, reference: dict[str, bytes], cluster: Any, tmp_path: Path) -> None:
-    """Its actor is started again on the other node, when there is room, and does what it was doing."""
-    store, node = tmp_path / "store", cluster.add_node(**NODE)
-    [raylet] = node.all_processes["raylet"]
-    there = psutil.Process(raylet.process.pid)
-    run = shared.start(store, actors=2)
-    run.until(lambda: bool(extraction_actors(there)))
-    watch(run, store, random.Random(3).randint(1, UNITS // 4))
-    before = stamps(store)
-    cluster.remove_node(node, allow_graceful=False)
-    assert len(units_of(store)) < UNITS
     run.finish()
     assert untouched(before, store)
     assert same(store, reference)
@@ -199,10 +190,9 @@ def disks(tmp_path: Path) -> Iterator[Path]:
         holder.stdin.close()
 
 
-def test_disk_full(job: Job, reference: dict[str, bytes], disks: Path) -> None:
-    alone = replace(job, program=ALONE)  # actors of Ray meet the full disk in the same lines
+def test_disk_full(shared: Job, reference: dict[str, bytes], disks: Path) -> None:
     store, filler = disks / "large" / "store", disks / "large" / "filler"
-    refused, run = alone.start(disks / "small" / "store"), alone.start(store)
+    refused, run = shared.start(disks / "small" / "store"), shared.start(store)
     assert refused.end() == 2
     says = r"store needs about 0\.006\d+ GB more and its disk has 0\.0021 GB free; choose another --out, fewer layers"
     assert re.search(f"out: {disks}/small/{says}", refused.log.splitlines()[-1])
@@ -216,7 +206,7 @@ def test_disk_full(job: Job, reference: dict[str, bytes], disks: Path) -> None:
     assert 0 < len(units_of(store)) < UNITS
     assert left_over(store) == []
     filler.unlink()
-    alone.start(store).finish()
+    shared.start(store).finish()
     assert untouched(before, store)
     assert same(store, reference)
 

@@ -44,7 +44,7 @@ def test_extract_and_train_as_jobs(cluster, tiny_subject, tiny_text, tmp_path):
     training = [
         sys.executable, "jobs/train.py", "--config", "jobs/configs/train_demo.yaml", "--wandb", "disabled",
         "--activations", str(store), "--out", str(prior), "--samples", "4096", "--batch", "256",
-        "--precision", "float32",
+        "--precision", "float32", "--workers", "0",  # workers on a cluster: test_train_elastic
     ]  # fmt: skip
     log_of(start(cluster, *training))
     trained = ActivationPrior.from_pretrained(str(prior))

@@ -134,7 +134,7 @@ def test_wandb_gets_named_numbers_under_the_run_s_name(tmp_path, monkeypatch):
     assert run.config["parameters"] == 3
     tracker.log(RECORD)
     tracker.close()
-    assert list((tmp_path / "mine" / "wandb").glob("offline-run-*/run-mine.wandb"))
+    assert list((tmp_path / "mine" / "wandb").glob("offline-run-*/run-mine-*.wandb"))
     numbers = flat(RECORD)
     assert numbers["loss_by_level/0"] == 0.1
     assert numbers["data_wait"] == 0.25

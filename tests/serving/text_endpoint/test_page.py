@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.text_app import CPUS, TEXT, Files, beside, make_files, serving
+from serving.text_app import CPUS, TEXT, Files, beside
 
 from dmm_ray.serving.config import AppConfig
 
@@ -28,17 +28,6 @@ FLAGS = (
 TOKEN = "correct-horse"
 MARKUP = "<img src=x onerror=alert(1)> a"
 expect.set_options(timeout=30_000)
-
-
-@pytest.fixture(scope="module")
-def files(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return make_files(tmp_path_factory.mktemp("page_app"), tiny_subject)
-
-
-@pytest.fixture(scope="module")
-def url(ray_local: None, files: Files) -> Iterator[str]:
-    with serving(files, prior=(files.default, f"pair={files.pair}")) as base:
-        yield base
 
 
 @pytest.fixture(scope="module")

@@ -20,28 +20,16 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from serving.text_app import make_files
-from serving.text_app import serving as serving_texts
 from serving.under_fire import Known, Question, steadily
 
 from dmm_ray.client import Client
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.serving.config import Limits
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.oip import LENGTH_HEADER, OPERATIONS, read_inference
 
 REQUESTS = int(os.environ.get("DMM_FUZZ_REQUESTS", "250"))
 SEED = int(os.environ.get("DMM_FUZZ_SEED", "0"))
 pytestmark = pytest.mark.timeout(300 + REQUESTS // 2)
-LIMITS = Limits(
-    max_body_bytes=1 << 18,
-    max_rows=40,
-    max_steps=32,
-    max_probes=4,
-    max_work=1 << 13,
-    max_text_chars=200,
-    max_tokens=3,
-)
 D = 32
 GOOD = {"steps": 2, "probes": 1}
 """Of the steady client; bodies at random often say the same, and are then computed together with its rows."""
@@ -60,18 +48,6 @@ def examples(most: int) -> Any:
         suppress_health_check=list(HealthCheck),
     )
     return lambda test: seed(SEED)(how(test))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz_app")
-
-
-@pytest.fixture(scope="module")
-def url(ray_local: None, folder: Path, tiny_subject: Path) -> Iterator[str]:
-    files = make_files(folder, tiny_subject)
-    with serving_texts(files, limits=LIMITS, auth="none", batch_wait_ms=1) as base:
-        yield base
 
 
 @pytest.fixture

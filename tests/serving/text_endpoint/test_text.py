@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving.text_app import CPUS, TEXT, Files, beside, make_files, serving
+from serving.text_app import CPUS, TEXT, Files, beside
 
 from dmm_ray.errors import UserError
 from dmm_ray.interventions import Direction, Generation, LanguageModel, Steering, load_directions
@@ -32,18 +32,6 @@ GENERATE = {
     "steps": 3,
     "seed": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def files(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return make_files(tmp_path_factory.mktemp("text_app"), tiny_subject)
-
-
-@pytest.fixture(scope="module")
-def url(ray_local: None, files: Files, single: str) -> Iterator[str]:
-    priors = (files.default, f"pair={files.pair}", f"other={single}")
-    with serving(files, prior=priors, max_ongoing_texts=1) as base:
-        yield base
 
 
 @pytest.fixture

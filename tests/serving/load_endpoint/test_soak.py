@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.text_app import TEXT, make_files
-from serving.text_app import serving as serving_texts
+from serving.text_app import TEXT
 from serving.under_fire import Known, Question, resident, steadily
 
 from dmm_ray.client import Client, ClientError
@@ -38,17 +36,6 @@ QUESTIONS = [
     *(Question("sample", n, 4, D, {"steps": 3}) for n in (1, 80)),
     *(Question("encode", n, 5, D) for n in (2, 70)),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("soak_app")
-
-
-@pytest.fixture(scope="module")
-def url(ray_local: None, folder: Path, tiny_subject: Path) -> Iterator[str]:
-    with serving_texts(make_files(folder, tiny_subject), auth="none", max_batch_rows=64) as base:
-        yield base
 
 
 def test_every_answer_is_right_and_memory_is_flat(url: str, folder: Path) -> None:
