@@ -42,7 +42,7 @@ class JobConfig(Config):
     free: ClassVar[frozenset[str]] = frozenset(
         {"prior", "out", "layer", "rows_per_shard", "batch_rows", "device"}
         | {"actors", "cpus_per_actor", "gpus_per_actor"}
-        | {"activations", "model", "text", "revision", "window"}
+        | {"activations", "model", "text", "revision", "window", "trust_remote_code"}
     )
     """Fields that touch no number, or that the manifest has elsewhere."""
 
@@ -69,6 +69,8 @@ class StoreJobConfig(JobConfig):
     """Subject model of --text; default the one that the prior was trained on."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, to extract --text."""
     window: int | None = Field(default=None, ge=2)
     """Tokens of a document of --text that are read, at most; default as `dmm extract`."""
     split: Literal["all", "train", "validation", "test"] = "all"

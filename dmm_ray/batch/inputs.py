@@ -93,6 +93,7 @@ def extract_first(config: StoreJobConfig, prior: ActivationPrior, layer: int, st
             out=store,
             revision=revision,
             window=config.window,
+            trust_remote_code=config.trust_remote_code,
             block_path=subject.get("block_path"),
             actors=config.actors,
             cpus_per_actor=config.cpus_per_actor,

@@ -64,6 +64,8 @@ class EvaluateConfig(Config):
     precision: PrecisionOption = "auto"
     """Of the prior's matrix products; states and sums are float32, as are the baselines. auto is bfloat16 where the
     device is fast in it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     compute_dtype: PrecisionOption = "auto"
     """Number format of the language model's computation. auto is what the store was computed in, or float32 where the
     device is slow in that."""

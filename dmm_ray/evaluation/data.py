@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,7 @@ def load(config: EvaluateConfig) -> Inputs:
         dtype=DTYPES[compute_dtype],
         revision=revision,
         block_path=manifest.subject.block_path,
+        trust_remote_code=config.trust_remote_code,
     )
     if subject.weights_hash != manifest.subject.weights_hash:
         raise UserError(
@@ -109,10 +110,12 @@ def load(config: EvaluateConfig) -> Inputs:
     parts = {
         part: read_part(store, prior, layer, split, part, rows, config.seed) for part, rows in limits.items()
     }
+    # What the extraction was allowed to skip (--max-failed-documents) has no rows, and fails again where it is read.
+    failed = frozenset(doc for record in store.records for doc, _ in record.failed)
     tokens = test_tokens(corpus, subject, manifest.window, parts[TEST])
     unseen = None
     if config.unseen_prefix:
-        unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window))
+        unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window, failed))
     return Inputs(
         prior,
         layer,
@@ -200,12 +203,15 @@ def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) 
     return dict(_tokenized(corpus, subject, window, np.unique(test.docs).tolist()))
 
 
-def training_tokens(corpus: Corpus, subject: SubjectModel, split: Split, window: int) -> Iterator[list[int]]:
-    """Token ids of every training document, streamed."""
+def training_tokens(
+    corpus: Corpus, subject: SubjectModel, split: Split, window: int, failed: Container[int] = ()
+) -> Iterator[list[int]]:
+    """Token ids of every training document but those that ``failed`` when they were extracted, streamed."""
     for first in range(0, corpus.n_documents, TOKENIZE_DOCUMENTS):
         docs = np.arange(first, min(first + TOKENIZE_DOCUMENTS, corpus.n_documents))
         kept = set(docs[split.of(docs) == TRAIN].tolist())
-        read = [d for d in corpus.read(first, first + TOKENIZE_DOCUMENTS) if d.doc in kept]
+        documents = corpus.read(first, first + TOKENIZE_DOCUMENTS)
+        read = [d for d in documents if d.doc in kept and d.doc not in failed]
         yield from (ids for ids in subject.tokenize([d.content for d in read], window) if ids)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from dmm_ray.evaluation.fidelity import FlowLoss
 from dmm_ray.evaluation.methods import SAE_VARIANTS, Methods, subset
 from dmm_ray.evaluation.statistics import Estimate, clustered
 
+logger = logging.getLogger(__name__)
 HEADLINE_LEVEL = 0.5
 Figures = dict[str, Any]
 
@@ -38,7 +40,15 @@ def measure_flow(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Fi
 
 
 def measure_lm(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
-    """Delta LM losses by level and method, of all tokens and of those after a row with an unseen prefix."""
+    """Delta LM losses by level and method, of all tokens and of those after a row with an unseen prefix.
+
+    Empty for an encoder, which predicts no next token.
+    """
+    if inputs.subject.bidirectional:
+        logger.info(
+            "delta LM loss: left out, %s is an encoder and predicts no next token", inputs.subject.model_id
+        )
+        return {}
     documents = lm.Documents(
         inputs.subject, inputs.layer, lm.draw(inputs.tokens, config.lm_documents, config.seed)
     )

@@ -108,7 +108,9 @@ class _Chooser:
     def __call__(self, logits: Tensor) -> int:
         if self._temperature == 0:
             return int(logits.argmax())
-        p = torch.softmax(logits.double() / self._temperature, dim=0)
+        logits = logits.double()
+        # Less the largest first: over a temperature near 0 the others then become -inf, and none becomes inf / inf.
+        p = torch.softmax((logits - logits.max()) / self._temperature, dim=0)
         return int(torch.multinomial(p, 1, generator=self._random))
 
 

@@ -75,9 +75,17 @@ class LanguageModel(SubjectModel):
     """A subject with its head, for generation. One call at a time."""
 
     @classmethod
-    def load(cls, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    def load(
+        cls,
+        model: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> LanguageModel:
         """The model of a folder or hub id. Raises UserError as ``SubjectModel.from_pretrained``."""
-        loaded = cls.from_pretrained(model, head=True, device=device, dtype=dtype)
+        loaded = cls.from_pretrained(
+            model, head=True, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         assert isinstance(loaded, cls)
         return loaded
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
 from dmm_ray.prior.calibration import Calibration, Percentiles
+from dmm_ray.prior.precision import as_asked
 from dmm_ray.prior.rows import Piece
 from dmm_ray.prior.solver import Solver
 from dmm_ray.prior.trace import exact_trace, hutchinson_trace
@@ -119,6 +120,7 @@ def follow(
             return exact_trace(along, z, chunk)
         return hutchinson_trace(along, z, piece.ids, seed, number, probes, chunk)
 
-    z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
+    with as_asked(piece.z.device):  # the trace's sums as well as the field's products
+        z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
     base = -0.5 * (z_1.double().square().sum(1) + z_1.shape[1] * math.log(2 * math.pi))
     return torch.stack([base, divergence, variance.sqrt(), piece.z.double().square().sum(1)])

@@ -1,4 +1,4 @@
-"""Float32 products that are float32 whatever the process has set."""
+"""Products in the number format that was asked for, whatever the process has set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ import torch
 _lock = threading.Lock()
 _inside = 0
 _restore: Callable[[], None]
+
+
+@contextlib.contextmanager
+def as_asked(device: torch.device) -> Iterator[None]:
+    """Inside, products have the format of their factors: no TF32 (or bfloat16, on CPUs), no autocast."""
+    with exact_float32(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmm_ray.precision import Precision
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
-from dmm_ray.prior.precision import exact_float32
+from dmm_ray.prior.precision import as_asked
 
 GATE_FLOATS = 1 << 24
 """Remembered time paths hold about this many numbers at most."""
@@ -49,8 +49,9 @@ class Velocities:
 
     def field(self, denoiser: Denoiser, row: int, precision: Precision = "float32") -> VelocityField:
         """The velocity at the layer of index ``row``."""
-        # In-place updates count up the version; a move or a cast changes the address.
-        weights = tuple((p.data_ptr(), p._version) for p in denoiser.parameters())
+        # In-place updates count up the version; a move or a cast changes the address. Weights that were loaded in
+        # inference mode have no version: nothing outside of that mode can write into them.
+        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters())
         if weights != self._weights:
             self._weights, self._networks, self._gates = weights, {}, {}
         if precision not in self._networks:
@@ -98,26 +99,26 @@ class VelocityField:
 
     def __call__(self, z: Tensor, u: float) -> Tensor:
         """The velocity (n, d) of rows at one noise level."""
-        with exact_float32():
+        with as_asked(z.device):
             return self.network.velocity(z.to(self.network.dtype), self._path(u, z.device)).to(z.dtype)
 
     def tangents(self, z: Tensor, u: float, t_KND: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity (n, d) and its derivatives along t (K, n, d)."""
         dtype = self.network.dtype
-        with exact_float32():
+        with as_asked(z.device):
             v, along = self.network.tangents(z.to(dtype), self._path(u, z.device), t_KND.to(dtype))
         return v.to(z.dtype), along.to(z.dtype)
 
     def hidden(self, z: Tensor, u: float) -> list[Tensor]:
         """Every block's hidden units (n, d_mlp)."""
-        with exact_float32():
+        with as_asked(z.device):
             found = self.network.hidden(z.to(self.network.dtype), self._path(u, z.device))
         return [h.to(z.dtype) for h in found]
 
     def at_levels(self, z: Tensor, u_N: Tensor) -> Tensor:
         """The velocity (n, d) of rows each at a level of its own, u (n,)."""
         u_M, index = torch.unique(u_N, return_inverse=True)
-        with exact_float32():
+        with as_asked(z.device):
             gates = self._new_path(u_M)
             found = self.network.velocity(z.to(self.network.dtype), gates, index if len(u_M) > 1 else None)
         return found.to(z.dtype)

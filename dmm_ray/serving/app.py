@@ -128,4 +128,6 @@ def _subject(config: AppConfig) -> Application | None:
     device = "cuda" if config.subject_gpus else "cpu"
     threads = max(1, int(config.subject_cpus))
     formats = (config.precision, config.compute_dtype)
-    return deployment.bind(model, directions, config.priors, device, formats, threads)
+    return deployment.bind(
+        model, directions, config.priors, device, formats, threads, config.trust_remote_code
+    )

@@ -34,12 +34,14 @@ class Tokens:
     def __init__(self, hashes: tuple[bytes, ...], file: str | None) -> None:
         self._fixed = hashes
         self._file = file
+        self._started = False
         self._stamp: tuple[int, int, int] | None = None
         self._read: tuple[bytes, ...] = ()
         if file is not None and not os.path.isfile(file):
             raise UserError(f"token_file: {file}: no such file; write one token a line into it")
         if not self._hashes():
             raise UserError(f"tokens: none given; {MEND}")
+        self._started = True
 
     def admit(self, authorization: str | None) -> bool:
         """Whether an Authorization header holds a token; takes as long for a wrong one as for a right one."""
@@ -58,17 +60,29 @@ class Tokens:
             status = os.stat(file)
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if stamp != self._stamp:
-                with open(file, encoding="utf-8") as f:
+                with open(
+                    file, encoding="utf-8-sig"
+                ) as f:  # editors put a byte-order mark before the first token
                     self._read = hashes(f.read())
                 self._stamp = stamp
-        except (OSError, UnicodeDecodeError) as e:
+        except (OSError, UnicodeDecodeError, UserError) as e:
+            if isinstance(e, UserError) and not self._started:
+                raise
             if self._read:
                 logger.error("token file cannot be read, its tokens are refused: %s", e)
             self._read, self._stamp = (), None
 
 
 def hashes(text: str) -> tuple[bytes, ...]:
-    """The SHA-256 of each token in ``text``, separated by commas or white space."""
+    """The SHA-256 of each token in ``text``, separated by commas or white space.
+
+    Raises:
+        UserError: a token of other characters than ASCII's, which no Authorization header carries as they are.
+    """
+    if not text.isascii():
+        raise UserError(
+            "tokens: one holds characters outside of ASCII, which HTTP headers cannot carry; use others"
+        )
     return tuple(_hash(token) for token in re.split(r"[,\s]+", text) if token)
 
 

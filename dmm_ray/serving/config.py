@@ -96,6 +96,8 @@ class AppConfig(Config):
     """Language model for the text routes, a folder or hub id; None: no text routes."""
     directions: str | None = None
     """Folder of steering directions, one safetensors file each; needs model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     subject_replicas: int = Field(default=1, gt=0)
     """Processes that hold the language model (and a copy of each prior)."""
     subject_cpus: float = Field(default=1.0, ge=0)

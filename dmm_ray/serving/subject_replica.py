@@ -51,6 +51,7 @@ class SubjectDeployment:
         device: where it computes, ``cpu`` or ``cuda``.
         formats: precision of the priors' products, and number format of the language model's computation.
         threads: CPU threads of torch.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UserError: one of them does not load, or the default prior or a direction does not fit the model.
@@ -64,6 +65,7 @@ class SubjectDeployment:
         device: str,
         formats: tuple[PrecisionOption, PrecisionOption],
         threads: int,
+        trust_remote_code: bool = False,
     ) -> None:
         # Imported here: the HTTP side imports this module to name the deployment, and does without torch.
         import torch
@@ -74,7 +76,13 @@ class SubjectDeployment:
         # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
         self._compute = ThreadPoolExecutor(1)
         precision, compute_dtype = formats[0], precision_on(formats[1], device)
-        load = partial(LanguageModel.load, model, device=device, dtype=getattr(torch, compute_dtype))
+        load = partial(
+            LanguageModel.load,
+            model,
+            device,
+            getattr(torch, compute_dtype),
+            trust_remote_code=trust_remote_code,
+        )
         self._model = self._compute.submit(load).result()
         self._priors = self._compute.submit(self._fitting, priors, device, precision).result()
         self._directions = load_directions(directions) if directions else {}

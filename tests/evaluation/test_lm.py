@@ -1,13 +1,26 @@
 """The delta LM loss: what is replaced, what is scored, and that all methods restore the same noised rows."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from dmm_ray.evaluation.data import load
+from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, ScoreConfig
+from dmm_ray.config import Config
+from dmm_ray.evaluation.config import EvaluateConfig
+from dmm_ray.evaluation.data import load, training_tokens
 from dmm_ray.evaluation.lm import Documents, draw, restorations, sampled
 from dmm_ray.evaluation.methods import fit
+from dmm_ray.evaluation.stages import measure_lm
+from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.verify import VerifyConfig
+from dmm_ray.serving.config import AppConfig
+from dmm_ray.store.split import Split
 from dmm_ray.subject import SubjectModel
+from dmm_ray.subject.encoding import ChatRefusedError
+from dmm_ray.text.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +84,37 @@ def test_prior_and_posterior_means_restore_the_same_noised_rows(config):
     assert set(found) == {"prior_mean", "untrained", "gaussian", "pca", "mixture", "sae_plain", "sae_noised"}
     drawn = sampled(inputs, rows, ids, u=0.5, seed=11)
     assert (drawn - own).square().mean() < 4 * (rows - own).square().mean()
+
+
+def test_an_encoder_has_no_delta_lm_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """Nulls at once, in the place of an error after minutes of fitting."""
+    inputs = SimpleNamespace(subject=SimpleNamespace(bidirectional=True, model_id="bert"))
+    with caplog.at_level("INFO"):
+        assert measure_lm(None, inputs, None) == {}  # type: ignore[arg-type]
+    assert "bert is an encoder and predicts no next token" in caplog.text
+
+
+def test_documents_that_failed_are_not_read_again(tiny_text: Path) -> None:
+    """What the template refused at the extraction it refuses again."""
+
+    class Refusing:
+        def tokenize(self, texts: list[str], window: int) -> list[list[int]]:
+            if corpus_text[3] in texts:
+                raise ChatRefusedError("no")
+            return [[len(text)] for text in texts]
+
+    corpus = Corpus.scan([str(tiny_text)])
+    corpus_text = [document.text or "" for document in corpus.read()]
+    split = Split(seed=0, train=1.0, validation=0.0, test=0.0)
+    with pytest.raises(ChatRefusedError):
+        list(training_tokens(corpus, Refusing(), split, 64))  # type: ignore[arg-type]
+    found = list(training_tokens(corpus, Refusing(), split, 64, {3}))  # type: ignore[arg-type]
+    assert found == [[len(text)] for doc, text in enumerate(corpus_text) if doc != 3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExtractConfig, VerifyConfig, EvaluateConfig, ScoreConfig, DenoiseConfig, EncodeConfig, AppConfig],
+)
+def test_code_of_a_model_s_own_can_be_allowed_wherever_one_is_loaded(config: type[Config]) -> None:
+    assert "trust_remote_code" in config.model_fields

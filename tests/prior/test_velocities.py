@@ -96,3 +96,35 @@ def test_compiled_gives_the_same(prior):
     with torch.no_grad():
         prior.denoiser.out_proj.weight.mul_(0.5)
     assert not torch.allclose(prior.denoise(x, layer=1, steps=3), eager[0], atol=1e-3)
+
+
+def test_the_caller_s_autocast_changes_nothing_and_leaves_nothing(prior):
+    x = torch.randn(9, D)
+    calls = {
+        "log_prob": lambda: prior.log_prob(x, layer=1, steps=3).nats,
+        "encode": lambda: prior.encode(x, layer=1),
+        "velocity": lambda: prior.velocity(x, torch.linspace(0.1, 0.9, 9), layer=1),
+        "exact": lambda: prior.log_prob(x, layer=0, steps=2, probes=0).nats,
+    }
+    fresh = copy.deepcopy(prior)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the first calls: what they remember is used later
+        inside = {name: call() for name, call in calls.items()}
+    after = {name: call() for name, call in calls.items()}
+    prior = fresh
+    for name, call in calls.items():
+        right = call()
+        assert right.dtype == inside[name].dtype
+        assert torch.equal(inside[name], right), name
+        assert torch.equal(after[name], right), name
+
+
+def test_a_prior_loaded_in_inference_mode(prior, tmp_path):
+    prior.save_pretrained(str(tmp_path))
+    x = torch.randn(5, D)
+    right = prior.log_prob(x, layer=1, steps=2).nats, prior.denoise(x, layer=0, steps=2, precision="bfloat16")
+    with torch.inference_mode():
+        loaded = ActivationPrior.from_pretrained(str(tmp_path))
+        inside = loaded.log_prob(x, layer=1, steps=2).nats
+    assert torch.equal(inside, right[0])
+    assert torch.equal(loaded.log_prob(x, layer=1, steps=2).nats, right[0])
+    assert torch.equal(loaded.denoise(x, layer=0, steps=2, precision="bfloat16"), right[1])

@@ -99,3 +99,35 @@ def test_another_address_needs_tokens(host: str, monkeypatch: pytest.MonkeyPatch
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("first\nsecond\n", encoding="utf-8-sig")
+    tokens = Tokens((), str(file))
+    assert tokens.admit("Bearer first")
+    assert tokens.admit("Bearer second")
+
+
+def test_tokens_that_no_header_carries_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("caf\u00e9\n", encoding="utf-8")
+    with pytest.raises(UserError, match="tokens: one holds characters outside of ASCII"):
+        settled(config(token_file=str(file)))
+    monkeypatch.setenv(VARIABLE, "caf\u00e9")
+    with pytest.raises(UserError, match="tokens: one holds characters outside of ASCII"):
+        settled(config())
+
+
+def test_a_file_that_becomes_unusable_admits_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("first\n")
+    tokens = Tokens((), str(file))
+    assert tokens.admit("Bearer first")
+    file.write_text("second and caf\u00e9\n", encoding="utf-8")
+    assert not tokens.admit("Bearer first")
+    assert not tokens.admit("Bearer second")
+    file.write_text("third token\n")
+    assert tokens.admit("Bearer third")
