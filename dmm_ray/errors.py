@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that names the field or file and the mend. Exit code 2."""
+    """Bad input: the message is one line that names the field or file and the remedy. Exit code 2."""
 
 
 class CheckFailed(Exception):

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -20,7 +20,7 @@ from dmm_ray.errors import UserError
 CHUNK_BYTES = 8 << 20
 MAGIC = "*?["
 """What a pattern of files has at least one of."""
-WRITE_MENDS = {
+WRITE_REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EACCES: "no permission to write here; choose another --out or change its owner",
@@ -37,7 +37,7 @@ CLIENT_ERRORS = (
     ("aiohttp", "ClientError"),
 )
 """What clients of stores raise that is no OSError."""
-MEND = (
+REMEDY = (
     "check the address, the credentials and the endpoint "
     "(for S3: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
 )
@@ -56,8 +56,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, path = fsspec.core.url_to_fs(str(uri), **options)
     except (ValueError, ImportError) as e:
         extra = OBJECT_STORES.get(_protocol(uri)) if isinstance(e, ImportError) else None
-        mend = f"pip install 'dmm-ray[{extra}]'" if extra else "use a local path or an fsspec URI"
-        raise UserError(f"{uri}: no filesystem for this address ({e}); {mend}") from e
+        remedy = f"pip install 'dmm-ray[{extra}]'" if extra else "use a local path or an fsspec URI"
+        raise UserError(f"{uri}: no filesystem for this address ({e}); {remedy}") from e
     return fs, path
 
 
@@ -72,7 +72,7 @@ def plain_errors(uri: str) -> Iterator[None]:
     except _store_errors() as e:
         if is_local(uri):
             raise
-        raise UserError(f"{uri}: {' '.join(str(e).split()) or type(e).__name__}; {MEND}") from e
+        raise UserError(f"{uri}: {' '.join(str(e).split()) or type(e).__name__}; {REMEDY}") from e
 
 
 def _store_errors() -> tuple[type[Exception], ...]:
@@ -123,18 +123,34 @@ def remove_folder(uri: str) -> None:
             fs.rm_file(file)
 
 
+class Listing(NamedTuple):
+    """What is below a folder, sorted by path."""
+
+    files: list[str]
+    broken: list[str]
+    """Symbolic links that lead nowhere."""
+
+
+def list_with_broken_links(uri: str) -> Listing:
+    """As :func:`list_files`, and the links that lead nowhere, which only local folders have."""
+    fs, path = filesystem(uri)
+    with plain_errors(uri):
+        if fs.isfile(path):
+            return Listing([str(uri)], [])
+        if is_local(uri):
+            names = sorted(_walk(path))
+            files = list(filter(os.path.isfile, names))
+            return Listing(files, [name for name in names if not os.path.exists(name)])
+        found = sorted(p for p in fs.find(path) if not p.endswith("/"))
+    return Listing([fs.unstrip_protocol(p) for p in found], [])
+
+
 def list_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """Every file below the folder ``uri``, or ``uri`` itself when it is a file, sorted by path; none if it is neither.
 
     Symbolic links are followed; one that leads nowhere is no file.
     """
-    fs, path = filesystem(uri)
-    with plain_errors(uri):
-        if fs.isfile(path):
-            return [str(uri)]
-        found = filter(os.path.isfile, _walk(path)) if is_local(uri) else fs.find(path)
-    kept = sorted(p for p in found if p.endswith(suffixes) and not p.endswith("/"))
-    return [fs.unstrip_protocol(p) if not is_local(uri) else p for p in kept]
+    return [file for file in list_with_broken_links(uri).files if file.endswith(suffixes)]
 
 
 def match_files(pattern: str) -> list[str]:
@@ -145,13 +161,6 @@ def match_files(pattern: str) -> list[str]:
     with plain_errors(pattern):
         found = sorted(p for p in fs.glob(path) if fs.isfile(p))
     return [fs.unstrip_protocol(p) if not is_local(pattern) else p for p in found]
-
-
-def broken_links(uri: str) -> list[str]:
-    """The symbolic links below a local folder that lead nowhere, sorted by path."""
-    if not is_local(uri):
-        return []
-    return sorted(path for path in _walk(filesystem(uri)[1]) if not os.path.exists(path))
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -191,9 +200,9 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno not in WRITE_MENDS:
+        if e.errno not in WRITE_REMEDIES:
             raise
-        raise UserError(f"{uri}: {WRITE_MENDS[e.errno]}") from e
+        raise UserError(f"{uri}: {WRITE_REMEDIES[e.errno]}") from e
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

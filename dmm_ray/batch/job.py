@@ -1,4 +1,4 @@
-"""A prior's operation as a job of units: its actors, its precision, the figures of a table."""
+"""A prior's operation as a job of units: its actors, its precision, the summary of a table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = (1, 5, 25, 50, 75, 95, 99)
 """Percentiles in the summary."""
 
 
-class PriorJob(Job):
+class PriorJob(Job[JobConfig]):
     """A prior's operation on rows.
 
     Args:
@@ -39,7 +39,7 @@ class PriorJob(Job):
     def __init__(self, config: JobConfig, manifest: Manifest, source: Source, operation: Operation) -> None:
         size = PoolSize(config.actors, config.cpus_per_actor, config.gpus)
         super().__init__(absolute(config.out), manifest, size, config)
-        self.options, self.source, self.operation = config, source, operation
+        self.source, self.operation = source, operation
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
         """The prior in each."""
@@ -51,7 +51,7 @@ class PriorJob(Job):
             self.operation,
             device=resources.device,
             threads=max(1, int(resources.cpus)),
-            batch_rows=self.options.batch_rows,
+            batch_rows=self.config.batch_rows,
         )
         logger.info(
             "%s: %d units of %d documents at most, layer %d, on %d actors (%s)",

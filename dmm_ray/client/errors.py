@@ -9,7 +9,7 @@ class ClientError(UserError):
     """A request that the endpoint (or this client, before it was sent) refuses: asking again will not help.
 
     Args:
-        message: the endpoint's own line, which names the field and the mend.
+        message: the endpoint's own line, which names the field and the remedy.
         status: of its answer; 0 if nothing was sent.
     """
 

@@ -266,4 +266,4 @@ def too_many_failed(errors: Sequence[str], limit: int) -> str:
     """One line on documents that failed, quoting the first."""
     more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
     skip = f"skip up to N such documents with --max-failed-documents N (now {limit})"
-    return f"text: {errors[0]}{more}; mend it, or {skip}"
+    return f"text: {errors[0]}{more}; fix it, or {skip}"

@@ -70,9 +70,8 @@ class Forward:
             {k: torch.empty(shape, dtype=self.dtype, device=self.subject.device) for k in self.layers}
         )
         group = padded_batches if self.batching == "padded" else packs
-        most = (
-            1 if self.batching == "alone" else self.batch_tokens
-        )  # a pack of one token holds a single piece
+        # A pack of at most one token holds a single piece.
+        most = 1 if self.batching == "alone" else self.batch_tokens
         for batch in group([len(piece.ids) for piece in found], most):
             self._run(found, starts, batch, outputs)
         return outputs

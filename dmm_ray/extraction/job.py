@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-class Extraction(Job):
+class Extraction(Job[ExtractConfig]):
     """Text to activations.
 
     Args:
@@ -33,11 +33,11 @@ class Extraction(Job):
     def __init__(self, config: ExtractConfig, out: str, plan: Plan, corpus: Corpus) -> None:
         size = PoolSize(config.actors, config.cpus_per_actor, config.gpus_per_actor)
         super().__init__(out, plan.manifest, size, config)
-        self.options, self.plan, self.corpus = config, plan, corpus
+        self.plan, self.corpus = plan, corpus
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
         """An engine of the truncated model in each."""
-        config, manifest = self.options, self.manifest
+        config, manifest = self.config, self.manifest
         loading = Loading(
             batch_tokens=config.batch_tokens or BATCH_TOKENS[resources.device],
             threads=max(1, int(resources.cpus)),
@@ -60,10 +60,10 @@ class Extraction(Job):
     def add(self, result: dict[str, Any]) -> None:
         """Raises UserError where more documents failed, in all units together, than are to be skipped."""
         super().add(result)
-        if self.failed > self.options.max_failed_documents:
+        if self.failed > self.config.max_failed_documents:
             raise UserError(
                 f"text: {self.failed} documents failed, the last: {result['failure']}; "
-                f"skip more with --max-failed-documents (now {self.options.max_failed_documents})"
+                f"skip more with --max-failed-documents (now {self.config.max_failed_documents})"
             )
 
     def finish(self) -> dict[str, Any]:

@@ -70,9 +70,7 @@ def push_to_hub(
             "log in with `hf auth login`, or give a token that may write there"
         ) from e
     except ValueError as e:
-        raise UserError(
-            f"{CARD}: the Hub does not take it ({' '.join(str(e).split())}); mend license="
-        ) from e
+        raise UserError(f"{CARD}: the Hub does not take it ({' '.join(str(e).split())}); fix license=") from e
     return str(done.commit_url)
 
 

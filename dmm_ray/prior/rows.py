@@ -106,7 +106,7 @@ class Rows:
                 bad = start + int(finite.logical_not().nonzero()[0])
                 name = f" (id {', '.join(map(str, self.ids[bad].tolist()))})" if named else ""
                 raise UserError(
-                    f"activations: row {bad}{name} holds a value that is not finite; remove or mend it"
+                    f"activations: row {bad}{name} holds a value that is not finite; drop or fix it"
                 )
 
     def _warn(self, square: float) -> None:

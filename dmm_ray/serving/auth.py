@@ -14,7 +14,7 @@ from dmm_ray.serving.config import AppConfig, ServeConfig
 
 logger = logging.getLogger("ray.serve.dmm")
 VARIABLE = "DMM_SERVE_TOKENS"
-MEND = f"set {VARIABLE} in the environment or give a token file"
+REMEDY = f"set {VARIABLE} in the environment or give a token file"
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 """What needs no token: health, the page itself and the description of the routes."""
 
@@ -40,7 +40,7 @@ class Tokens:
         if file is not None and not os.path.isfile(file):
             raise UserError(f"token_file: {file}: no such file; write one token a line into it")
         if not self._hashes():
-            raise UserError(f"tokens: none given; {MEND}")
+            raise UserError(f"tokens: none given; {REMEDY}")
         self._started = True
 
     def admit(self, authorization: str | None) -> bool:
@@ -96,7 +96,9 @@ def tokens_of(config: AppConfig) -> tuple[tuple[bytes, ...], str | None] | None:
         return None
     found = hashes(os.environ.get(VARIABLE, ""))
     if not found and config.token_file is None:
-        raise UserError(f"auth: no tokens; {MEND}, or say `auth: none` where nobody else reaches the address")
+        raise UserError(
+            f"auth: no tokens; {REMEDY}, or say `auth: none` where nobody else reaches the address"
+        )
     return found, config.token_file
 
 
@@ -108,7 +110,7 @@ def settled(config: ServeConfig) -> ServeConfig:
     """
     given = config.token_file is not None or bool(hashes(os.environ.get(VARIABLE, "")))
     if not is_loopback(config.host) and (config.auth == "none" or not given):
-        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {MEND}")
+        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {REMEDY}")
     if config.auth is None and not given:
         return config.model_copy(update={"auth": "none"})
     if config.auth != "none":

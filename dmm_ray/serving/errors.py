@@ -27,7 +27,7 @@ class RequestError(Exception):
 
     Args:
         status: of the HTTP answer.
-        message: one line that names the field and the mend.
+        message: one line that names the field and the remedy.
         retry_after_s: when the same request may succeed, if ever.
     """
 

@@ -182,7 +182,7 @@ class FeaturesAnswer(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Every failure: one line that names the field and the mend."""
+    """Every failure: one line that names the field and the remedy."""
 
     error: str
 

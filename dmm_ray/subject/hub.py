@@ -41,7 +41,7 @@ def download(model: str, revision: str | None) -> Path:
 
 
 def _refusal(model: str, revision: str | None, error: Exception) -> str:
-    """One line that says why the hub gave no model, and the mend."""
+    """One line that says why the hub gave no model, and the remedy."""
     if isinstance(error, GatedRepoError):
         return (
             f"model: {model} is gated; accept its terms on its page at the hub, "

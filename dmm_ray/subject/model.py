@@ -62,6 +62,7 @@ class SubjectModel:
             config.use_cache = False  # nothing reads a cache, unless it is asked for
         self._first_position = position_offset(loaded.model)
         self._state = ModuleState(loaded.model)
+        self._changing = changing_lengths(loaded.model.config.get_text_config())
         self._batching: dict[tuple[int, ...], Batching] = {}
 
     @classmethod
@@ -230,7 +231,7 @@ class SubjectModel:
         Tried with a few sequences: short ones, and ones on either side of every length below ``longest`` at which the
         configuration says that the model changes (LongRoPE's other factors, attention to a choice of tokens).
         """
-        lengths = tuple(n for n in changing_lengths(self.source.config.get_text_config()) if n < longest)
+        lengths = tuple(n for n in self._changing if n < longest)
         if lengths not in self._batching:
             self._batching[lengths] = self._try_batching(lengths, longest)
         return self._batching[lengths]

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+LARGEST = 1 << 16
+"""Numbers of a buffer that is remembered, at most: tables of frequencies are small."""
+
 
 class _Buffer(NamedTuple):
     """A buffer as it was: the tensor, how often it had been written in place, and its numbers."""
@@ -17,7 +20,7 @@ class _Buffer(NamedTuple):
 
 
 class ModuleState:
-    """Buffers and plain attributes of every module as they are now.
+    """Small buffers that are not saved with the model, and plain attributes, of every module as they are now.
 
     Rotary embeddings of dynamic and LongRoPE scaling replace their frequencies by those of the longest sequence so far
     and keep them: what a document gives would depend on those before it.
@@ -45,9 +48,16 @@ class ModuleState:
 
 
 def _buffers(module: nn.Module) -> dict[str, _Buffer]:
-    # A tensor made in inference mode counts no versions, and nothing can write into it outside of that mode.
-    found = {name: t for name, t in module._buffers.items() if t is not None and not t.is_inference()}
-    return {name: _Buffer(t, t._version, t.clone()) for name, t in found.items()}
+    # Buffers that are saved with the model (quantised weights are) and large ones (masks) are no state of a pass, and a
+    # copy would take as much memory again. A tensor made in inference mode counts no versions, and nothing can write
+    # into it outside of that mode.
+    passing = module._non_persistent_buffers_set
+    found = {name: t for name, t in module._buffers.items() if name in passing and t is not None}
+    return {
+        name: _Buffer(t, t._version, t.clone())
+        for name, t in found.items()
+        if t.numel() <= LARGEST and not t.is_inference()
+    }
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The figures of the batches between two records, kept on the device until they are asked for."""
+"""Metrics of the batches between two records, kept on the device until they are asked for."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ class Interval:
         self.fresh += 1
 
     def sums(self) -> Tensor:
-        """Figures of every batch since the last record (n, 22) over all workers, on the CPU. Every worker asks at once.
+        """Metrics of every batch since the last record (n, 22) over all workers, on the CPU.
+
+        Collective: every rank must call this.
 
         Raises:
             CheckFailed: a loss or gradient is not finite; the message names the samples.

@@ -33,7 +33,7 @@ from dmm_ray.training.validation import load_validation
 
 logger = logging.getLogger(__name__)
 INTERVAL = "interval"
-"""Of a checkpoint: the figures of the batches since the last record."""
+"""Of a checkpoint: the metrics of the batches since the last record."""
 
 
 class Run:
@@ -128,7 +128,7 @@ class Run:
                 started = now
 
     def _step(self, rows: Tensor, share: slice) -> Tensor:
-        """One global batch; returns this worker's figures of it without waiting for the device."""
+        """One global batch; returns this rank's metrics of it without waiting for the device."""
         config, place = self.config, self.place
         losses, levels = [], []
         for piece in place.pieces(config.batch, config.micro_batch):
@@ -202,7 +202,7 @@ class Run:
         return loader
 
     def validation_loss(self) -> float | None:
-        """Loss of the averaged weights on the fixed validation pairs. Every worker asks at once."""
+        """Loss of the averaged weights on the fixed validation pairs. Collective: every rank must call this."""
         if self.validation is None:
             return None
         with self.ema.in_place():

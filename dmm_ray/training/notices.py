@@ -86,7 +86,7 @@ class RayNotices:
             self.work = dist.all_reduce(self.seen, group=self.group, async_op=True)
 
     def _preempted(self) -> bool:
-        """Whether Ray says that further nodes will be taken away; every worker asks at once, as Ray wants it."""
+        """Whether Ray says that further nodes will be taken away; collective, as Ray wants it: every rank calls it."""
         import ray.train
 
         info = ray.train.get_preemption_info()

@@ -115,7 +115,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on its device. For a sharded one every worker asks at once."""
+    """The full tensor, on its device. Collective for a sharded one: every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -43,8 +43,7 @@ class Tracker:
     def __init__(self, config: TrainConfig, samples: int, about: dict[str, Any], on_ray: bool) -> None:
         self.path = join(config.out, STATS)
         self.records = [r for r in read_stats(config.out) if r["samples"] <= samples]
-        self.run: Any = None
-        self._safely(lambda: setattr(self, "run", _wandb_run(config, about)))
+        self.run = self._safely(lambda: _wandb_run(config, about))
         self.gauges = _gauges(config) if on_ray else {}
 
     def log(self, record: dict[str, Any]) -> None:
@@ -62,14 +61,15 @@ class Tracker:
         if self.run is not None:
             self._safely(self.run.finish)
 
-    def _safely(self, call: Callable[[], object]) -> None:
-        """Call Weights & Biases; where that fails the training goes on without it."""
+    def _safely(self, call: Callable[[], Any]) -> Any:
+        """What a call of Weights & Biases gives; where it fails, None, and the training goes on without it."""
         try:
-            call()
+            return call()
         except _tracking_errors() as e:
             reason = " ".join(str(e).split())[:200]
             logger.warning("wandb: %s; the run goes on without it, %s has every number", reason, self.path)
             self.run = None
+            return None
 
 
 def flat(record: dict[str, Any]) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, denoiser: nn.Module) -> float:
-        """Mean over all rows. Every worker asks at once."""
+        """Mean over all rows. Collective: every rank must call this."""
         total = torch.zeros((), dtype=torch.float64, device=self.place.device)
         for ids, z_BD in self.pieces:
             on_device = ids.to(self.place.device)

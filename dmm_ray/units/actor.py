@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmm_ray.errors import UserError
-from dmm_ray.files import WRITE_MENDS
+from dmm_ray.files import WRITE_REMEDIES
 from dmm_ray.units.unit import Unit
 
 
@@ -39,9 +39,9 @@ class UnitActor(ABC):
         except UserError as e:
             result = {"error": self._stop(str(e))}
         except OSError as e:
-            if e.errno not in WRITE_MENDS:
+            if e.errno not in WRITE_REMEDIES:
                 raise
-            result = {"error": self._stop(f"out: {self.out}: {WRITE_MENDS[e.errno]}")}
+            result = {"error": self._stop(f"out: {self.out}: {WRITE_REMEDIES[e.errno]}")}
         return {"result": [json.dumps(result)]}
 
     @contextmanager

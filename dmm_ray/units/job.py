@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config, versions
@@ -24,6 +24,7 @@ from dmm_ray.units.resume import Done, prepare, remove_temporary
 from dmm_ray.units.unit import Unit, unit_at
 
 logger = logging.getLogger(__name__)
+C = TypeVar("C", bound=Config)
 
 
 class PoolSize(NamedTuple):
@@ -34,7 +35,7 @@ class PoolSize(NamedTuple):
     gpus: float | None = None
 
 
-class Job(ABC):
+class Job(ABC, Generic[C]):
     """What a verb does with units.
 
     Args:
@@ -44,7 +45,7 @@ class Job(ABC):
         config: of the verb, for ``summary.json``.
     """
 
-    def __init__(self, out: str, manifest: Manifest, size: PoolSize, config: Config) -> None:
+    def __init__(self, out: str, manifest: Manifest, size: PoolSize, config: C) -> None:
         self.out, self.manifest, self.size, self.config = out, manifest, size, config
         self.failed = 0
         """Documents that failed so far, those of units that were done before too."""
@@ -67,7 +68,7 @@ class Job(ABC):
         return {}
 
 
-def run_job(job: Job, started: float) -> str:
+def run_job(job: Job[Any], started: float) -> str:
     """Write, or finish, the folder ``job.out``; the folder.
 
     Args:
@@ -104,7 +105,7 @@ def run_job(job: Job, started: float) -> str:
     return out
 
 
-def _run_units(job: Job, done: Done, lock: WriterLock) -> float | None:
+def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
     """Do the units that are not ``done``, logging rate and time left; rows per second, or None where all are."""
     manifest = job.manifest
     todo = [
@@ -125,7 +126,7 @@ def _run_units(job: Job, done: Done, lock: WriterLock) -> float | None:
     return progress.rows_per_s
 
 
-def work(job: Job, units: list[Unit]) -> Generator[dict[str, Any]]:
+def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:
     """The result of each unit, as they finish, from a pool of the job's actors on Ray."""
     ensure_ray()
     resources = plan_resources(*job.size, len(units))

@@ -123,7 +123,7 @@ def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
 
 
 def finish(out: str, manifest: Manifest) -> dict[str, Any]:
-    """Merge the moments in shard order and write them; the figures of all records.
+    """Merge the moments in shard order and write them; sums over all records.
 
     Raises:
         UserError: the corpus gave not one row.

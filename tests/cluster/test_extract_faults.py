@@ -200,8 +200,8 @@ def test_disk_full(shared: Job, reference: dict[str, bytes], disks: Path) -> Non
     watch(run, store, 2)
     fill(filler)
     assert run.end() == 2
-    mend = "the disk is full; free some space and run the same command again"
-    assert run.log.splitlines()[-1] == f"dmm extract: out: {store}: {mend}"
+    remedy = "the disk is full; free some space and run the same command again"
+    assert run.log.splitlines()[-1] == f"dmm extract: out: {store}: {remedy}"
     before = stamps(store)
     assert 0 < len(units_of(store)) < UNITS
     assert left_over(store) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +204,19 @@ def test_scores_of_a_store(prior, store, tmp_path):
 
 
 def test_endpoint_on_a_share_of_the_gpu(prior, tiny_subject, store):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "dmm_ray", "serve", "--prior", str(prior), "--model", str(tiny_subject), "--gpus", "0.5",
-        "--subject-gpus", "0.5", "--port", "8123", "--precision", "float32", "--compute-dtype", "float32",
+        "--subject-gpus", "0.5", "--port", str(port), "--precision", "float32", "--compute-dtype", "float32",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr
         assert any("ready: " in line for line in process.stderr)
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
         x = torch.from_numpy(_rows(store)[:50])
-        with Client("http://127.0.0.1:8123") as client:
+        with Client(f"http://127.0.0.1:{port}") as client:
             found = client.log_prob(x.numpy(), steps=4)
             tokens = client.score_text("the cat sat on a red mat").tokens
             written = client.generate("the cat", max_tokens=4)

@@ -335,9 +335,9 @@ def test_a_document_whose_forward_fails_is_skipped(tiny_subject: Path, tmp_path:
     assert records[0].failed[0][0] == 1
     assert "document 1: its forward pass failed: IndexError" in records[0].failed[0][1]
     text.write_text("".join(json.dumps({"text": line.replace("<boom>", "")}) + "\n" for line in lines))
-    mended, _ = extract_all(tmp_path / "mended", **options)
+    fixed, _ = extract_all(tmp_path / "fixed", **options)
     for doc in (0, 2, 3):
-        torch.testing.assert_close(store.document(1, doc).activation, mended.document(1, doc).activation)
+        torch.testing.assert_close(store.document(1, doc).activation, fixed.document(1, doc).activation)
     assert len(store.document(1, 1).doc) == 0
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     with pytest.raises(
@@ -423,7 +423,7 @@ def test_failed_documents_within_the_limit_are_recorded(tiny_subject: Path, tmp_
     assert [doc for doc, _ in records[0].failed] == [1]
     assert set(all_rows(store, 0).doc) == {0, 2}
     with pytest.raises(
-        UserError, match=r"t.jsonl: line 2: not valid JSON; mend it, or skip .*--max-failed-documents"
+        UserError, match=r"t.jsonl: line 2: not valid JSON; fix it, or skip .*--max-failed-documents"
     ):
         extract_all(tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()

@@ -131,7 +131,7 @@ def test_moved_model_and_text_resume(
 def test_a_bad_record_beyond_the_scan_stops_the_job(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is found in an actor and must reach here as one line; then the mended text works."""
+    """The error is found in an actor and must reach here as one line; then the fixed text works."""
     monkeypatch.setattr("dmm_ray.text.formats.base.CHECKED_BYTES", 0)
     text = tmp_path / "t.jsonl"
     text.write_text('{"text": "the cat sat on a mat"}\n{"txt": "x"}\n')
@@ -147,7 +147,7 @@ def test_a_bad_record_beyond_the_scan_stops_the_job(
 def test_bad_record_leaves_nothing(run: Callable[..., Path], tmp_path: Path) -> None:
     text = tmp_path / "t.jsonl"
     text.write_text('{"text": "fine"}\n{"txt": "x"}\nbroken\n')
-    with pytest.raises(UserError, match=r"line 2: no field 'text'.* and 1 more; mend it, or skip up to N"):
+    with pytest.raises(UserError, match=r"line 2: no field 'text'.* and 1 more; fix it, or skip up to N"):
         run(text=str(text))
     assert not (tmp_path / "store").exists()
 

@@ -1,4 +1,4 @@
-"""Published folders that cannot be right: each gets one line that names the file and the mend."""
+"""Published folders that cannot be right: each gets one line that names the file and the remedy."""
 
 from __future__ import annotations
 

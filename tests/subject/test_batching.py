@@ -16,6 +16,7 @@ from dmm_ray.extraction.forward import Forward
 from dmm_ray.extraction.pieces import Piece
 from dmm_ray.subject import SubjectModel
 from dmm_ray.subject.packing import CannotPackError, Pack, packing
+from dmm_ray.subject.state import ModuleState
 
 LENGTHS = [60, 40, 21, 20, 17, 16, 5, 3, 1, 1]
 PACKED = [
@@ -155,3 +156,25 @@ def test_losses_depend_on_nothing_but_the_document(make_model: Callable[[str], P
             torch.testing.assert_close(found[row, : len(tokens) - 1], own, atol=3e-5, rtol=2e-4)
             assert torch.isnan(found[row, len(tokens) - 1 :]).all()
         assert not torch.allclose(changed[row, : len(tokens) - 1], own, atol=1e-3)
+
+
+def test_what_a_pass_leaves_in_a_module_is_put_back_and_weights_are_not_copied() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.longest = 4
+            self.register_buffer("written", torch.ones(3), persistent=False)
+            self.register_buffer("replaced", torch.ones(3), persistent=False)
+            self.register_buffer("quantised", torch.ones(3, dtype=torch.uint8))
+
+    module = Remembers()
+    state = ModuleState(module)
+    assert [sorted(buffers) for _, buffers, _ in state._saved] == [["replaced", "written"]]
+    for _ in range(2):
+        module.longest = 9
+        module.written.mul_(5)
+        module.replaced = torch.zeros(7)
+        state.restore()
+        assert module.longest == 4
+        assert torch.equal(module.written, torch.ones(3))
+        assert torch.equal(module.replaced, torch.ones(3))

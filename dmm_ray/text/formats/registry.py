@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from dmm_ray.errors import UserError
-from dmm_ray.files import MAGIC, absolute, broken_links, exists, join, list_files, match_files, read_json
+from dmm_ray.files import MAGIC, absolute, exists, join, list_with_broken_links, match_files, read_json
 from dmm_ray.text.formats.base import TextFile
 from dmm_ray.text.formats.csv_rows import CsvRows
 from dmm_ray.text.formats.delimited import Delimited, scan_txt
@@ -73,20 +73,19 @@ def _suffix(uri: str) -> str:
 
 
 def _files_of(uri: str) -> list[str]:
-    found = list_files(uri)
-    if found == [uri]:
+    there, broken = list_with_broken_links(uri)
+    if there == [uri]:
         _suffix(uri)
-        return found
-    broken = broken_links(uri)
-    found = [*found, *broken] or match_files(uri)
+        return there
+    found = [*there, *broken] or match_files(uri)
     folder, asked = _split_pattern(uri)
-    below = [file for file in found if _hidden(asked) or not _hidden(file.removeprefix(folder))]
-    ours = _own_folders(below)
-    text = [file for file in below if file.lower().endswith(SUFFIXES) and not file.startswith(ours)]
+    shown = [file for file in found if _hidden(asked) or not _hidden(_below(file, folder))]
+    ours = _own_folders(shown)
+    text = [file for file in shown if file.lower().endswith(SUFFIXES) and not file.startswith(ours)]
     kept = _without_caches([file for file in text if file not in broken])
-    left_out = sorted(set(found) - set(kept), key=lambda file: (_hidden(file.removeprefix(folder)), file))
+    left_out = sorted(set(found) - set(kept), key=lambda file: (_hidden(_below(file, folder)), file))
     if left_out and kept:
-        names = ", ".join(file.removeprefix(folder).lstrip("/") for file in left_out[:NAMED])
+        names = ", ".join(_below(file, folder).lstrip("/") for file in left_out[:NAMED])
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         logger.info(
             "text: %s: %d files are read, %d left out (another kind, hidden, a broken link, or dmm-ray's own): %s%s",
@@ -105,6 +104,12 @@ def _split_pattern(uri: str) -> tuple[str, str]:
         return uri, ""
     folder, _, _ = uri[:first].rpartition("/")
     return folder, uri.removeprefix(folder)
+
+
+def _below(file: str, folder: str) -> str:
+    """The path of ``file`` below ``folder``; file systems with several protocols name their files by one of them."""
+    paths = [uri.partition("://")[2] or uri for uri in (file, folder)]
+    return paths[0].removeprefix(paths[1])
 
 
 def _hidden(below: str) -> bool:
