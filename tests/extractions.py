@@ -63,6 +63,7 @@ class Job:
     logs: Path
     options: Mapping[str, object] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ("-m", "dmm_ray")
 
     def start(self, out: Path, **more: object) -> Run:
         """Start the command, in a process group of its own as a terminal does."""
@@ -73,7 +74,7 @@ class Job:
         log_file = self.logs / f"{len(list(self.logs.iterdir()))}.log"
         with log_file.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dmm_ray", "extract", *flags],
+                [sys.executable, *self.command, "extract", *flags],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True,
                 env={**os.environ, **self.env}, process_group=0,
             )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from extractions import Job, Run, content, extraction_actors, left_over, stamps, units_of, write_text
+from extractions import ALONE, Job, Run, content, extraction_actors, left_over, stamps, units_of, write_text
 from stores import extract_here
 
 from dmm_ray.cluster import quiet
@@ -62,6 +62,12 @@ def cluster() -> Iterator[Any]:
 def shared(job: Job, cluster: Any) -> Job:
     """The same on the cluster."""
     return replace(job, env={"RAY_ADDRESS": cluster.address})
+
+
+@pytest.fixture(scope="module")
+def alone(job: Job) -> Job:
+    """The same without Ray, where what it does is not about Ray; `make chaos` has Ray there too."""
+    return replace(job, command=ALONE) if TRIALS == 1 else job
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,9 @@ def stop(run: Run, how: signal.Signals) -> None:
     assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
-def test_stopped_again_and_again(job: Job, shared: Job, reference: dict[str, bytes], tmp_path: Path) -> None:
+def test_stopped_again_and_again(
+    job: Job, shared: Job, alone: Job, reference: dict[str, bytes], tmp_path: Path
+) -> None:
     """A SIGTERM while Ray starts, then SIGKILL, Ctrl-C, SIGTERM and so on after some units, by turns with a Ray that
     ends with the job and one that stays."""
     store, draw, before = tmp_path / "store", random.Random(1), dict[str, tuple[int, int]]()
@@ -135,7 +143,7 @@ def test_stopped_again_and_again(job: Job, shared: Job, reference: dict[str, byt
         before = stamps(store)
     units = len(units_of(store))
     (store / "layer_01" / "shard-000002.parquet.tmp-0123abcd").write_bytes(b"of another process")
-    log = shared.start(store).finish()
+    log = alone.start(store).finish()
     assert f"resuming {store}: {units} of {UNITS} units are done" in log
     assert untouched(before, store)
     assert same(store, reference)
@@ -190,9 +198,9 @@ def disks(tmp_path: Path) -> Iterator[Path]:
         holder.stdin.close()
 
 
-def test_disk_full(shared: Job, reference: dict[str, bytes], disks: Path) -> None:
+def test_disk_full(alone: Job, reference: dict[str, bytes], disks: Path) -> None:
     store, filler = disks / "large" / "store", disks / "large" / "filler"
-    refused, run = shared.start(disks / "small" / "store"), shared.start(store)
+    refused, run = alone.start(disks / "small" / "store"), alone.start(store)
     assert refused.end() == 2
     says = r"store needs about 0\.006\d+ GB more and its disk has 0\.0021 GB free; choose another --out, fewer layers"
     assert re.search(f"out: {disks}/small/{says}", refused.log.splitlines()[-1])
@@ -206,7 +214,7 @@ def test_disk_full(shared: Job, reference: dict[str, bytes], disks: Path) -> Non
     assert 0 < len(units_of(store)) < UNITS
     assert left_over(store) == []
     filler.unlink()
-    shared.start(store).finish()
+    alone.start(store).finish()
     assert untouched(before, store)
     assert same(store, reference)
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.serving import app
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
 
@@ -46,7 +47,12 @@ def test_a_folder_without_a_prior_is_named(
 
 
 @pytest.mark.slow
-def test_a_prior_that_does_not_load_says_why(ray_local: None, single: str, tmp_path: Path) -> None:
+def test_a_prior_that_does_not_load_says_why(
+    ray_local: None, single: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = app._options
+    once = {"max_constructor_retry_count": 1}  # of three, by default: each is a process that loads torch
+    monkeypatch.setattr(app, "_options", lambda *args: options(*args) | once)
     (tmp_path / "config.json").write_bytes((Path(single) / "config.json").read_bytes())
     with (
         pytest.raises(CheckFailed, match=r"model\.safetensors: no such file"),
