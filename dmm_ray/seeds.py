@@ -24,9 +24,15 @@ def as_seed(seed: SupportsIndex) -> int:
     return as_integer("seed", seed)
 
 
-def numpy_rng(seed: SupportsIndex) -> np.random.Generator:
-    """numpy's generator; for a seed from 0 to 2^64 - 1 the one of ``default_rng(seed)``. Raises as :func:`as_seed`."""
-    return np.random.default_rng(as_seed(seed) & MASK64)
+def numpy_rng(seed: SupportsIndex, *more: SupportsIndex) -> np.random.Generator:
+    """numpy's generator; for one seed from 0 to 2^64 - 1 that of ``default_rng(seed)``. Raises as :func:`as_seed`.
+
+    Args:
+        seed: of the generator.
+        more: with the seed they name a generator of their own, e.g. that of a row.
+    """
+    seeds = [as_seed(one) & MASK64 for one in (seed, *more)]
+    return np.random.default_rng(seeds if more else seeds[0])
 
 
 def torch_rng(seed: SupportsIndex) -> torch.Generator:

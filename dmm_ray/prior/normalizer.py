@@ -21,6 +21,8 @@ class Normalizer(nn.Module):
     def __init__(self, mean: Tensor, var: Tensor, floor: float) -> None:
         super().__init__()
         self.floor = floor
+        self.warned: set[int] = set()
+        """Layers, by index, whose rows were once so far from natural ones that a warning was logged: one is enough."""
         self.register_buffer("mean", mean.to(torch.float32))
         self.register_buffer("var", var.to(torch.float32).clamp(min=floor))
 

@@ -87,7 +87,7 @@ class Rows:
     def pieces(self, width: int) -> Iterator[Piece]:
         """All rows in turn, as many at once as memory allows where each takes ``width`` network widths.
 
-        At the end, logs a warning if they do not fit the normaliser.
+        At the end, logs a warning, once for a prior's layer, if they do not fit the normaliser.
         """
         size, squares = chunk_rows(self.config, width, self.device), []
         for start in range(0, len(self), size):
@@ -110,7 +110,8 @@ class Rows:
                 )
 
     def _warn(self, square: float) -> None:
-        if not 1 / TOO_WIDE <= square <= TOO_WIDE:
+        if not 1 / TOO_WIDE <= square <= TOO_WIDE and self.row not in self.normalizer.warned:
+            self.normalizer.warned.add(self.row)
             logger.warning(
                 "activations: the median row has mean square %.3g after normalisation, where rows of layer %d of %s "
                 "have about 1; is this another layer or model?",
