@@ -92,7 +92,7 @@ def restorations(
 
     Each gives its posterior mean, the prior under the name ``prior_mean``.
     """
-    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     z_u = interpolate(z, normal(seed, ids.to(prior.device), prior.d, STREAM_PATH), u)
     for name, method in methods.denoisers.items():
@@ -107,7 +107,7 @@ def sampled(inputs: Inputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> T
 
 def plain(inputs: Inputs, methods: Methods, rows: Tensor) -> Iterator:
     """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
-    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     for name, z_hat in (("pca", methods.pca.reconstruct(z)), ("sae", methods.sae_plain.reconstruct(z))):
         yield name, prior.normalizer.denormalize(z_hat, row).cpu()

@@ -58,12 +58,12 @@ class Steering:
     def block(self) -> int:
         """The layer's number."""
         own = None if self.direction is None else self.direction.layer
-        return self.prior.layers[self.prior.layer_row(own if self.layer is None else self.layer)]
+        return self.prior.layers[self.prior.layer_index(own if self.layer is None else self.layer)]
 
     @cached_property
     def norm(self) -> float:
         """The layer's mean activation norm, ``sqrt(E |x|^2) = sqrt(sum(mean^2 + var))``."""
-        row, normalizer = self.prior.layer_row(self.block), self.prior.normalizer
+        row, normalizer = self.prior.layer_index(self.block), self.prior.normalizer
         return float((normalizer.mean[row].double().square() + normalizer.var[row].double()).sum().sqrt())
 
     def __call__(self, x: Tensor, ids: Tensor) -> Tensor:

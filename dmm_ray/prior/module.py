@@ -144,7 +144,7 @@ class PriorModule(nn.Module):
         """Compile the network from now on, with ``options`` of torch.compile, such as ``mode="reduce-overhead"``."""
         self.velocities.compile(options)
 
-    def layer_row(self, layer: int | None) -> int:
+    def layer_index(self, layer: int | None) -> int:
         """The index of ``layer`` among the modelled ones. Raises UserError for another, or None with several."""
         if layer is None and len(self.layers) == 1:
             return 0

@@ -47,8 +47,8 @@ class Velocities:
         """Compile the networks from now on, with ``options`` of torch.compile."""
         self.options, self._weights = options, ()
 
-    def field(self, denoiser: Denoiser, row: int, precision: Precision = "float32") -> VelocityField:
-        """The velocity at the layer of index ``row``."""
+    def field(self, denoiser: Denoiser, layer_index: int, precision: Precision = "float32") -> VelocityField:
+        """The velocity at the layer of index ``layer_index``."""
         # In-place updates count up the version; a move or a cast changes the address. Weights that were loaded in
         # inference mode have no version: nothing outside of that mode can write into them.
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters())
@@ -56,9 +56,9 @@ class Velocities:
             self._weights, self._networks, self._gates = weights, {}, {}
         if precision not in self._networks:
             self._networks[precision] = self._network(denoiser, precision)
-        depth = self.config.depth(self.config.layers[row]) if self.config.multi_layer else None
+        depth = self.config.depth(self.config.layers[layer_index]) if self.config.multi_layer else None
         known = self._gates.setdefault(precision, {})
-        return VelocityField(self._networks[precision], row, depth, known, self._remembered)
+        return VelocityField(self._networks[precision], layer_index, depth, known, self._remembered)
 
     @property
     def _remembered(self) -> int:
@@ -80,21 +80,21 @@ class VelocityField:
 
     Args:
         network: functions of the denoiser.
-        row: index of the layer.
+        layer_index: of the layer among the prior's.
         depth: its layer condition, where the prior has one.
-        known: time paths by (row, u), shared by all fields of a prior; the least recently used go first.
+        known: time paths by (layer_index, u), shared by all fields of a prior; the least recently used go first.
         remembered: most of them.
     """
 
     def __init__(
         self,
         network: _Network,
-        row: int,
+        layer_index: int,
         depth: float | None,
         known: dict[Key, list[Tensor]],
         remembered: int,
     ) -> None:
-        self.network, self.row, self.depth = network, row, depth
+        self.network, self.layer_index, self.depth = network, layer_index, depth
         self.known, self.remembered = known, remembered
 
     def __call__(self, z: Tensor, u: float) -> Tensor:
@@ -124,10 +124,10 @@ class VelocityField:
         return found.to(z.dtype)
 
     def _path(self, u: float, device: torch.device) -> list[Tensor]:
-        gates = self.known.pop((self.row, u), None)
+        gates = self.known.pop((self.layer_index, u), None)
         if gates is None:
             gates = self._new_path(torch.full((1,), u, device=device))
-        self.known[self.row, u] = gates
+        self.known[self.layer_index, u] = gates
         if len(self.known) > self.remembered:
             self.known.pop(next(iter(self.known)), None)
         return gates

@@ -120,7 +120,7 @@ class SubjectDeployment:
             UserError: a layer that the prior does not model, or a text without tokens.
         """
         prior = self._prior(name)
-        block = prior.layers[prior.layer_row(layer)]
+        block = prior.layers[prior.layer_index(layer)]
         reading = await self._run(self._model.read, text, block)
         tokens = [TokenScore(text=p.text, start=p.start, end=p.end) for p in reading.pieces]
         return TextRows(tokens, block, reading.rows[1:].numpy())

@@ -149,7 +149,7 @@ def test_the_input_of_block_0_is_layer_minus_1(tmp_path):
     prior = ActivationPrior.from_pretrained(str(write(tmp_path, [0, 1, 2, 3], 4, "input")))
     assert prior.layers == (-1, 0, 1, 2)
     assert [prior.config.depth(k) for k in prior.layers] == [0, 1 / 3, 2 / 3, 1]
-    assert torch.equal(prior.normalizer.mean[prior.layer_row(-1)], statistics(4, D)["mean"][0])
+    assert torch.equal(prior.normalizer.mean[prior.layer_index(-1)], statistics(4, D)["mean"][0])
     assert prior.log_prob(torch.randn(3, D), layer=-1, steps=2).nats.isfinite().all()
 
 

@@ -24,6 +24,8 @@ EDITS = [Intervention(Site(1), scale, require_effect=True)]
 @pytest.mark.parametrize("family", [*CAUSAL, *CHANGING])
 def test_a_batch_is_what_each_prompt_gives_alone(make_model: Make, family: str) -> None:
     model = LanguageModel.load(str(make_model(family)))
+    if family == "doge" and not model.generates:
+        pytest.skip("transformers before 5.24 go wrong with Doge's cache")
     for edits in ([], EDITS):
         together = model.generate(PROMPTS, edits, max_tokens=6)
         alone = [
