@@ -66,7 +66,8 @@ def calibrate(
         "steps": steps, "probes": probes, "seed": seed, "rows": len(pairs), "documents": len(np.unique(pairs[:, 0])),
     }  # fmt: skip
     one = np.ones(len(pairs)) if weights is None else weights
-    return Calibration(prior.d, {number: _tables(scores, prior.d, pairs, one, about)})
+    tables = _tables(scores, prior.d, pairs, one, about)
+    return Calibration(prior.d, {number: tables}, prior.fingerprint())
 
 
 def squared_norm(prior: ActivationPrior, x: Tensor, layer_index: int) -> Tensor:
