@@ -96,8 +96,8 @@ def array_call(
 
 
 def check_finite(columns: Columns) -> None:
-    """Raises RequestError if the first column of an answer holds an infinity or NaN, naming the row."""
-    first = next(iter(columns.values()))
+    """Raises RequestError if the first column that an answer has holds an infinity or NaN, naming the row."""
+    first = next(column for column in columns.values() if column is not None)
     assert isinstance(first, np.ndarray)
     finite = np.isfinite(first.reshape(len(first), -1)).all(1)
     if not finite.all():

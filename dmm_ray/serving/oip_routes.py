@@ -99,7 +99,7 @@ class _Routes:
         """The prior and the operation that a model's name means. Raises RequestError 404."""
         if version != VERSION:
             raise RequestError(
-                404, f"version: there is version {VERSION} of every model (got {version[:80]})"
+                404, f"version: there is version {VERSION} of every model (got {version[:80]!r})"
             )
         name, _, wanted = model.rpartition(".")
         for operation in OPERATIONS:
