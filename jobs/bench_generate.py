@@ -22,7 +22,9 @@ KEEP = Intervention(Site(2), lambda x, _ids: x, prompt=False)
 def bench(say: Say, small: bool = False) -> None:
     """Batches of 1, 32 and 128 prompts of different lengths, 20 tokens each. ``small`` only shows that it runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SubjectModel.load(str(Path(dmm_ray.__file__).parent / "demo" / "subject"), device=device)
+    model = SubjectModel.from_pretrained(
+        str(Path(dmm_ray.__file__).parent / "demo" / "subject"), device=device, head=True
+    )
     for size in (1, 2) if small else (1, 32, 128):
         prompts = (PROMPTS * size)[:size]
         write = partial(model.generate, prompts, max_tokens=TOKENS, temperature=1.0, batch_size=size)

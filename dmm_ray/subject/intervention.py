@@ -156,7 +156,8 @@ def _check(site: Site, rows: Tensor, new: object, ids: Tensor) -> None:
             f"intervention at {site}: the edit returned {returned} for {len(rows)} activations of shape "
             f"{tuple(rows.shape)}, the first at {where(0)}; return a tensor of the same shape"
         )
-    finite = new.to(rows).isfinite().all(1)  # in the model's own format, whose range may be smaller
+    # In the model's own format, whose range may be smaller; and a norm makes zeros of a row whose squares overflow.
+    finite = new.to(rows).float().square().sum(1).isfinite()
     if not finite.all():
         row = int(finite.logical_not().nonzero()[0])
         if not rows[row].isfinite().all():
@@ -164,6 +165,6 @@ def _check(site: Site, rows: Tensor, new: object, ids: Tensor) -> None:
                 f"intervention at {site}: the model's own activation is NaN or Inf at {where(row)}, before the edit"
             )
         raise UserError(
-            f"intervention at {site}: the edit returned NaN or Inf (in {str(rows.dtype).removeprefix('torch.')}) "
-            f"at {where(row)}"
+            f"intervention at {site}: the edit returned NaN, Inf or numbers too large for the model "
+            f"({str(rows.dtype).removeprefix('torch.')}) at {where(row)}"
         )

@@ -41,14 +41,8 @@ class Reading(NamedTuple):
     """The layer's output at every position (t, d), float32, on the CPU."""
 
 
-def text_ids(tokenizer: Any, text: str, context: int, field: str = "text") -> list[int]:
+def text_ids(tokenizer: Any, text: str, context: int) -> list[int]:
     """Token ids of ``text``, special ones included, not cut.
-
-    Args:
-        tokenizer: of transformers.
-        text: not blank.
-        context: most tokens.
-        field: what errors call it.
 
     Raises:
         UserError: a text without tokens.
@@ -56,45 +50,53 @@ def text_ids(tokenizer: Any, text: str, context: int, field: str = "text") -> li
     """
     [encoded] = encode(tokenizer, [text], context + 1)
     if not encoded.ids:
-        raise UserError(f"{field}: it holds no tokens; send some words")
+        raise UserError("text: it holds no tokens; send some words")
     if len(encoded.ids) > context:
-        raise TooLongError(f"{field}: more tokens than the model's context of {context}; send it in parts")
+        raise TooLongError(f"text: more tokens than the model's context of {context}; send it in parts")
     return encoded.ids
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, context: int, vocabulary: int) -> list[int]:
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], context: int, vocabulary: int) -> list[list[int]]:
     """Token ids of what is to be continued; a chat ends where the model's answer begins.
 
     Args:
         tokenizer: of transformers.
-        prompt: a text, a chat or token ids.
-        context: the most tokens of the prompt and its continuation.
+        prompts: texts, chats or token ids.
+        context: the most tokens of a prompt and its continuation.
         vocabulary: how many tokens there are.
 
     Raises:
         UserError: a prompt without tokens, token ids outside of the vocabulary, a chat that the template refuses.
-        TooLongError: it leaves no room for a token.
+        TooLongError: one that leaves no room for a token.
     """
-    if isinstance(prompt, str):
-        ids = text_ids(tokenizer, prompt, context, "prompt")
-    elif all(isinstance(message, Mapping) for message in prompt) and len(prompt):
-        ids = _chat_ids(tokenizer, cast(Chat, prompt))
-    else:
-        ids = [as_integer("prompt", token) for token in prompt]
-    if not ids:
-        raise UserError("prompt: it holds no tokens; send some words")
-    if bad := [token for token in ids if not 0 <= token < vocabulary]:
-        raise UserError(f"prompt: the vocabulary has tokens 0 to {vocabulary - 1} (got {bad[0]})")
-    if len(ids) >= context:
-        raise TooLongError(f"prompt: fills the model's context of {context} tokens; shorten it")
-    return ids
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(
+        encode(tokenizer, texts, context)
+    )  # all at once: for each it would take longer than the text
+    found: list[list[int]] = []
+    for number, prompt in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        if isinstance(prompt, str):
+            ids = next(encoded).ids
+        elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+            ids = _chat_ids(tokenizer, cast(Chat, prompt), name)
+        else:
+            ids = [as_integer(name, token) for token in prompt]
+        if not ids:
+            raise UserError(f"{name}: it holds no tokens; send some words")
+        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+            raise UserError(f"{name}: the vocabulary has tokens 0 to {vocabulary - 1} (got {bad[0]})")
+        if len(ids) >= context:
+            raise TooLongError(f"{name}: fills the model's context of {context} tokens; shorten it")
+        found.append(ids)
+    return found
 
 
-def _chat_ids(tokenizer: Any, chat: Chat) -> list[int]:
+def _chat_ids(tokenizer: Any, chat: Chat, name: str) -> list[int]:
     try:
         text = render_chat(tokenizer, chat, reply=True)
     except ChatRefusedError as e:
-        raise UserError(f"prompt: {e}") from e
+        raise UserError(f"{name}: {e}") from e
     # The template has written all special tokens itself.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

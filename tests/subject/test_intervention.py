@@ -161,7 +161,11 @@ def test_what_is_wrong_is_named(language: SubjectModel) -> None:
         with pytest.raises(UserError, match=match):
             reads(language, Site(0), [Intervention(Site(1), edit)])
 
-    check(broken, r"layer 1: the edit returned NaN or Inf \(in float32\) at sequence 1, position 2")
+    too_large = (
+        r"layer 1: the edit returned NaN, Inf or numbers too large for the model \(float32\) at sequence"
+    )
+    check(broken, f"{too_large} 1, position 2")
+    check(lambda x, ids: torch.full_like(x, 3e38), f"{too_large} 0, position 1")
     first = "the first at sequence 0, position 1"
     check(lambda x, ids: x[:, 1:], rf"returned shape \(7, 31\) for 7 .* \(7, 32\), {first}")
     check(lambda x, ids: None, f"returned NoneType for 7 .* {first}")

@@ -19,7 +19,7 @@ LAYER = 1
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_steps_with_a_cache_are_one_whole_pass(family: str, make_model: Make) -> None:
-    model = SubjectModel.load(str(make_model(family)))
+    model = SubjectModel.from_pretrained(str(make_model(family)), head=True)
     ids, known = [5 + 7 * i % 300 for i in range(14)], 4
 
     def edit(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_the_lens_is_norm_and_unembedding(language: SubjectModel, tiny_subject: 
 
 
 def test_an_encoder_is_read_but_generates_nothing(make_model: Make) -> None:
-    model = SubjectModel.load(str(make_model("bert")))
+    model = SubjectModel.from_pretrained(str(make_model("bert")), head=True)
     assert model.read(PROMPT, LAYER).rows.shape[1] == 32
     with pytest.raises(UserError, match="encoder"):
         model.require_generation()
