@@ -18,6 +18,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import exists, join, make_folder, read_bytes, write_bytes
 from dmm_ray.prior.folder import CALIBRATION
 from dmm_ray.prior.quantiles import LEVELS, Table
+from dmm_ray.prior.weights import read_header
 
 KEY, VERSION = "calibration", 1
 ROW_SCORES = ("nats", "latent", "norm", "velocity_error", "combined")
@@ -179,7 +180,9 @@ class Calibration:
             return None
         data = read_bytes(path)
         try:
-            tensors, metadata = safetensors.torch.load(data), _metadata(data)
+            tensors = safetensors.torch.load(data)
+            header, _ = read_header(lambda start, stop: data[start:stop])
+            metadata = json.loads(header["__metadata__"][KEY])
             if metadata["version"] != VERSION:
                 raise UserError(
                     f"{path}: of version {metadata['version']}, not {VERSION}; calibrate the prior again"
@@ -208,12 +211,6 @@ def _per_cent(share: Tensor) -> Tensor:
 def latent_norm(base: Tensor, d: int) -> Tensor:
     """The squared norm of z_1 (n,) from ``base = -(|z_1|^2 + d log 2 pi) / 2``."""
     return -2 * base.double() - d * math.log(2 * math.pi)
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    """Our JSON in the header of a safetensors file: 8 bytes of length, then the header."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
 
 
 def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerCalibration:

@@ -113,7 +113,7 @@ class SubjectSource:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json, each weight file (safetensors where there are any) and the model's own code, by name."""
+        """SHA-256 of config.json, each weight file (safetensors where there are any) and the model's code, by name."""
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
             raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")
