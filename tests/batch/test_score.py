@@ -126,6 +126,7 @@ def test_another_configuration_is_refused(
 def test_another_prior_is_refused(scores: Path, options: dict[str, Any], prior: str, tmp_path: Path) -> None:
     other = ActivationPrior.from_pretrained(prior)
     other.denoiser.out_proj.bias.data.add_(1)
+    other.calibration = None
     other.save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"^prior: .* was made with"):
         score(ScoreConfig(**{**options, **SCORE, "out": str(scores), "prior": str(tmp_path / "other")}))
