@@ -24,6 +24,7 @@ from pydantic_settings import (
 from dmm_ray.cluster import quiet
 from dmm_ray.config import Config, load_yaml, one_line
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import Failure, keep_trace
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -190,6 +191,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(FAILED, args[0], str(e))
     except KeyboardInterrupt:
         _fail(INTERRUPTED, args[0], "interrupted; the same command resumes")
+    except Exception as e:  # noqa: BLE001 - the trace is kept, for those who can use it
+        failure = Failure.of(e)
+        _fail(FAILED, args[0], f"{failure.cause}; {keep_trace(args[0], failure.trace)}")
     sys.exit(DONE)
 
 

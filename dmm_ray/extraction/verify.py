@@ -14,6 +14,7 @@ from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.engine import read_pieces
 from dmm_ray.extraction.pieces import RowTable
+from dmm_ray.failures import ERRORS
 from dmm_ray.files import absolute, join, sha256
 from dmm_ray.parallel import in_order
 from dmm_ray.precision import affordable_precision
@@ -94,7 +95,8 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
     """What is wrong with the files: missing, foreign, of another length or hash, units without a record."""
     sizes = file_sizes(uri)
     whole = {SUMMARY} if manifest.is_table else {SUMMARY, STATISTICS}
-    problems, expected = [], {MANIFEST, LOCK, *whole}
+    traces = {name for name in sizes if name.startswith(f"{ERRORS}/")}  # of an unfinished run
+    problems, expected = [], {MANIFEST, LOCK, *whole, *traces}
     if manifest.sealed().config_hash != manifest.config_hash:
         problems.append(f"{MANIFEST}: its configuration does not match its config_hash: it was edited")
     problems += [

@@ -11,7 +11,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config, versions
-from dmm_ray.errors import UserError
+from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import keep_trace, remove_traces
 from dmm_ray.files import join, make_folder, write_json
 from dmm_ray.store.manifest import SUMMARY, Manifest
 from dmm_ray.store.reader import file_sizes
@@ -78,7 +79,8 @@ def run_job(job: Job[Any], started: float) -> str:
     Raises:
         UserError: the folder holds something else or another configuration's results, or is being written; a unit
             reports bad input.
-        CheckFailed: another process took the folder over.
+        CheckFailed: another process took the folder over; or a unit, or the pool of actors, failed for a reason outside
+            the input. The trace is in the file that the message names, until the folder is finished.
     """
     out, manifest = job.out, job.manifest
     make_folder(out)
@@ -101,6 +103,7 @@ def run_job(job: Job[Any], started: float) -> str:
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 3),
         }
+        remove_traces(out)
         write_json(join(out, SUMMARY), summary)
     return out
 
@@ -120,10 +123,25 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
         for result in results:
             lock.check()
             if "error" in result:
-                raise UserError(result["error"])
+                raise _failure(job.out, manifest, result)
             job.add(result)
             progress.add(result["rows"])
     return progress.rows_per_s
+
+
+def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
+    """What to raise for a result with an error."""
+    if "trace" not in result:
+        return UserError(result["error"])
+    if "unit" not in result:
+        return CheckFailed(f"{result['error']}; {keep_trace('actors', result['trace'], out)}")
+    unit = unit_at(result["unit"], manifest.corpus.documents, manifest.documents_per_unit)
+    last = unit.stop - 1
+    documents = f"document {last}" if unit.first == last else f"documents {unit.first} to {last}"
+    where = keep_trace(f"unit-{unit.unit:06d}", result["trace"], out)
+    cause = result["error"]
+    which = f", {cause}" if cause.startswith("document ") else f" ({documents}): {cause}"
+    return CheckFailed(f"unit {unit.unit}{which}; {where}")
 
 
 def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:
