@@ -40,7 +40,25 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: BaseException, memory_options: str = "") -> Failure:
         """The text of ``error``; arguments as :func:`cause_of`."""
+        if isinstance(error, WorkerError):
+            return error.failure
         return cls(cause_of(error, memory_options), "".join(traceback.format_exception(error)))
+
+
+class WorkerError(Exception):
+    """A :class:`Failure` that is raised in one process and caught in another.
+
+    Args:
+        cause: one line.
+        trace: of the exception that it stands for.
+    """
+
+    def __init__(self, cause: str, trace: str) -> None:
+        super().__init__(cause, trace)
+        self.failure = Failure(cause, trace)
+
+    def __str__(self) -> str:
+        return self.failure.cause
 
 
 def cause_of(error: BaseException, memory_options: str = "") -> str:

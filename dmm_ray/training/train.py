@@ -10,6 +10,7 @@ import torch
 from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.config import versions
 from dmm_ray.errors import UserError
+from dmm_ray.failures import remove_traces
 from dmm_ray.files import absolute, join, make_folder, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
@@ -102,6 +103,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     checkpoint.finish(
         config.out, config.kept_checkpoints
     )  # last: a run that is killed before goes on from them
+    remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
 
 
