@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from dmm_ray.errors import UserError
 from dmm_ray.precision import has_fast_bfloat16
@@ -130,7 +129,7 @@ def _why(error: Exception, address: str | None) -> str:
     return f"Ray cannot start on this machine: {reason}"
 
 
-class _RayMessages(io.TextIOBase):
+class _RayMessages:
     """Stands in for stdout: what Ray's listening thread prints there is logged, what others print passes."""
 
     def __init__(self, stdout: TextIO) -> None:
@@ -146,15 +145,14 @@ class _RayMessages(io.TextIOBase):
             logger.debug("%s", text)
         return len(text)
 
-    def flush(self) -> None:
-        """Of the real stdout."""
-        self.stdout.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stdout, name)
 
 
 @contextlib.contextmanager
 def ray_messages_logged() -> Iterator[None]:
     """Inside the block Ray's messages about failed processes are logged: it prints them to stdout, page by page."""
-    with contextlib.redirect_stdout(_RayMessages(sys.stdout)):
+    with contextlib.redirect_stdout(cast(TextIO, _RayMessages(sys.stdout))):
         yield
 
 
