@@ -13,6 +13,7 @@ import torch
 import transformers
 from stores import extract_here, units_here
 from texts import WORDS
+from tokenizers import Tokenizer, models, processors
 
 from dmm_ray.cli import main
 from dmm_ray.errors import CheckFailed, UserError
@@ -98,6 +99,28 @@ def test_one_token_documents_without_a_bos(plain: Path, tmp_path: Path) -> None:
         ids = tokenizer(text)["input_ids"]
         assert store.document(0, doc).token_id.tolist() == ids[1:]
         assert whole.document(0, doc).token_id.tolist() == ids
+
+
+def test_a_vocabulary_of_five(tmp_path: Path) -> None:
+    """BOS and the letters of DNA: fewer ids than a model is tried out with otherwise."""
+    model, letters = tmp_path / "dna", "ACGT"
+    tokenizer = Tokenizer(models.BPE({"<s>": 0} | {letter: i for i, letter in enumerate(letters, 1)}, []))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(model)
+    torch.manual_seed(3)
+    small = {"vocab_size": 5, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_attention_heads=2)).eval()
+    lm.save_pretrained(model)
+    texts = ["GATTACA", "C", "ACGT" * 12]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"model": str(model), "text": str(tmp_path / "t.jsonl"), "layers": [0], "dtype": "float32"}
+    store = ActivationStore.open(extract_here(**options, out=str(tmp_path / "store")))
+    for doc, text in enumerate(texts):
+        rows, ids = store.document(0, doc), [0, *(letters.index(letter) + 1 for letter in text)]
+        assert rows.token_id.tolist() == ids[1:]
+        with torch.no_grad():
+            hidden = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        torch.testing.assert_close(rows.activation, hidden[1:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
