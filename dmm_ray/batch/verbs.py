@@ -140,6 +140,7 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
         block_path=known.get("block_path"),
         n_layers=prior.config.subject_layers,
         context=known.get("context", 0),
+        resolved=known.get("resolved"),
     )
     row_bytes = prior.d * DTYPES[config.dtype].itemsize
     per_unit = documents_per_unit(config, config.n, config.n, row_bytes + NAME_BYTES)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.forward import Forward, Outputs
+from dmm_ray.extraction.identity import changed_part
 from dmm_ray.extraction.pieces import Piece, RowTable, pieces
 from dmm_ray.failures import concerning
 from dmm_ray.files import exists, join, write_bytes
@@ -176,6 +177,12 @@ def load_forward(manifest: Manifest, loading: Loading) -> Forward:
         max_memory=loading.max_memory,
         offload_folder=loading.offload_folder,
     )
+    # A node may have fetched other code than the one where the job was started, or have other versions.
+    if changed := changed_part(subject.source, manifest, files=False):
+        raise UserError(
+            f"model: {manifest.subject.id}: {changed} is another where the actor runs than where the job was started; "
+            "give every node the same model and the same versions of the libraries"
+        )
     return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens, manifest.window)
 
 

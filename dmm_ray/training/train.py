@@ -122,7 +122,8 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
-        subject=manifest.subject.model_dump() | {"tokenizer_hash": manifest.tokenizer_hash},
+        subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
+        | {"tokenizer_hash": manifest.tokenizer_hash},
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
         training={

@@ -122,7 +122,7 @@ def test_another_text_or_model_is_refused(
     model = shutil.copytree(tiny_subject, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(UserError, match=r"^model: "):
+    with pytest.raises(UserError, match=r"^model \(config\.json\): "):
         run(out=str(tiny_store), model=str(model))
 
 
