@@ -147,7 +147,7 @@ def check_match(prior: ActivationPrior, store: ActivationStore, config: Evaluate
             f"activations: {store.uri} is of the model {store.manifest.subject.id}, the prior {config.prior} was "
             f"trained on {prior.config.subject.get('id', 'another')}; give a store of that model"
         )
-    layer = prior.layers[prior.layer_row(config.layer)]
+    layer = prior.layers[prior.layer_index(config.layer)]
     if layer not in store.layers:
         raise UserError(
             f"layer: the prior models layer {layer}, {store.uri} has {', '.join(map(str, store.layers))}; "
@@ -193,7 +193,7 @@ def read_part(
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
-    return Part(prior.normalizer.normalize(x, prior.layer_row(layer)), ids.to(prior.device))
+    return Part(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
 
 
 def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from subject.families import COMMON, GEMMA, GROUPED
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import Intervention, Site, SubjectModel, SubjectSource
 
 IDS = [[0, 5, 6, 7, 8], [0, 9, 10]]
 UPPER = re.compile(r"(layers?|h|blocks)\.[23]\.|head|cls\.|pooler")
@@ -103,11 +103,9 @@ def test_device_map_offloads(
         assert any(parameter.device.type == "meta" for parameter in subject._model.parameters())
     here = SubjectModel.from_pretrained(str(folder), head=True)
     batch = here.pad(IDS)
-    edit = torch.zeros_like
-    torch.testing.assert_close(
-        subject.token_losses(*batch, layer=1, edit=edit), here.token_losses(*batch, layer=1, edit=edit),
-        equal_nan=True,
-    )  # fmt: skip
+    edits = [Intervention(Site(1), lambda x, ids: torch.zeros_like(x))]
+    found, expected = subject.token_losses(*batch, edits), here.token_losses(*batch, edits)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("option", [{"max_memory": {"cpu": "1GB"}}, {"offload_folder": "/tmp"}])
