@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from typing import Any
 
 import yaml
@@ -11,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import read_bytes
-
-PACKAGES = ("dmm-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "pydantic")
 
 
 class Config(BaseModel):
@@ -43,14 +39,3 @@ def load_yaml(uri: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{uri}: a configuration file holds one mapping of fields to values")
     return value
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, for ``summary.json``."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -14,6 +14,7 @@ from dmm_ray.evaluation.report import write_report
 from dmm_ray.evaluation.stages import STAGES, Figures
 from dmm_ray.evaluation.summary import finite, summarize, training_curve
 from dmm_ray.files import absolute, exists, join, make_folder, write_json
+from dmm_ray.provenance import SUMMARY
 
 __all__ = ["EvaluateConfig", "evaluate"]
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> str:
     drawn = tables["samples"].pop("rows")
     plots.save_all(out, summary, inputs.test.z, drawn, training_curve(config.prior))
     write_report(out, summary)
-    write_json(join(out, "summary.json"), summary)
+    write_json(join(out, SUMMARY), summary)
     return out
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from dmm_ray.config import versions
 from dmm_ray.evaluation import likelihood
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import Inputs
@@ -16,6 +15,7 @@ from dmm_ray.evaluation.methods import KEYS, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
+from dmm_ray.provenance import versions
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 

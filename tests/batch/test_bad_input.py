@@ -16,13 +16,13 @@ from stores import units_here
 
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, SampleConfig, ScoreConfig, StoreJobConfig
-from dmm_ray.batch.inputs import check_match
 from dmm_ray.batch.outputs import make_table
 from dmm_ray.batch.selection import Draws
 from dmm_ray.batch.verbs import denoise, encode, sample, score
 from dmm_ray.errors import UserError
 from dmm_ray.prior import PriorConfig
 from dmm_ray.store.manifest import read_record, record_name, shard_name
+from dmm_ray.store.match import check_fits
 from dmm_ray.store.writer import write_shard
 from dmm_ray.units.unit import Unit
 
@@ -46,7 +46,7 @@ def saved(path: Path, **changes: Any) -> str:
     ("changes", "message"),
     [
         ({"d": 16}, "activations: .* has d = 32, the prior models d = 16"),
-        ({"layers": (3,)}, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
+        ({"layers": (3,)}, "layer: the prior models layer 3, .* has 1, 2; extract that layer"),
         ({"layers": (1, 2)}, r"layer: this prior models 1, 2 \(got None\)"),
     ],
 )
@@ -145,13 +145,15 @@ def test_another_model_brings_a_warning(
     store: ActivationStore, prior: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = ActivationPrior.from_pretrained(prior)
-    check_match(known, LAYER, store)
+    check_fits(store, known.d, [LAYER], known.config.subject, "warn")
     assert not caplog.records
     subject = known.config.subject | {"id": "another", "weights_hash": "0" * 64}
     known.config = known.config.model_copy(update={"subject": subject})
     with caplog.at_level(logging.WARNING):
-        check_match(known, LAYER, store)
+        check_fits(store, known.d, [LAYER], known.config.subject, "warn")
     assert "the prior was trained on another" in caplog.text
+    with pytest.raises(UserError, match="give a store of that model"):
+        check_fits(store, known.d, [LAYER], known.config.subject)
 
 
 def test_a_unit_without_rows_has_the_same_columns() -> None:

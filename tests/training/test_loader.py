@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.store.manifest import DTYPES, CorpusEntry, Manifest, Record, SubjectEntry, shard_name
+from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore, Rows
 from dmm_ray.store.split import TRAIN, Split
 from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.store.writer import write_shard
-from dmm_ray.training.loader import Loader, check_finite
+from dmm_ray.training.loader import Loader
 
 SPLIT = Split(seed=1, train=0.8, validation=0.1, test=0.1)
 SIZE = 25
