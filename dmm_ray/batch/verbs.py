@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from typing import Any, Literal, TypeVar
 
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
-from dmm_ray.batch.engine import hash_prior
+from dmm_ray.batch.engine import hash_calibration, hash_prior
 from dmm_ray.batch.inputs import Inputs, load_inputs, locate, open_prior
 from dmm_ray.batch.job import PriorJob, settle_precision
 from dmm_ray.batch.operations import Denoise, Encode, Operation, Sample, Score, hidden_units
 from dmm_ray.batch.selection import Draws
-from dmm_ray.files import absolute, exists, join, read_bytes
+from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.prior.folder import CALIBRATION, resolve
 from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, check_probes
 from dmm_ray.store.manifest import (
     DTYPES,
@@ -50,7 +48,7 @@ def score(config: ScoreConfig) -> str:
     _warn_of_calibration(config, prior, layer)
     config = _settled(config)
     operation = Score(config, layer)
-    arguments = config.arguments() | {"calibration": _calibration_hash(config.prior)}
+    arguments = config.arguments() | {"calibration": hash_calibration(config.prior)}
     row_bytes = 4 * len(operation.columns)
     manifest = store_manifest("score", config, inputs, operation, arguments, row_bytes)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
@@ -140,6 +138,7 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
         block_path=known.get("block_path"),
         n_layers=prior.config.subject_layers,
         context=known.get("context", 0),
+        resolved=known.get("resolved"),
     )
     row_bytes = prior.d * DTYPES[config.dtype].itemsize
     per_unit = documents_per_unit(config, config.n, config.n, row_bytes + NAME_BYTES)
@@ -162,11 +161,6 @@ def documents_per_unit(config: JobConfig, rows: int, documents: int, row_bytes: 
     if most is None:
         most = min(UNIT_ROWS, UNIT_BYTES // row_bytes, max(LEAST_ROWS, rows // LEAST_UNITS))
     return max(1, min(documents, most * documents // rows))
-
-
-def _calibration_hash(prior: str) -> str | None:
-    path = join(resolve(prior), CALIBRATION)
-    return hashlib.sha256(read_bytes(path)).hexdigest() if exists(path) else None
 
 
 def _warn_of_calibration(config: ScoreConfig, prior: ActivationPrior, layer: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.prefixes import unseen_prefixes
+from dmm_ray.extraction.identity import changed_part, warn_of_versions
 from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import DTYPES
@@ -96,15 +97,12 @@ def load(config: EvaluateConfig) -> Inputs:
         block_path=manifest.subject.block_path,
         trust_remote_code=config.trust_remote_code,
     )
-    if subject.weights_hash != manifest.subject.weights_hash:
+    if changed := changed_part(subject.source, manifest):
         raise UserError(
-            f"model: {model} has other weights than the model that {store.uri} was extracted from "
-            f"({manifest.subject.id}); give --model that one"
+            f"model: {model}: {changed} is not what {store.uri} was extracted with ({manifest.subject.id}); "
+            "give --model that one"
         )
-    if subject.tokenizer_hash != manifest.tokenizer_hash:
-        raise UserError(
-            f"model: {model} has another tokenizer than {store.uri} was extracted with; give that model"
-        )
+    warn_of_versions(manifest.subject, store.uri)
     corpus = open_corpus(config, store)
     split = Split.model_validate(prior.config.split)
     limits = {TRAIN: config.train_rows, VALIDATION: config.validation_rows, TEST: config.max_rows}

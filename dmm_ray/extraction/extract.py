@@ -8,6 +8,7 @@ import time
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import too_many_failed
+from dmm_ray.extraction.identity import comparable, subject_entry
 from dmm_ray.extraction.job import Extraction
 from dmm_ray.extraction.plan import Plan, Sample, choose_documents_per_unit
 from dmm_ray.files import absolute, exists, join
@@ -17,7 +18,6 @@ from dmm_ray.store.manifest import (
     MANIFEST,
     CorpusEntry,
     Manifest,
-    SubjectEntry,
     read_manifest,
 )
 from dmm_ray.store.reader import file_sizes
@@ -52,6 +52,7 @@ def extract(config: ExtractConfig) -> str:
     sample = Sample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
     compute_dtype = choose_compute_dtype(config, out)
     manifest = make_manifest(config, compute_dtype, source, n_layers, corpus, window, sample)
+    manifest = comparable(manifest, out)
     plan = Plan(manifest, sample)
     plan.check_room(out, sum(file_sizes(out).values()))
     logger.info("%s", plan.line())
@@ -100,15 +101,7 @@ def make_manifest(
         config.rows_per_shard, sample, kept.most_rows(window), row_bytes, len(config.layers)
     )
     return Manifest(
-        subject=SubjectEntry(
-            id=source.model_id,
-            revision=source.revision,
-            weights_hash=source.weights_hash,
-            files=source.file_hashes,
-            block_path=config.block_path,
-            n_layers=n_layers,
-            context=source.context,
-        ),
+        subject=subject_entry(source, config.block_path, n_layers),
         tokenizer_hash=source.tokenizer_hash,
         layers=tuple(config.layers),
         dtype=config.dtype,

@@ -27,10 +27,10 @@ def check_fits(
 ) -> tuple[int, ...]:
     """Check a store against a prior; those of the prior's ``layers`` that the store has.
 
-    Another width is refused, and a store with none of the layers. A store of another language model (other weights) is
-    refused where percentiles or losses would mean something else; where a prior is only applied to rows it is a
-    warning: to score a fine-tuned model by its base model's prior is a question worth asking. A prior that does not say
-    what it was trained on fits every model.
+    Another width is refused, and a store with none of the layers. A store of another language model (other weights or
+    code) is refused where percentiles or losses would mean something else; where a prior is only applied to rows it is
+    a warning: to score a fine-tuned model by its base model's prior is a question worth asking. A prior that does not
+    say what it was trained on fits every model.
 
     Args:
         store: rows.
@@ -51,10 +51,17 @@ def check_fits(
             f"layer: the prior models layer {wanted}, {store.uri} has {there}; extract that layer"
         )
     ours, theirs = subject.get("weights_hash"), store.manifest.subject
-    if ours and ours != theirs.weights_hash:
+    code, their_code = (subject.get("resolved") or {}).get("code"), theirs.resolved and theirs.resolved.code
+    other_code = code is not None and their_code is not None and code != their_code
+    if ours and (ours != theirs.weights_hash or other_code):
+        how = (
+            "other Python code"
+            if ours == theirs.weights_hash
+            else f"{theirs.weights_hash[:12]}, not {ours[:12]}"
+        )
         message = (
             f"activations: {store.uri} is of the model {theirs.id}, the prior was trained on {subject.get('id')} "
-            f"({theirs.weights_hash[:12]}, not {ours[:12]})"
+            f"({how})"
         )
         if other_model == "refuse":
             raise UserError(f"{message}; give a store of that model")

@@ -9,6 +9,7 @@ import torch
 
 from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.errors import UserError
+from dmm_ray.failures import remove_traces
 from dmm_ray.files import absolute, make_folder
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
@@ -102,6 +103,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     checkpoint.finish(
         config.out, config.kept_checkpoints
     )  # last: a run that is killed before goes on from them
+    remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
 
 
@@ -120,7 +122,8 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
-        subject=manifest.subject.model_dump() | {"tokenizer_hash": manifest.tokenizer_hash},
+        subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
+        | {"tokenizer_hash": manifest.tokenizer_hash},
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
         training={
