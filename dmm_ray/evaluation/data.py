@@ -16,11 +16,11 @@ from dmm_ray.evaluation.prefixes import unseen_prefixes
 from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import DTYPES
+from dmm_ray.store.match import check_finite, check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import PARTS, TEST, TRAIN, VALIDATION, Split
 from dmm_ray.subject import SubjectModel
 from dmm_ray.text.corpus import Corpus
-from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)
 TOKENIZE_DOCUMENTS = 512
@@ -76,7 +76,8 @@ def load(config: EvaluateConfig) -> Inputs:
     device = pick_device(config.device)
     prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
     store = ActivationStore.open(config.activations)
-    layer = check_match(prior, store, config)
+    layer = prior.layers[prior.layer_row(config.layer)]
+    check_fits(prior.config, store, layer, same_model=True)
     manifest = store.manifest
     compute_dtype = (
         affordable_precision(manifest.compute_dtype, device)
@@ -135,27 +136,6 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU is available; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def check_match(prior: ActivationPrior, store: ActivationStore, config: EvaluateConfig) -> int:
-    """The layer to evaluate. Raises UserError if the store is not one of what the prior models."""
-    if store.d != prior.d:
-        raise UserError(
-            f"activations: {store.uri} has d = {store.d}, the prior {config.prior} models d = {prior.d}"
-        )
-    trained_on = prior.config.subject.get("weights_hash")
-    if trained_on and trained_on != store.manifest.subject.weights_hash:
-        raise UserError(
-            f"activations: {store.uri} is of the model {store.manifest.subject.id}, the prior {config.prior} was "
-            f"trained on {prior.config.subject.get('id', 'another')}; give a store of that model"
-        )
-    layer = prior.layers[prior.layer_row(config.layer)]
-    if layer not in store.layers:
-        raise UserError(
-            f"layer: the prior models layer {layer}, {store.uri} has {', '.join(map(str, store.layers))}; "
-            "extract that layer"
-        )
-    return layer
 
 
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
-from dmm_ray.store.reader import ActivationStore, RowGroup, Rows, empty_rows, records
+from dmm_ray.store.match import check_finite
+from dmm_ray.store.reader import ActivationStore, RowGroup, empty_rows, records
 from dmm_ray.store.split import TRAIN, Split
 from dmm_ray.training.order import Order, Window
 
@@ -22,25 +23,6 @@ READERS = 2
 """Threads that read a window's row groups."""
 COUNTERS = 4
 """Threads that count training rows at the start."""
-CHECKED_BYTES = 1 << 20
-"""Rows looked at together: few enough for the cache."""
-EXPONENTS = {torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
-"""By stored dtype: the integers its bits are read as, and the exponent's bits, all set in inf and NaN alone."""
-
-
-def check_finite(store: ActivationStore, layer: int, rows: Rows) -> None:
-    """Raises UserError naming the document and position of the first row with a value that is not finite."""
-    integer, exponent = EXPONENTS[rows.activation.dtype]
-    bits = rows.activation.view(integer).numpy()
-    step = max(1, CHECKED_BYTES // store.manifest.bytes_per_row)
-    for low in range(0, len(bits), step):
-        found = bits[low : low + step] & exponent
-        if found.max() == exponent:
-            bad = low + int((found == exponent).any(1).argmax())
-            raise UserError(
-                f"{store.uri}: layer {layer} holds a value that is not finite at document {rows.doc[bad]}, "
-                f"position {rows.position[bad]}; extract that document again"
-            )
 
 
 class Loader:

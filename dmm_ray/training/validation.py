@@ -12,10 +12,10 @@ from dmm_ray.errors import UserError
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.noise import normal
 from dmm_ray.prior.normalizer import Normalizer
+from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import VALIDATION
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loader import check_finite
 from dmm_ray.training.parallel import Place
 from dmm_ray.training.step import STREAM_VALIDATION, flow_loss
 

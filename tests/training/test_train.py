@@ -170,7 +170,7 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
         model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store")
     )
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"not finite at document \d+, position \d+"):
+        with pytest.raises(UserError, match=r"NaN or Inf at document \d+, position \d+"):
             train(
                 config(
                     store, tmp_path / f"out{workers}", layer=1, workers=workers, cpus_per_worker=1, batch=64
