@@ -14,8 +14,8 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import read_bytes
 
 RESUMABLE: dict[str, JsonValue] = {"resumable": True}
-"""Mark of a field (``Field(json_schema_extra=RESUMABLE)``) that a resumed command may change: it decides no result, or it
-says where something lies whose content is compared by its hash."""
+"""Mark of a field, ``Field(json_schema_extra=RESUMABLE)``, that a resumed command may change: it decides no result, or
+it says where something lies whose content is compared by its hash."""
 PACKAGES = ("dmm-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "pydantic")
 
 
@@ -26,20 +26,31 @@ class Config(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result, by flag: the fields, as JSON values, that are not marked ``RESUMABLE``."""
-        return _identity(self.model_dump(mode="json"), self)
+        dumped = self.model_dump(mode="json")
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.json_schema_extra == RESUMABLE:
+                continue
+            if isinstance(value, Config):
+                found |= {f"{name}.{key}": part for key, part in value.identity().items()}
+            else:
+                found[name] = dumped[name]
+        return found
 
 
-def _identity(values: Mapping[str, Any], config: Config, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        if field.json_schema_extra == RESUMABLE:
-            continue
-        value = getattr(config, name)
-        if isinstance(value, Config):
-            found |= _identity(values[name], value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = values[name]
-    return found
+def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a configuration as an earlier version would have recorded it.
+
+    Args:
+        config: what is asked for.
+        saved: the identity in the folder that is resumed. A field that it lacks is left out where it has its default.
+    """
+    fields = type(config).model_fields
+    added = {
+        name for name in fields.keys() - saved.keys() if getattr(config, name) == fields[name].get_default()
+    }
+    return {name: value for name, value in config.identity().items() if name not in added}
 
 
 def refuse_other(out: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -64,7 +75,9 @@ values to resume
     differing = [name for name in names if saved.get(name) != asked.get(name)]
     if not differing:
         return
-    first, *others = [(name, f"{_shown(saved.get(name))}, not {_shown(asked.get(name))}") for name in differing]
+    first, *others = [
+        (name, f"{_shown(saved.get(name))}, not {_shown(asked.get(name))}") for name in differing
+    ]
     parts = [f"{first[0]}: {out} was made with {first[1]}", *(f"{name}: {values}" for name, values in others)]
     raise UserError("; ".join([*parts, "choose another --out, or give the same values to resume"]))
 

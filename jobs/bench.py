@@ -1,4 +1,6 @@
-"""Measurements a user can repeat: ``python jobs/bench.py [extract | train | prior | solver | store | serve | ood]``.
+"""Measurements a user can repeat: ``python jobs/bench.py [NAME ...]``.
+
+Names: extract, train, prior, solver, store, generate, serve, ood.
 
 Each times its baseline in the same run, in turns, and prints medians: compare ratios, machines are noisy. Without a
 name all of them run but ``ood``, which wants a finished `dmm demo` (its docs: docs/likelihood.md).
@@ -22,6 +24,7 @@ BENCHES = {
     "prior": ("bench_prior",),
     "solver": ("bench_solver",),
     "store": ("bench_store",),
+    "generate": ("bench_generate",),
     "serve": ("bench_serve",),
     "ood": ("bench_ood",),
 }

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from dmm_ray.config import RESUMABLE, Config
+from dmm_ray.operations import (
+    DenoiseArguments,
+    EncodeArguments,
+    LogProbArguments,
+    OperationArguments,
+    SampleArguments,
+    VelocityErrorArguments,
+)
 from dmm_ray.precision import PrecisionOption
-from dmm_ray.prior.denoising import Mode
 from dmm_ray.store.manifest import DtypeName
 
 
@@ -46,6 +53,11 @@ class JobConfig(Config):
             return 0.0
         return self.gpus_per_actor or (1.0 if self.device == "cuda" else self.gpus_per_actor)
 
+    def told(self, kind: type[OperationArguments], layer: int) -> dict[str, Any]:
+        """What an operation of ``kind`` is told about rows of ``layer``."""
+        given = {name: getattr(self, name) for name in kind.model_fields}
+        return {**given, "layer": layer, "seed": self.seed, "precision": self.precision}
+
 
 class StoreJobConfig(JobConfig):
     """Of the verbs that read activations."""
@@ -76,58 +88,41 @@ class StoreJobConfig(JobConfig):
         return self
 
 
-class ScoreConfig(StoreJobConfig):
+class ScoreConfig(StoreJobConfig, LogProbArguments, VelocityErrorArguments):
     """Score every row of an activation store, or of text: log-likelihood and percentiles."""
 
-    steps: int = Field(default=32, ge=1)
-    """Solver intervals from data to noise, two network evaluations each."""
-    probes: int = Field(default=2, ge=0)
-    """Rademacher probes of the trace an evaluation; 0 is exact, up to width 512."""
     window_tokens: int = Field(default=32, ge=0)
     """Add means over each token and those before it, this many; 0 leaves them out."""
     proxy: bool = False
     """Give the cheap velocity error instead of the log-likelihood."""
-    pairs: int = Field(default=8, ge=1)
-    """Pairs of noise level and noise of the velocity error; an evaluation each."""
 
 
-class DenoiseConfig(StoreJobConfig):
+class DenoiseConfig(StoreJobConfig, DenoiseArguments):
     """Move every row of an activation store, or of text, to where natural ones lie; writes an activation store."""
 
-    u: float = Field(default=0.5, ge=0, le=1)
-    """Noise level to restore from: 0 gives the row back, 1 forgets it."""
-    distance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Instead of u: each row's largest level that moves it by this much at most, relative to its distance from the
-    mean in normalised space."""
-    steps: int = Field(default=10, ge=1)
-    """Solver intervals from u to 0, two network evaluations each."""
-    mode: Mode = "sample"
-    """sample follows the flow; mean takes the posterior mean in one evaluation."""
     dtype: DtypeName | None = None
     """Stored number format; default that of the store."""
 
 
-class EncodeConfig(StoreJobConfig):
+class EncodeConfig(StoreJobConfig, EncodeArguments):
     """Write the prior's hidden units (meta-neurons) on every row of an activation store, or of text."""
 
-    u: float = Field(default=0.1, ge=0, le=1)
-    """Noise level of the rows."""
-    block: int | None = Field(default=None, ge=0)
-    """Which denoiser block; default all, one after the other."""
     features: list[int] | None = Field(default=None, min_length=1)
     """Only these hidden units, by number; default all."""
-    noises: int = Field(default=1, ge=1)
-    """Noises that the units are averaged over."""
     dtype: Literal["float16", "float32"] = "float32"
     """Stored number format."""
 
+    @model_validator(mode="after")
+    def _one_choice_of_units(self) -> EncodeConfig:
+        if self.features is not None and self.top is not None:
+            raise ValueError("top: the largest units, or --features some by number: give one of the two")
+        return self
 
-class SampleConfig(JobConfig):
+
+class SampleConfig(JobConfig, SampleArguments):
     """Draw activations from the prior; writes an activation store."""
 
     n: int = Field(ge=1)
     """How many rows."""
-    steps: int = Field(default=20, ge=1)
-    """Solver intervals from noise to data, two network evaluations each."""
     dtype: DtypeName = "float32"
     """Stored number format."""

@@ -48,6 +48,8 @@ class PriorActor(UnitActor):
     torch computes gets OpenMP threads; where there are more in all than cores, they hardly spin while they wait.)
     """
 
+    LESS = "--batch-rows"
+
     def __init__(self, task: PriorTask) -> None:
         super().__init__(task.out)
         self.task = task

@@ -41,7 +41,7 @@ class Inputs:
 def open_prior(config: JobConfig) -> tuple[ActivationPrior, int]:
     """The prior, on the CPU, and the layer to work on. Raises UserError where there is none such."""
     prior = ActivationPrior.from_pretrained(config.prior)
-    return prior, prior.layers[prior.layer_row(config.layer)]
+    return prior, prior.layers[prior.layer_index(config.layer)]
 
 
 def locate(prior: str) -> str:
@@ -115,6 +115,6 @@ def check_rows(prior: ActivationPrior, source: StoreRows) -> None:
     first = store.read(layer, store.row_groups(layer)[0], ("activation",)).activation
     finite = first[torch.isfinite(first).all(1)]
     if len(finite):
-        row = prior.layer_row(layer)
+        row = prior.layer_index(layer)
         for _ in PriorRows(finite, None, prior.config, prior.normalizer, row).pieces(1):
             pass  # the warning comes at the end

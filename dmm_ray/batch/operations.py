@@ -9,30 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, SampleConfig, ScoreConfig
+from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
 from dmm_ray.errors import UserError
+from dmm_ray.operations import (
+    DenoiseArguments,
+    EncodeArguments,
+    LogProbArguments,
+    OperationArguments,
+    SampleArguments,
+    VelocityErrorArguments,
+)
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.prior.ask import ask
 from dmm_ray.prior.windows import window_means
 from dmm_ray.store.manifest import DTYPES
 from dmm_ray.store.reader import Rows
 
-ACTIVATION, FEATURES = "activation", "features"
+ACTIVATION, FEATURES, INDICES, VALUES = "activation", "features", "indices", "values"
 Found = dict[str, Tensor]
 """Results of n rows by column: (n,) or (n, width), on the CPU. A column that is not there is null for every row."""
-SCORES = {
-    "nats": "log p(x) of the raw activation, nats",
-    "nats_per_dim": "nats / d",
-    "stderr": "standard error of nats by the trace estimate; null from one probe",
-    "percentile": "per cent of natural rows that are less likely; null without a calibration",
-    "latent_percentile": "two-sided percentile of the latent norm, 0 to 100; null without a calibration",
-    "combined_percentile": "percentile of the least of the two and of the row's own norm; null without a calibration",
-    "base": "log N(z_1; 0, I), nats",
-    "divergence": "integral of the velocity's divergence along the path, nats",
-}
-PROXY = {
-    "velocity_error": "mean squared velocity error, the training loss; small is natural",
-    "proxy_percentile": "per cent of natural rows with a larger one; null without a calibration",
-}
+SCORES, PROXY = (
+    {name: result.meaning for name, result in kind.RESULTS.items()}
+    for kind in (LogProbArguments, VelocityErrorArguments)
+)
 WINDOWS = {
     "window_nats_per_dim": "mean of nats_per_dim over the last {} tokens; null where not all are there",
     "window_percentile": "per cent of natural windows with a lesser mean; null without a calibration of it",
@@ -89,26 +88,8 @@ class Score:
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """(n,) each."""
-        c = self.config
-        if c.proxy:
-            return self._proxy(prior, x, ids)
-        result = prior.log_prob(
-            x, layer=self.layer, steps=c.steps, probes=c.probes, ids=ids, seed=c.seed, precision=c.precision
-        )
-        _check_answers(result.nats, ids)
-        columns = {name: getattr(result, name) for name in SCORES}
-        return {name: column.cpu() for name, column in columns.items() if column is not None}
-
-    def _proxy(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        c = self.config
-        error = prior.velocity_error(
-            x, layer=self.layer, pairs=c.pairs, ids=ids, seed=c.seed, precision=c.precision
-        ).cpu()
-        _check_answers(error, ids)
-        found = {"velocity_error": error}
-        if prior.calibration and self.layer in prior.calibration.layers:
-            found["proxy_percentile"] = prior.calibration.proxy_percentile(self.layer, error, ids[:, 1])
-        return found
+        kind = VelocityErrorArguments if self.config.proxy else LogProbArguments
+        return _asked(prior, kind, self.config, self.layer, x, ids)
 
     def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
         """Means over the last tokens of the same document; NaN where not all of them are among the rows."""
@@ -133,6 +114,21 @@ class Score:
 
 def _mean(values: Tensor, rows: Rows, width: int) -> Tensor:
     return torch.from_numpy(window_means(values.numpy(), rows.doc, rows.position, width).astype(np.float32))
+
+
+def _asked(
+    prior: ActivationPrior,
+    kind: type[OperationArguments],
+    config: JobConfig,
+    layer: int,
+    subject: Tensor | int,
+    ids: Tensor,
+) -> Found:
+    """What the prior finds, on the CPU. Raises UserError where that is not finite."""
+    columns = ask(prior, kind.NAME, subject, ids, config.told(kind, layer))
+    found = {name: column.cpu() for name, column in columns.items() if column is not None}
+    _check_answers(next(iter(found.values())), ids)
+    return found
 
 
 def _check_answers(found: Tensor, ids: Tensor) -> None:
@@ -173,6 +169,11 @@ class _Activations(_EachByItself):
         """``activation`` (0, d)."""
         return {ACTIVATION: torch.empty(0, self.width, dtype=DTYPES[self.dtype])}
 
+    def _stored(self, found: Found, ids: Tensor) -> Found:
+        rows = found["activations"].to(DTYPES[self.dtype])
+        _check_answers(rows, ids)
+        return {ACTIVATION: rows}
+
 
 @dataclass(frozen=True)
 class Denoise(_Activations):
@@ -185,35 +186,7 @@ class Denoise(_Activations):
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """``activation`` (n, d) in the stored dtype."""
-        c = self.config
-        restored = prior.denoise(
-            x,
-            self._levels(prior, x, ids),
-            steps=c.steps,
-            mode=c.mode,
-            layer=self.layer,
-            ids=ids,
-            seed=c.seed,
-            precision=c.precision,
-        )
-        stored = restored.to(DTYPES[self.dtype]).cpu()
-        _check_answers(stored, ids)
-        return {ACTIVATION: stored}
-
-    def _levels(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> float | Tensor:
-        c = self.config
-        if c.distance is None:
-            return c.u
-        return prior.level_for_distance(
-            x,
-            c.distance,
-            steps=c.steps,
-            mode=c.mode,
-            layer=self.layer,
-            ids=ids,
-            seed=c.seed,
-            precision=c.precision,
-        )
+        return self._stored(_asked(prior, DenoiseArguments, self.config, self.layer, x, ids), ids)
 
 
 @dataclass(frozen=True)
@@ -228,37 +201,35 @@ class Encode(_EachByItself):
 
     @property
     def columns(self) -> dict[str, str]:
-        """One."""
+        """One, or two with ``top``."""
         c = self.config
-        chosen = f"numbers {c.features}" if c.features else "all"
         place = "all blocks" if c.block is None else f"block {c.block}"
+        if c.top is not None:
+            which = f"the {c.top} hidden units of {place} with the largest values at u = {c.u:g}"
+            return {INDICES: f"numbers of {which}", VALUES: f"values of {which}, the largest first"}
+        chosen = f"numbers {c.features}" if c.features else "all"
         meaning = f"{self.kept} little-endian {c.dtype}: hidden units of {place}, {chosen}, at u = {c.u:g}"
         return {FEATURES: meaning}
 
     @property
     def nothing(self) -> Found:
-        """``features`` (0, kept)."""
-        return {FEATURES: torch.empty(0, self.kept, dtype=getattr(torch, self.config.dtype))}
+        """The columns without rows."""
+        dtype = getattr(torch, self.config.dtype)
+        if self.config.top is not None:
+            shape = (0, self.config.top)
+            return {INDICES: torch.empty(shape, dtype=torch.int64), VALUES: torch.empty(shape, dtype=dtype)}
+        return {FEATURES: torch.empty(0, self.kept, dtype=dtype)}
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """``features`` (n, kept) in the stored dtype. Raises UserError if that cannot hold them."""
+        """The columns, (n, kept) in the stored dtype each. Raises UserError if that cannot hold them."""
         c = self.config
-        units = prior.encode(
-            x,
-            u=c.u,
-            block=c.block,
-            layer=self.layer,
-            ids=ids,
-            seed=c.seed,
-            noises=c.noises,
-            precision=c.precision,
-        )
-        _check_answers(units, ids)
-        kept = units if c.features is None else units[:, c.features]
-        stored = kept.to(getattr(torch, c.dtype)).cpu()
+        found = _asked(prior, EncodeArguments, c, self.layer, x, ids)
+        name = FEATURES if c.top is None else VALUES
+        kept = found[name] if c.features is None else found[name][:, c.features]
+        stored = kept.to(getattr(torch, c.dtype))
         if not stored.isfinite().all():
             raise UserError(f"dtype: {c.dtype} cannot hold every hidden unit; give --dtype float32")
-        return {FEATURES: stored}
+        return found | {name: stored}
 
 
 @dataclass(frozen=True)
@@ -272,13 +243,7 @@ class Sample(_Activations):
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
         """``activation`` (n, d) in the stored dtype; of x the length alone counts."""
-        c = self.config
-        rows = prior.sample(
-            len(ids), steps=c.steps, layer=self.layer, ids=ids, seed=c.seed, precision=c.precision
-        )
-        stored = rows.to(DTYPES[self.dtype]).cpu()
-        _check_answers(stored, ids)
-        return {ACTIVATION: stored}
+        return self._stored(_asked(prior, SampleArguments, self.config, self.layer, len(ids), ids), ids)
 
 
 def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:
@@ -290,6 +255,12 @@ def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:
     if config.block is not None and config.block >= prior.n_blocks:
         raise UserError(f"block: this prior has blocks 0 to {prior.n_blocks - 1} (got {config.block})")
     there = prior.d_mlp * (prior.n_blocks if config.block is None else 1)
+    if config.top is not None:
+        if config.top > there:
+            raise UserError(
+                f"top: 1 to {there} of this prior's hidden units can be asked for (got {config.top})"
+            )
+        return there, config.top
     chosen = config.features or []
     if len(set(chosen)) < len(chosen) or not all(0 <= f < there for f in chosen):
         raise UserError(f"features: distinct numbers from 0 to {there - 1} are needed (got {chosen})")

@@ -89,25 +89,27 @@ def _write_table(out: str, manifest: Manifest, unit: int, rows: Rows, found: Fou
 
 
 def make_table(rows: Rows, columns: Sequence[str], found: Found) -> pa.Table:
-    """The rows' names and ``columns``: float32, null where NaN or not found; bytes where a row has several numbers."""
+    """The rows' names and ``columns``: float32, null where NaN or not found; features are bytes, other arrays lists."""
     names = {
         "doc": pa.array(rows.doc),
         "position": pa.array(rows.position),
         "token_id": pa.array(rows.token_id),
     }
-    table = pa.table(names | {column: _array(found.get(column), len(rows.doc)) for column in columns})
+    table = pa.table(names | {column: _array(column, found.get(column), len(rows.doc)) for column in columns})
     if FEATURES not in found:
         return table
     dtype, width = str(found[FEATURES].dtype).removeprefix("torch."), found[FEATURES].shape[1]
     return table.replace_schema_metadata({"dtype": dtype, "features": str(width), "byte_order": "little"})
 
 
-def _array(values: Tensor | None, n: int) -> pa.Array:
+def _array(name: str, values: Tensor | None, n: int) -> pa.Array:
     if values is None:
         return pa.nulls(n, pa.float32())
     if values.ndim == 1:
         array = values.to(torch.float32).numpy()
         return pa.array(array, mask=np.isnan(array))
+    if name != FEATURES:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1).numpy()), values.shape[1])
     raw = values.contiguous()
     kind = pa.binary(raw.shape[1] * raw.dtype.itemsize)
     return pa.Array.from_buffers(kind, n, [None, pa.py_buffer(raw.view(torch.uint8).numpy())])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 
 from dmm_ray.client.errors import ClientError, UnavailableError
 from dmm_ray.client.events import events
-from dmm_ray.client.results import Generated, LogProb, Models, TextScore, Token
-from dmm_ray.client.rows import Rows
-from dmm_ray.client.tensors import LENGTH_HEADER, pack, unpack
+from dmm_ray.client.results import Generated, LogProb, Models, TextScore, Token, TopUnits
+from dmm_ray.client.rows import Rows, array_of, plain
 from dmm_ray.client.transport import Transport
+from dmm_ray.operations import OPERATIONS, Grid, Method, Mode
+from dmm_ray.precision import PrecisionOption
+from dmm_ray.protocol import LENGTH_HEADER, pack, unpack
 
 Columns = dict[str, np.ndarray]
+Result = TypeVar("Result")
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -36,10 +41,6 @@ class GenerateOptions(TypedDict, total=False):
     seed: int
     layer: int | None
     """Block to steer; None: the direction's own."""
-
-
-PERHAPS = ("stderr", "percentile", "latent_percentile", "combined_percentile")
-"""Outputs of log_prob that an answer may lack."""
 
 
 class Client:
@@ -100,7 +101,7 @@ class Client:
 
     def models(self) -> Models:
         """The endpoint's priors and language model."""
-        return Models.read(self._transport.get("/v1/models").json())
+        return self._read("/v1/models", self._transport.get("/v1/models"), Models.read)
 
     def log_prob(
         self,
@@ -110,31 +111,85 @@ class Client:
         probes: int = 2,
         ids: Any = None,
         seed: int = 0,
+        method: Method = "midpoint",
+        grid: Grid = "cosine",
+        precision: PrecisionOption | None = None,
     ) -> LogProb:
         """Log-likelihood of raw activations x (n, d) in nats; ``probes=0``: exact trace."""
-        found = self._ask("log_prob", Rows.given(x, ids), layer=layer, steps=steps, probes=probes, seed=seed)
-        some = {name: found.get(name) for name in PERHAPS}
-        return LogProb(found["nats"], found["nats_per_dim"], **some, evaluations=int(found["evaluations"][0]))
+        found = self._ask(
+            "log_prob", Rows.given(x, ids), layer=layer, steps=steps, probes=probes, seed=seed, method=method,
+            grid=grid, precision=precision,
+        )  # fmt: skip
+        columns = {name: found.get(name) for name in OPERATIONS["log_prob"].RESULTS}
+        return LogProb(**columns, evaluations=int(found["evaluations"][0]))  # type: ignore[arg-type]
+
+    def velocity_error(
+        self,
+        x: Any,
+        layer: int | None = None,
+        pairs: int = 8,
+        ids: Any = None,
+        seed: int = 0,
+        precision: PrecisionOption | None = None,
+    ) -> np.ndarray:
+        """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity; lower is more natural."""
+        rows = Rows.given(x, ids)
+        found = self._ask("velocity_error", rows, layer=layer, pairs=pairs, seed=seed, precision=precision)
+        return found["velocity_error"]
 
     def denoise(
         self,
         x: Any,
-        u: float = 0.5,
+        u: Any = 0.5,
         steps: int = 10,
-        mode: Literal["sample", "mean"] = "sample",
+        mode: Mode = "sample",
         layer: int | None = None,
         ids: Any = None,
         seed: int = 0,
+        method: Method = "midpoint",
+        grid: Grid = "cosine",
+        precision: PrecisionOption | None = None,
+        distance: float | None = None,
     ) -> np.ndarray:
-        """Raw activations (n, d) moved to where natural ones lie: noised to level u, restored."""
-        rows = Rows.given(x, ids)
-        return self._ask("denoise", rows, u=u, steps=steps, mode=mode, layer=layer, seed=seed)["activations"]
+        """Raw activations (n, d) moved to where natural ones lie: noised to level u, one or one per row, restored.
+
+        With ``distance``, each row's u is the largest level that moves it by that much at most.
+        """
+        several = array_of("u", u).ndim > 0
+        rows = Rows.given(x, ids, u if several else None)
+        return self._ask(
+            "denoise", rows, u=None if several else u, steps=steps, mode=mode, layer=layer, seed=seed,
+            method=method, grid=grid, precision=precision, distance=distance,
+        )["activations"]  # fmt: skip
 
     def sample(
-        self, n: int, steps: int = 20, layer: int | None = None, ids: Any = None, seed: int = 0
+        self,
+        n: int,
+        steps: int = 20,
+        layer: int | None = None,
+        ids: Any = None,
+        seed: int = 0,
+        method: Method = "midpoint",
+        grid: Grid = "cosine",
+        precision: PrecisionOption | None = None,
     ) -> np.ndarray:
         """n raw activations (n, d), drawn."""
-        return self._ask("sample", Rows.drawn(n, ids), steps=steps, layer=layer, seed=seed)["activations"]
+        return self._ask(
+            "sample", Rows.drawn(n, ids), steps=steps, layer=layer, seed=seed, method=method, grid=grid,
+            precision=precision,
+        )["activations"]  # fmt: skip
+
+    @overload
+    def encode(
+        self, x: Any, u: float = ..., block: int | None = ..., layer: int | None = ..., ids: Any = ...,
+        seed: int = ..., noises: int = ..., precision: PrecisionOption | None = ..., top: None = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def encode(
+        self, x: Any, u: float = ..., block: int | None = ..., layer: int | None = ..., ids: Any = ...,
+        seed: int = ..., noises: int = ..., precision: PrecisionOption | None = ..., *, top: int,
+    ) -> TopUnits: ...  # fmt: skip
 
     def encode(
         self,
@@ -144,16 +199,27 @@ class Client:
         layer: int | None = None,
         ids: Any = None,
         seed: int = 0,
-    ) -> np.ndarray:
-        """Meta-neurons (n, features) of raw activations at level u; ``block=None``: those of all blocks."""
-        return self._ask("encode", Rows.given(x, ids), u=u, block=block, layer=layer, seed=seed)["features"]
+        noises: int = 1,
+        precision: PrecisionOption | None = None,
+        top: int | None = None,
+    ) -> np.ndarray | TopUnits:
+        """Meta-neurons (n, features) of raw activations at level u; ``block=None``: those of all blocks.
+
+        With ``top``, only the units with the largest values, by number and value.
+        """
+        found = self._ask(
+            "encode", Rows.given(x, ids), u=u, block=block, layer=layer, seed=seed, noises=noises,
+            precision=precision, top=top,
+        )  # fmt: skip
+        return found["features"] if top is None else TopUnits(found["indices"], found["values"])
 
     def score_text(
         self, text: str, layer: int | None = None, steps: int = 32, probes: int = 2, seed: int = 0
     ) -> TextScore:
         """Log-probability of the language model's activation at each token of a text."""
         body = {"text": text, "layer": layer, "steps": steps, "probes": probes, "seed": seed}
-        return TextScore.read(self._transport.post("/v1/score_text", *self._json(body)).json())
+        answer = self._transport.post("/v1/score_text", *self._json(body))
+        return self._read("/v1/score_text", answer, TextScore.read)
 
     def generate(
         self,
@@ -162,8 +228,9 @@ class Client:
         **options: Unpack[GenerateOptions],
     ) -> Generated:
         """A text written by the language model while steered along a direction, its name or (d,) numbers."""
-        body = {"prompt": prompt, "direction": _plain(direction), **options}
-        return Generated.read(self._transport.post("/v1/generate", *self._json(body)).json())
+        body = {"prompt": prompt, "direction": direction, **options}
+        answer = self._transport.post("/v1/generate", *self._json(body))
+        return self._read("/v1/generate", answer, Generated.read)
 
     def generate_stream(
         self,
@@ -172,15 +239,29 @@ class Client:
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Token | Generated]:
         """``generate`` token by token; the last item is the whole answer. Closing the iterator ends the generation."""
-        body = {"prompt": prompt, "direction": _plain(direction), "stream": True, **options}
+        body = {"prompt": prompt, "direction": direction, "stream": True, **options}
         with self._transport.stream("/v1/generate", *self._json(body)) as chunks:
-            for kind, value in events(chunks):
-                if kind == "error":
-                    raise UnavailableError(value["error"])
-                yield Generated.read(value) if kind == "done" else Token(value["id"], value["text"])
+            for kind, data in events(chunks):
+                if kind not in ("token", "done", "error"):
+                    continue
+                with answer_of("/v1/generate", data):
+                    value = json.loads(data)
+                    item = _event(kind, value)
+                if isinstance(item, str):
+                    raise UnavailableError(item)
+                yield item
+                if isinstance(item, Generated):
+                    return
+        raise UnavailableError("/v1/generate: the stream ended before the text did; ask again")
+
+    @staticmethod
+    def _read(route: str, answer: httpx.Response, read: Callable[[dict[str, Any]], Result]) -> Result:
+        with answer_of(route, answer.text):
+            return read(answer.json())
 
     def _json(self, body: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-        content = json.dumps({**_plain_numbers(body), "model": self._model}).encode()
+        given = {name: plain(name, value) for name, value in body.items()}
+        content = json.dumps({**given, "model": self._model}).encode()
         return content, {"Content-Type": "application/json"}
 
     def _ask(self, operation: str, rows: Rows, **arguments: Any) -> Columns:
@@ -198,27 +279,45 @@ class Client:
                 where = f"rows {part.start} to {part.start + len(part) - 1}"
                 raise ClientError(f"{where}: {e}", e.status) from e
 
+        self._transport.check_open()
         return _joined(list(self._pool.map(ask, rows.cut(self._chunk_rows))))
 
     def _infer(self, route: str, part: Rows, arguments: dict[str, Any]) -> Columns:
-        content, length = pack(part.tensors(), _plain_numbers(arguments))
-        headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(length)}
-        answer = self._transport.post(route, content, headers)
-        try:
-            return unpack(answer.content, int(answer.headers[LENGTH_HEADER]))
-        except (ValueError, KeyError, TypeError) as e:
-            raise UnavailableError(f"{route}: the answer is not of the Open Inference Protocol") from e
+        given = {name: plain(name, value) for name, value in arguments.items()}
+        body, head = pack(part.tensors(), given)
+        headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(head)}
+        answer = self._transport.post(route, body, headers)
+        with answer_of(route, answer.text if "json" in answer.headers.get("content-type", "") else ""):
+            return _columns(answer.content, int(answer.headers[LENGTH_HEADER]), len(part))
+
+
+@contextlib.contextmanager
+def answer_of(route: str, text: str) -> Iterator[None]:
+    """Inside, an answer is read. Raises UnavailableError where it is not what this endpoint answers."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        shown = " ".join(text.split())[:100]
+        raise UnavailableError(
+            f"{route}: the answer is not a dmm-ray endpoint's; is a proxy in between? It begins {shown!r}"
+        ) from e
+
+
+def _event(kind: str, value: dict[str, Any]) -> Token | Generated | str:
+    """A token, the whole text, or the message of an error. Raises KeyError or TypeError for another value."""
+    if kind == "error":
+        return str(value["error"])
+    return Generated.read(value) if kind == "done" else Token(value["id"], value["text"])
+
+
+def _columns(body: bytes, head_bytes: int, n: int) -> Columns:
+    """An answer's outputs. Raises ValueError, KeyError or TypeError where it is no answer about n rows."""
+    found = unpack(body, head_bytes)
+    if not found or any(len(array) != n for name, array in found.items() if name != "evaluations"):
+        raise ValueError(f"not about {n} rows")
+    return found
 
 
 def _joined(parts: list[Columns]) -> Columns:
     """Columns of parts one behind the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _plain_numbers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with numbers of numpy and torch as Python's, which JSON can hold."""
-    return {name: v.item() if getattr(v, "shape", None) == () else v for name, v in arguments.items()}
-
-
-def _plain(direction: str | Sequence[float] | None) -> str | list[float] | None:
-    return direction if direction is None or isinstance(direction, str) else [float(v) for v in direction]

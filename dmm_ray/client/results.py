@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,21 @@ class LogProb:
     """Two-sided, of the latent norm; None for a prior without calibration."""
     combined_percentile: np.ndarray | None
     """Of the least of the two and of the row's own norm, the one to use; None for a prior without calibration."""
+    base: np.ndarray
+    """log N(z_1; 0, I) of the latent that the row flows to, nats."""
+    divergence: np.ndarray
+    """Integral of the velocity's divergence along the path, nats."""
     evaluations: int
-    """Network evaluations a row."""
+    """Network evaluations per row."""
+
+
+class TopUnits(NamedTuple):
+    """The k hidden units of each row with the largest values, the largest first."""
+
+    indices: np.ndarray
+    """Numbers of the units, int64 (n, k)."""
+    values: np.ndarray
+    """float32 (n, k)."""
 
 
 @dataclass(frozen=True)

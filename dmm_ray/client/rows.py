@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from dmm_ray.client.errors import ClientError
-from dmm_ray.client.tensors import DATATYPES
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,25 @@ class Rows:
         start: number of the first one in the whole request.
         ids: their names, int64 (n,) or (n, 2).
         x: the activations (n, d); None where they are to be drawn.
+        levels: a noise level for each, float64 (n,), where they differ.
     """
 
     start: int
     ids: np.ndarray
     x: np.ndarray | None
+    levels: np.ndarray | None = None
 
     @classmethod
-    def given(cls, x: Any, ids: Any) -> Rows:
-        """All rows of a request. Raises ClientError for shapes that do not fit."""
-        array = np.asarray(x)
-        if array.dtype.name not in DATATYPES or array.dtype.kind == "i":
-            array = array.astype(np.float32)
-        if array.ndim != 2 or not array.size:
-            raise ClientError(f"x: rows of activations (n, d) are needed (got shape {array.shape})")
-        return cls(0, _ids(ids, len(array)), array)
+    def given(cls, x: Any, ids: Any, u: Any = None) -> Rows:
+        """All rows of a request, with a noise level each where ``u`` is several. Raises ClientError for others."""
+        array = activations_of(x)
+        levels = None if u is None else _levels(u, len(array))
+        return cls(0, _ids(ids, len(array)), array, levels)
 
     @classmethod
-    def drawn(cls, n: int, ids: Any) -> Rows:
+    def drawn(cls, n: Any, ids: Any) -> Rows:
         """The rows of n samples. Raises ClientError for ids of another length."""
+        n = integer("n", n)
         if n < 1:
             raise ClientError(f"n: at least 1 is needed (got {n})")
         return cls(0, _ids(ids, n), None)
@@ -49,7 +49,8 @@ class Rows:
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these; no copy."""
         x = None if self.x is None else self.x[start:stop]
-        return Rows(self.start + start, self.ids[start:stop], x)
+        levels = None if self.levels is None else self.levels[start:stop]
+        return Rows(self.start + start, self.ids[start:stop], x, levels)
 
     def cut(self, most: int) -> Iterator[Rows]:
         """Parts of at most ``most`` rows."""
@@ -58,12 +59,68 @@ class Rows:
     def tensors(self) -> dict[str, np.ndarray]:
         """The inputs of the request for these rows."""
         main = {"n": np.array([len(self)], np.int64)} if self.x is None else {"activations": self.x}
-        return {**main, "ids": self.ids}
+        levels = {} if self.levels is None else {"u": self.levels}
+        return {**main, "ids": self.ids, **levels}
+
+
+def activations_of(x: Any) -> np.ndarray:
+    """Rows of activations (n, d) in a number format that can be sent, from arrays, tensors or lists.
+
+    Raises:
+        ClientError: another shape, complex or masked numbers, or what is not numbers.
+    """
+    array = array_of("x", x)
+    if (array.dtype.kind == "V" and array.dtype.name != "bfloat16") or array.dtype.kind not in "fiuV":
+        raise ClientError(f"x: real numbers are needed (got {array.dtype})")
+    if array.ndim != 2 or not array.size:
+        raise ClientError(f"x: rows of activations (n, d) are needed (got shape {array.shape})")
+    return array if array.dtype.name in ("float32", "float16", "bfloat16") else array.astype(np.float32)
+
+
+def array_of(name: str, value: Any) -> np.ndarray:
+    """An array, tensor or list as an array. Raises ClientError for ragged or masked ones, and for what is no array."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ClientError(f"{name}: a masked array; fill or leave out what is masked")
+    detach = getattr(value, "detach", None)
+    if detach is not None:  # a tensor of torch, which numpy reads on the CPU alone, and not in bfloat16
+        value = detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ClientError(f"{name}: an array of numbers is needed ({' '.join(str(e).split())[:200]})") from e
+
+
+def plain(name: str, value: Any) -> Any:
+    """An argument as JSON has it: numbers and arrays of numpy and torch as Python's. Raises ClientError for others."""
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    array = array_of(name, value)
+    if array.dtype.kind not in "biuf":
+        raise ClientError(f"{name}: numbers are needed (got {type(value).__name__} {str(value)[:80]})")
+    if not np.isfinite(array).all():
+        raise ClientError(f"{name}: finite numbers are needed (got {str(value)[:80]})")
+    return array.tolist()
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument that counts, as an int. Raises ClientError for what is not an integer."""
+    try:
+        return operator.index(value)
+    except TypeError as e:
+        raise ClientError(f"{name}: an integer is needed (got {str(value)[:80]})") from e
+
+
+def _levels(u: Any, n: int) -> np.ndarray:
+    levels = array_of("u", u)
+    if levels.dtype.kind not in "iuf" or levels.shape != (n,):
+        raise ClientError(f"u: one noise level, or {n} of them, are needed (got shape {levels.shape})")
+    return levels.astype(np.float64)
 
 
 def _ids(ids: Any, n: int) -> np.ndarray:
     """Row names as int64; 0 .. n-1 where none are given, so that parts keep the names of the whole."""
-    array = np.arange(n, dtype=np.int64) if ids is None else np.asarray(ids)
+    array = np.arange(n, dtype=np.int64) if ids is None else array_of("ids", ids)
     if array.dtype.kind not in "iu" or array.shape not in {(n,), (n, 2)}:
         raise ClientError(
             f"ids: {n} integers or {n} pairs are needed (got {array.dtype} of shape {array.shape})"

@@ -51,8 +51,14 @@ class Transport:
         self._closed.set()
         self._http.close()
 
+    def check_open(self) -> None:
+        """Raises ClientError after :meth:`close`."""
+        if self._closed.is_set():
+            raise ClientError("the client is closed; make another one")
+
     def is_ready(self) -> bool:
         """Whether the endpoint says it is ready; one try."""
+        self.check_open()
         try:
             return self._http.get("/v2/health/ready").status_code == 200
         except httpx.TransportError:
@@ -78,7 +84,7 @@ class Transport:
         response = self._patiently(request, stream=True)
         try:
             yield response.iter_bytes()
-        except httpx.TransportError as e:
+        except (httpx.TransportError, httpx.DecodingError) as e:
             raise UnavailableError(f"{self._url}: the stream ended early ({_reason(e)})") from e
         finally:
             response.close()
@@ -103,6 +109,7 @@ class Transport:
 
     def _try(self, request: httpx.Request, stream: bool) -> httpx.Response | httpx.TransportError:
         """An answer, or how the connection was lost. Raises UnavailableError for an answer that takes too long."""
+        self.check_open()
         try:
             answer = self._http.send(request, stream=stream)
             if answer.status_code != 200:
@@ -112,6 +119,8 @@ class Transport:
             raise UnavailableError(
                 f"{self._url}: no answer in {self._timeout:g} s; ask for less or give a longer timeout"
             ) from e
+        except httpx.DecodingError as e:
+            raise UnavailableError(f"{self._url}: the answer cannot be decoded ({e})") from e
         except httpx.TransportError as e:
             return e
 
@@ -157,7 +166,7 @@ def _wait_s(answer: httpx.Response | httpx.TransportError, attempt: int) -> floa
     return backoff + (float(asked) if asked.isdecimal() else 0.0)
 
 
-def _reason(answer: httpx.Response | httpx.TransportError) -> str:
-    if isinstance(answer, httpx.TransportError):
+def _reason(answer: httpx.Response | httpx.TransportError | httpx.DecodingError) -> str:
+    if isinstance(answer, httpx.TransportError | httpx.DecodingError):
         return f"{type(answer).__name__} {answer}".strip()
     return f"HTTP {answer.status_code} {_message(answer) or answer.reason_phrase}"

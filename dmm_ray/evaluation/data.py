@@ -76,7 +76,7 @@ def load(config: EvaluateConfig) -> Inputs:
     device = pick_device(config.device)
     prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
     store = ActivationStore.open(config.activations)
-    layer = prior.layers[prior.layer_row(config.layer)]
+    layer = prior.layers[prior.layer_index(config.layer)]
     check_fits(prior.config, store, layer, same_model=True)
     manifest = store.manifest
     compute_dtype = (
@@ -175,7 +175,7 @@ def read_part(
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
-    return Part(prior.normalizer.normalize(x, prior.layer_row(layer)), ids.to(prior.device))
+    return Part(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
 
 
 def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:

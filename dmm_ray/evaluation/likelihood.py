@@ -14,7 +14,7 @@ def nll(config: EvaluateConfig, inputs: Inputs, methods: Methods, part: Part) ->
 
     Adding :func:`log_determinant_per_dim` gives that of normalised rows.
     """
-    row = inputs.prior.layer_row(inputs.layer)
+    row = inputs.prior.layer_index(inputs.layer)
     prior = inputs.prior.log_prob(
         inputs.prior.normalizer.denormalize(part.z, row),
         layer=inputs.layer,
@@ -32,4 +32,4 @@ def nll(config: EvaluateConfig, inputs: Inputs, methods: Methods, part: Part) ->
 
 def log_determinant_per_dim(inputs: Inputs) -> float:
     """The normaliser's ``log |dz/dx| / d``: the log-density per dimension that a row gains from z to x."""
-    return inputs.prior.normalizer.log_determinant(inputs.prior.layer_row(inputs.layer)) / inputs.prior.d
+    return inputs.prior.normalizer.log_determinant(inputs.prior.layer_index(inputs.layer)) / inputs.prior.d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from dmm_ray.evaluation.methods import Methods
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.noise import STREAM_PATH, normal
 from dmm_ray.seeds import numpy_rng
-from dmm_ray.subject import SubjectModel
+from dmm_ray.subject import Intervention, Site, SubjectModel
 
 BATCH_TOKENS = 4096
-Restore = Callable[[Tensor], Tensor]
 
 
 class Documents:
@@ -47,23 +46,22 @@ class Documents:
         """Nats of the token after each row (n,), with the layer's rows replaced by ``rows`` (n, d) where given."""
         found = np.full(len(self.ids), np.nan)
         for docs, input_ids, mask in self._batches():
-            layer, edit = (None, None) if rows is None else (self.layer, self._replacing(docs, rows))
-            losses = (
-                self.subject.token_losses(input_ids, mask, layer=layer, edit=edit).double().numpy(force=True)
-            )
+            edits = [] if rows is None else [self._replacing(docs, rows)]
+            losses = self.subject.token_losses(input_ids, mask, edits).double().numpy(force=True)
             for line, doc in enumerate(docs):
                 length = len(self.tokens[doc])
                 found[self._slice(doc)][: length - 2] = losses[line, 1 : length - 1]
         return found
 
-    def _replacing(self, docs: Sequence[int], rows: Tensor) -> Restore:
-        def edit(hidden: Tensor) -> Tensor:
-            hidden = hidden.clone()
-            for line, doc in enumerate(docs):
-                hidden[line, 1 : len(self.tokens[doc])] = rows[self._slice(doc)].to(hidden.device)
-            return hidden
+    def _replacing(self, docs: Sequence[int], rows: Tensor) -> Intervention:
+        """Has the layer's activations in a batch of documents replaced by ``rows``."""
+        start = torch.tensor([self._start[doc] - 1 for doc in docs])  # a document's rows begin at position 1
 
-        return edit
+        def edit(x: Tensor, ids: Tensor) -> Tensor:
+            sequences, positions = ids.cpu().T
+            return rows[start[sequences] + positions].to(x)
+
+        return Intervention(Site(self.layer), edit)
 
     def _slice(self, doc: int) -> slice:
         start = self._start[doc]
@@ -94,7 +92,7 @@ def restorations(
 
     Each gives its posterior mean, the prior under the name ``prior_mean``.
     """
-    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     z_u = interpolate(z, normal(seed, ids.to(prior.device), prior.d, STREAM_PATH), u)
     for name, method in methods.denoisers.items():
@@ -109,7 +107,7 @@ def sampled(inputs: Inputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> T
 
 def plain(inputs: Inputs, methods: Methods, rows: Tensor) -> Iterator:
     """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
-    prior, row = inputs.prior, inputs.prior.layer_row(inputs.layer)
+    prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     for name, z_hat in (("pca", methods.pca.reconstruct(z)), ("sae", methods.sae_plain.reconstruct(z))):
         yield name, prior.normalizer.denormalize(z_hat, row).cpu()

@@ -65,7 +65,7 @@ def row_scores(
     Raises:
         UserError: as ``log_prob``; a prior that is not calibrated for the layer.
     """
-    row = prior.layer_row(layer)
+    row = prior.layer_index(layer)
     number, position = prior.layers[row], ids[:, 1]
     if prior.calibration is None:
         raise UserError("prior: not calibrated; `dmm train` does that, others need a store of natural rows")

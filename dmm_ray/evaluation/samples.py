@@ -21,7 +21,7 @@ FOLDS = 2
 
 def draw(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> dict[str, Tensor]:
     """``config.samples`` normalised rows (n, d) of every method that has samples, and as ``floor`` training rows."""
-    n, seed, row = config.samples, config.seed, inputs.prior.layer_row(inputs.layer)
+    n, seed, row = config.samples, config.seed, inputs.prior.layer_index(inputs.layer)
     found = {
         name: method.prior.normalizer.normalize(
             method.prior.sample(n, steps=config.sample_steps, layer=inputs.layer, seed=seed), row

@@ -145,6 +145,8 @@ class Engine:
 class Extractor(UnitActor):
     """Holds an engine."""
 
+    LESS = "--batch-tokens"
+
     def __init__(self, task: ExtractionTask, corpus: Corpus) -> None:
         super().__init__(task.out)
         self.engine = Engine(task, corpus)

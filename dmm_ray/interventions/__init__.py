@@ -1,16 +1,6 @@
-"""A subject and a prior together: texts read, tokens generated under a steered layer, activations as tokens."""
+"""A subject and a prior together: generation steered along directions, projected to where natural states lie."""
 
 from dmm_ray.interventions.directions import Direction, load_directions
-from dmm_ray.interventions.generation import Generated, Generation
-from dmm_ray.interventions.language import LanguageModel, TooLongError
 from dmm_ray.interventions.steering import Steering
 
-__all__ = [
-    "Direction",
-    "Generated",
-    "Generation",
-    "LanguageModel",
-    "Steering",
-    "TooLongError",
-    "load_directions",
-]
+__all__ = ["Direction", "Steering", "load_directions"]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.interventions.directions import Direction
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.subject.intervention import Intervention, Site
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class Steering:
     def block(self) -> int:
         """The layer's number."""
         own = None if self.direction is None else self.direction.layer
-        return self.prior.layers[self.prior.layer_row(own if self.layer is None else self.layer)]
+        return self.prior.layers[self.prior.layer_index(own if self.layer is None else self.layer)]
 
     @cached_property
     def norm(self) -> float:
         """The layer's mean activation norm, ``sqrt(E |x|^2) = sqrt(sum(mean^2 + var))``."""
-        row, normalizer = self.prior.layer_row(self.block), self.prior.normalizer
+        row, normalizer = self.prior.layer_index(self.block), self.prior.normalizer
         return float((normalizer.mean[row].double().square() + normalizer.var[row].double()).sum().sqrt())
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        """The activation (d,) at ``position``, edited; float32."""
+    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
+        """The activations (n, d) with ids (n, 2), edited; float32."""
         if self.direction is not None:
             x = x + self.strength * self.norm * self.direction.vector.to(x)
         if self.u is None:
             return x
-        ids = torch.tensor([[0, position]])
-        (projected,) = self.prior.denoise(
-            x[None], u=self.u, steps=self.steps, layer=self.block, ids=ids, seed=self.seed
-        )
-        return projected
+        return self.prior.denoise(x, u=self.u, steps=self.steps, layer=self.block, ids=ids, seed=self.seed)
+
+    def intervention(self) -> Intervention:
+        """This edit at its layer, of each activation that predicts a new token."""
+        return Intervention(Site(self.block), self, prompt=False)

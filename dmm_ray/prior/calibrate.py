@@ -47,16 +47,16 @@ def calibrate(
     Raises:
         UserError: as ``log_prob``; ids that are not pairs; a score that is not finite.
     """
-    row = prior.layer_row(layer)
+    index = prior.layer_index(layer)
     pairs = np.asarray(torch.as_tensor(ids).numpy(force=True))
     if pairs.shape != (len(x), 2):
         raise UserError(f"ids: {len(x)} pairs of document and position are needed, got {pairs.shape}")
-    number = prior.layers[row]
+    number = prior.layers[index]
     found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=pairs, seed=seed)
     scores = {
         "nats": found.nats,
         "latent": latent_norm(found.base, prior.d),
-        "norm": squared_norm(prior, x, row),
+        "norm": squared_norm(prior, x, index),
         "velocity_error": prior.velocity_error(x, layer=number, ids=pairs, seed=seed),
     }
     for name, score in scores.items():
@@ -66,12 +66,13 @@ def calibrate(
         "steps": steps, "probes": probes, "seed": seed, "rows": len(pairs), "documents": len(np.unique(pairs[:, 0])),
     }  # fmt: skip
     one = np.ones(len(pairs)) if weights is None else weights
-    return Calibration(prior.d, {number: _tables(scores, prior.d, pairs, one, about)})
+    tables = _tables(scores, prior.d, pairs, one, about)
+    return Calibration(prior.d, {number: tables}, prior.fingerprint())
 
 
-def squared_norm(prior: ActivationPrior, x: Tensor, row: int) -> Tensor:
-    """``|z|^2`` (n,) float64 of raw rows (n, d) of the layer at index ``row`` of ``prior``."""
-    pieces = (prior.normalizer.normalize(piece.to(prior.device), row) for piece in x.split(CHUNK))
+def squared_norm(prior: ActivationPrior, x: Tensor, layer_index: int) -> Tensor:
+    """``|z|^2`` (n,) float64 of raw rows (n, d) of the layer at index ``layer_index`` of ``prior``."""
+    pieces = (prior.normalizer.normalize(piece.to(prior.device), layer_index) for piece in x.split(CHUNK))
     return torch.cat([z.double().square().sum(1) for z in pieces])
 
 

@@ -18,6 +18,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import exists, join, make_folder, read_bytes, write_bytes
 from dmm_ray.prior.folder import CALIBRATION
 from dmm_ray.prior.quantiles import LEVELS, Table
+from dmm_ray.prior.weights import read_header
 
 KEY, VERSION = "calibration", 1
 ROW_SCORES = ("nats", "latent", "norm", "velocity_error", "combined")
@@ -63,11 +64,27 @@ class LayerCalibration:
 
 
 class Calibration:
-    """Quantiles of a prior's scores on natural rows, by layer; ``a | b`` joins those of different layers."""
+    """Quantiles of a prior's scores on natural rows, by layer; ``a | b`` joins those of different layers.
 
-    def __init__(self, d: int, by_layer: Mapping[int, LayerCalibration]) -> None:
+    Args:
+        d: the prior's.
+        by_layer: tables by block number.
+        weights: the prior's :meth:`fingerprint`; None for a calibration made before there was one.
+    """
+
+    def __init__(self, d: int, by_layer: Mapping[int, LayerCalibration], weights: str | None = None) -> None:
         self.d = d
         self.by_layer = dict(by_layer)
+        self.weights = weights
+
+    def check(self, d: int, weights: str) -> None:
+        """Raises UserError where it is not of a prior of width ``d`` with the fingerprint ``weights``."""
+        if self.d != d or self.weights not in (None, weights):
+            why = f"d = {self.d}, not {d}" if self.d != d else "other weights"
+            raise UserError(
+                f"{CALIBRATION}: it is of a prior with {why}: its percentiles would be wrong; delete it, or calibrate "
+                "this prior"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -81,7 +98,8 @@ class Calibration:
         return tuple(sorted(set.intersection(*found))) if found else ()
 
     def __or__(self, other: Calibration) -> Calibration:
-        return Calibration(self.d, self.by_layer | other.by_layer)
+        weights = self.weights if other.weights in (None, self.weights) else other.weights
+        return Calibration(self.d, self.by_layer | other.by_layer, weights)
 
     def percentiles(
         self,
@@ -107,7 +125,7 @@ class Calibration:
         tables = self._layer(layer)
         less_likely, two_sided, least = tables.shares(nats, latent_norm(base, self.d), norm, position)
         combined, _ = tables.rows["combined"].shares(least, position)
-        return Percentiles(*((100 * share).float() for share in (less_likely, two_sided, combined)))
+        return Percentiles(*(_per_cent(share) for share in (less_likely, two_sided, combined)))
 
     def proxy_percentile(self, layer: int, velocity_error: Tensor, position: Tensor | None = None) -> Tensor:
         """The share of natural rows with a larger velocity error, (n,) float32 from 0 to 100; small is unusual.
@@ -116,7 +134,7 @@ class Calibration:
             UserError: a layer that there are no tables of.
         """
         _, larger = self._layer(layer).rows["velocity_error"].shares(velocity_error, position)
-        return (100 * larger).float()
+        return _per_cent(larger)
 
     def window_percentile(self, layer: int, score: str, means: np.ndarray, width: int) -> np.ndarray:
         """The share of natural windows with a lesser mean, (n,) float32 from 0 to 100; NaN where the mean is.
@@ -135,7 +153,7 @@ class Calibration:
             known = f"{', '.join(map(str, self.widths)) or 'none'}, of {' and '.join(WINDOW_SCORES)}"
             raise UserError(f"width: windows calibrated are {known} (got {score} over {width} tokens)")
         below, _ = tables[width][score].shares(torch.as_tensor(means))
-        return (100 * below).float().numpy()
+        return _per_cent(below).numpy()
 
     def save(self, folder: str) -> None:
         """Write ``calibration.safetensors`` into a prior's folder, whole or not at all."""
@@ -149,7 +167,8 @@ class Calibration:
             str(number): {**layer.about, "widths": list(layer.windows)}
             for number, layer in self.by_layer.items()
         }
-        metadata = json.dumps({"version": VERSION, "d": self.d, "layers": about}, sort_keys=True)
+        known = {"version": VERSION, "d": self.d, "weights": self.weights, "layers": about}
+        metadata = json.dumps(known, sort_keys=True)
         make_folder(folder)
         write_bytes(join(folder, CALIBRATION), safetensors.torch.save(tensors, {KEY: metadata}))
 
@@ -161,7 +180,9 @@ class Calibration:
             return None
         data = read_bytes(path)
         try:
-            tensors, metadata = safetensors.torch.load(data), _metadata(data)
+            tensors = safetensors.torch.load(data)
+            header, _ = read_header(lambda start, stop: data[start:stop])
+            metadata = json.loads(header["__metadata__"][KEY])
             if metadata["version"] != VERSION:
                 raise UserError(
                     f"{path}: of version {metadata['version']}, not {VERSION}; calibrate the prior again"
@@ -169,6 +190,7 @@ class Calibration:
             return cls(
                 metadata["d"],
                 {int(number): _layer(number, about, tensors) for number, about in metadata["layers"].items()},
+                metadata.get("weights"),
             )
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
             if isinstance(e, UserError):
@@ -181,15 +203,14 @@ class Calibration:
         return self.by_layer[layer]
 
 
+def _per_cent(share: Tensor) -> Tensor:
+    """Shares (n,) as per cent, float32 and never 0: beyond what that holds, rows are equally far out."""
+    return (100 * share).float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def latent_norm(base: Tensor, d: int) -> Tensor:
     """The squared norm of z_1 (n,) from ``base = -(|z_1|^2 + d log 2 pi) / 2``."""
     return -2 * base.double() - d * math.log(2 * math.pi)
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    """Our JSON in the header of a safetensors file: 8 bytes of length, then the header."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
 
 
 def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerCalibration:

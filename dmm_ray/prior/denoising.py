@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
+from dmm_ray.operations import Mode
 from dmm_ray.prior.flow import interpolate, posterior_mean
 from dmm_ray.prior.solver import Solver
 from dmm_ray.prior.velocities import VelocityField
 
-Mode = Literal["sample", "mean"]
 LEVELS = 32
 """Levels for a distance are the multiples of 1 / LEVELS."""
 

@@ -110,7 +110,10 @@ def _described(path: str) -> tuple[PriorConfig, Tensor, Tensor]:
     uri = join(path, STATISTICS)
     statistics = _read_statistics(uri)
     mean, var = (_by_layer(uri, name, statistics[name], description) for name in ("mean", "var"))
-    return description.prior_config(_floor(uri, var)), mean, var
+    config = description.prior_config(_smallest(uri, var))
+    if zeros := int((var == 0).sum()):
+        logger.warning("%s: %d variances are zero; %.3g is used for them", uri, zeros, config.variance_floor)
+    return config, mean, var
 
 
 def _read_statistics(uri: str) -> dict[str, Tensor]:
@@ -173,18 +176,11 @@ def _by_block(config: PriorConfig, value: Tensor, fill: float) -> Tensor:
     return table
 
 
-def _floor(uri: str, var: Tensor) -> float:
+def _smallest(uri: str, var: Tensor) -> float:
     """The smallest variance above zero: it changes none, and keeps z finite where the variance is zero."""
     positive = var[var > 0]
     if not len(positive):
         raise UserError(f"{uri}: every variance is zero; copy the file from the source again")
-    if len(positive) < var.numel():
-        logger.warning(
-            "%s: %d variances are zero; %.3g is used for them",
-            uri,
-            var.numel() - len(positive),
-            positive.min(),
-        )
     return float(positive.min())
 
 

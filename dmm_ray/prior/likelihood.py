@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,24 @@ class Scale(NamedTuple):
         return self.calibration.percentiles(self.layer, nats, base, norm, self.positions)
 
 
+class Path(NamedTuple):
+    """What is found on the way from rows to noise, (n,) float64 each."""
+
+    base: Tensor
+    """``log N(z_1; 0, I)``."""
+    divergence: Tensor
+    """Its integral."""
+    stderr: Tensor
+    """Of the integral, from the trace estimate."""
+    squared_norm: Tensor
+    """``|z_0|^2``."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Path]) -> Path:
+        """Of rows one behind the other."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class LogProb:
     """Log-likelihood of n raw activations and its parts; tensors are (n,) float32, in nats."""
@@ -65,21 +84,20 @@ class LogProb:
 
     @classmethod
     def of(
-        cls, parts: Tensor, log_determinant: float, d: int, probes: int, evaluations: int, scale: Scale
+        cls, path: Path, log_determinant: float, d: int, probes: int, evaluations: int, scale: Scale
     ) -> LogProb:
-        """From base, divergence, its standard error and ``|z|^2`` (4, n), float64."""
-        base, divergence, stderr, norm = parts
-        nats = base + divergence + log_determinant
-        found = scale.percentiles(nats, base, norm)
+        """From what was found along the path."""
+        nats = path.base + path.divergence + log_determinant
+        found = scale.percentiles(nats, path.base, path.squared_norm)
         return cls(
             nats=nats.float(),
             nats_per_dim=(nats / d).float(),
-            stderr=None if probes == 1 else stderr.float(),
+            stderr=None if probes == 1 else path.stderr.float(),
             percentile=found.percentile if found else None,
             latent_percentile=found.latent_percentile if found else None,
             combined_percentile=found.combined_percentile if found else None,
-            base=base.float(),
-            divergence=divergence.float(),
+            base=path.base.float(),
+            divergence=path.divergence.float(),
             log_determinant=log_determinant,
             evaluations=evaluations,
         )
@@ -105,8 +123,8 @@ def tangents_at_once(probes: int, d: int) -> int:
 
 def follow(
     field: VelocityField, piece: Piece, solver: Solver, points: list[float], seed: int, probes: int
-) -> Tensor:
-    """Base log-density, divergence, its standard error and ``|z|^2`` (4, m), float64, of rows led along ``points``.
+) -> Path:
+    """What is found when rows are led along ``points``.
 
     ``log p(z_0) = log N(z_1; 0, I) + integral_0^1 div v(z_u, u) du`` (Chen et al. 2018).
     """
@@ -123,4 +141,4 @@ def follow(
     with as_asked(piece.z.device):  # the trace's sums as well as the field's products
         z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
     base = -0.5 * (z_1.double().square().sum(1) + z_1.shape[1] * math.log(2 * math.pi))
-    return torch.stack([base, divergence, variance.sqrt(), piece.z.double().square().sum(1)])
+    return Path(base, divergence, variance.sqrt(), piece.z.double().square().sum(1))

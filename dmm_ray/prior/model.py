@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
+from dmm_ray.operations import Mode
 from dmm_ray.precision import PrecisionOption, precision_on
-from dmm_ray.prior.denoising import Mode, Restorer, largest_levels, row_levels
+from dmm_ray.prior.denoising import Restorer, largest_levels, row_levels
 from dmm_ray.prior.flow import interpolate
-from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, LogProb, Scale, check_probes, follow, tangents_at_once
+from dmm_ray.prior.likelihood import (
+    EXACT_TRACE_MAX_D,
+    LogProb,
+    Path,
+    Scale,
+    check_probes,
+    follow,
+    tangents_at_once,
+)
 from dmm_ray.prior.module import PriorModule
 from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
-from dmm_ray.prior.rows import Ids, Rows, chunk_rows
+from dmm_ray.prior.rows import Ids, Piece, Rows, chunk_rows
 from dmm_ray.prior.solver import Solver, check_level
+from dmm_ray.prior.top import TopUnits
 from dmm_ray.prior.velocities import VelocityField
 
 
@@ -39,7 +49,7 @@ class ActivationPrior(PriorModule):
         if z.ndim != 2 or z.shape[1] != self.d:
             raise UserError(f"z: expected shape (n, {self.d}), got {tuple(z.shape)}")
         levels = row_levels(u, len(z))
-        return self._field(self.layer_row(layer)).at_levels(z, levels.to(z.device, torch.float32))
+        return self._field(self.layer_index(layer)).at_levels(z, levels.to(z.device, torch.float32))
 
     @torch.no_grad()
     def log_prob(
@@ -73,16 +83,15 @@ class ActivationPrior(PriorModule):
             UserError: wrong width, empty or non-finite rows, a layer not modelled, no steps, negative probes, an exact
                 trace beyond ``exact_limit``.
         """
-        row, solver = self.layer_row(layer), solver or Solver()
+        index, solver = self.layer_index(layer), solver or Solver()
         probes = check_probes(probes, self.d, exact_limit)
-        points, field = solver.points(0.0, 1.0, steps), self._field(row, precision)
-        rows = self._rows(x, ids, row)
-        parts = torch.empty(4, len(rows), dtype=torch.float64, device=self.device)
-        for piece in rows.pieces(1 + tangents_at_once(probes, self.d)):
-            parts[:, piece.at] = follow(field, piece, solver, points, seed, probes)
-        log_det = self.normalizer.log_determinant(row)
+        points, field = solver.points(0.0, 1.0, steps), self._field(index, precision)
+        rows = self._rows(x, ids, index)
+        pieces = rows.pieces(1 + tangents_at_once(probes, self.d))
+        path = Path.joined([follow(field, piece, solver, points, seed, probes) for piece in pieces])
+        log_det = self.normalizer.log_determinant(index)
         scale = Scale(self.calibration, rows.layer, rows.positions)
-        return LogProb.of(parts, log_det, self.d, probes, solver.stages * steps, scale)
+        return LogProb.of(path, log_det, self.d, probes, solver.stages * steps, scale)
 
     @torch.no_grad()
     def velocity_error(
@@ -102,8 +111,8 @@ class ActivationPrior(PriorModule):
         Raises:
             UserError: as :meth:`log_prob`, no pairs.
         """
-        row, pairs = self.layer_row(layer), as_integer("pairs", pairs, least=1)
-        field, rows = self._field(row, precision), self._rows(x, ids, row)
+        index, pairs = self.layer_index(layer), as_integer("pairs", pairs, least=1)
+        field, rows = self._field(index, precision), self._rows(x, ids, index)
         total = torch.zeros(len(rows), device=self.device)
         for piece in rows.pieces(1):
             for k in range(pairs):
@@ -124,6 +133,7 @@ class ActivationPrior(PriorModule):
         seed: int = 0,
         solver: Solver | None = None,
         precision: PrecisionOption | None = None,
+        distance: float | None = None,
     ) -> Tensor:
         """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore.
 
@@ -137,17 +147,20 @@ class ActivationPrior(PriorModule):
             seed: of the noise.
             solver: see the class.
             precision: see the class.
+            distance: instead of ``u``: each row's :meth:`level_for_distance`.
 
         Raises:
-            UserError: as :meth:`log_prob`, u outside [0, 1], another mode.
+            UserError: as :meth:`log_prob`, u outside [0, 1], another mode; as :meth:`level_for_distance`.
         """
-        row = self.layer_row(layer)
-        restorer = Restorer(self._field(row, precision), solver or Solver(), steps, mode)
-        rows = self._rows(x, ids, row)
+        if distance is not None:
+            u = self.level_for_distance(x, distance, steps, mode, layer, ids, seed, solver, precision)
+        index = self.layer_index(layer)
+        restorer = Restorer(self._field(index, precision), solver or Solver(), steps, mode)
+        rows = self._rows(x, ids, index)
         levels, found = row_levels(u, len(rows)), rows.empty(self.d)
         for piece in rows.pieces(1):
             noise, u_M = normal(seed, piece.ids, self.d, STREAM_PATH), levels[piece.at]
-            restored = self.normalizer.denormalize(restorer.at_levels(piece.z, noise, u_M), row)
+            restored = self.normalizer.denormalize(restorer.at_levels(piece.z, noise, u_M), index)
             found[piece.at] = torch.where((u_M > 0).to(self.device)[:, None], restored, piece.x)
         return found
 
@@ -173,11 +186,11 @@ class ActivationPrior(PriorModule):
         Raises:
             UserError: as :meth:`denoise`, a distance that is negative or not a number.
         """
-        row = self.layer_row(layer)
+        index = self.layer_index(layer)
         if not 0 <= as_number("distance", distance) < math.inf:
             raise UserError(f"distance: a finite number, 0 or more, is needed (got {distance})")
-        restorer = Restorer(self._field(row, precision), solver or Solver(), steps, mode)
-        rows, found = self._rows(x, ids, row), []
+        restorer = Restorer(self._field(index, precision), solver or Solver(), steps, mode)
+        rows, found = self._rows(x, ids, index), []
         for z, noise in ((p.z, normal(seed, p.ids, self.d, STREAM_PATH)) for p in rows.pieces(1)):
 
             def restore(u_M: Tensor, z: Tensor = z, noise: Tensor = noise) -> Tensor:
@@ -202,16 +215,45 @@ class ActivationPrior(PriorModule):
         Raises:
             UserError: n or steps below 1, a layer not modelled.
         """
-        row, solver = self.layer_row(layer), solver or Solver()
+        index, solver = self.layer_index(layer), solver or Solver()
         n = as_integer("n", n, least=1)
-        points, field = solver.points(1.0, 0.0, steps), self._field(row, precision)
+        points, field = solver.points(1.0, 0.0, steps), self._field(index, precision)
         size, ids_N2 = chunk_rows(self.config, 1, self.device), row_ids(ids, n, self.device)
         found = torch.empty(n, self.d, device=self.device)
         for start in range(0, n, size):
             noise = normal(seed, ids_N2[start : start + size], self.d, STREAM_SAMPLE)
             z = solver.integrate(field, noise, points)
-            found[start : start + size] = self.normalizer.denormalize(z, row)
+            found[start : start + size] = self.normalizer.denormalize(z, index)
         return found
+
+    @overload
+    def encode(
+        self,
+        x: Tensor,
+        u: float = ...,
+        block: int | None = ...,
+        layer: int | None = ...,
+        ids: Ids = ...,
+        seed: int = ...,
+        noises: int = ...,
+        precision: PrecisionOption | None = ...,
+        top: None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        x: Tensor,
+        u: float = ...,
+        block: int | None = ...,
+        layer: int | None = ...,
+        ids: Ids = ...,
+        seed: int = ...,
+        noises: int = ...,
+        precision: PrecisionOption | None = ...,
+        *,
+        top: int,
+    ) -> TopUnits: ...
 
     @torch.no_grad()
     def encode(
@@ -224,7 +266,8 @@ class ActivationPrior(PriorModule):
         seed: int = 0,
         noises: int = 1,
         precision: PrecisionOption | None = None,
-    ) -> Tensor:
+        top: int | None = None,
+    ) -> Tensor | TopUnits:
         """The prior's hidden units on raw activations noised to level u: its meta-neurons (n, features).
 
         Args:
@@ -236,27 +279,40 @@ class ActivationPrior(PriorModule):
             seed: of the noise.
             noises: how many noises the units are averaged over.
             precision: see the class.
+            top: only the units with the largest values, this many, as :class:`TopUnits`.
 
         Raises:
-            UserError: as :meth:`denoise`, a block that the denoiser lacks, no noises.
+            UserError: as :meth:`denoise`, a block that the denoiser lacks, no noises, more units than there are.
         """
-        row, blocks = self.layer_row(layer), self.config.n_blocks
+        index, blocks = self.layer_index(layer), self.config.n_blocks
         check_level(u)
         if block is not None and not 0 <= (block := as_integer("block", block)) < blocks:
             raise UserError(f"block: this prior has blocks 0 to {blocks - 1} (got {block})")
         noises, u = as_integer("noises", noises, least=1), as_number("u", u)
-        field, rows = self._field(row, precision), self._rows(x, ids, row)
-        found = rows.empty(self.config.d_mlp * (blocks if block is None else 1)).zero_()
-        for piece in rows.pieces(blocks):
+        field, rows = self._field(index, precision), self._rows(x, ids, index)
+        units = self.config.d_mlp * (blocks if block is None else 1)
+        if top is not None and not 1 <= (top := as_integer("top", top)) <= units:
+            raise UserError(f"top: 1 to {units} of this prior's hidden units can be asked for (got {top})")
+
+        def encoded(piece: Piece) -> Tensor:
+            total = torch.zeros(len(piece.z), units, device=self.device)
             for k in range(noises):
                 noise = normal(seed, piece.ids, self.d, STREAM_ENCODE + k * DRAW)
                 hidden = field.hidden(interpolate(piece.z, noise, u), u)
-                found[piece.at] += (torch.cat(hidden, dim=1) if block is None else hidden[block]) / noises
+                total += (torch.cat(hidden, dim=1) if block is None else hidden[block]) / noises
+            return total
+
+        if top is not None:  # a piece's features at a time are held, never all rows'
+            parts = [TopUnits.of(encoded(piece), top) for piece in rows.pieces(blocks)]
+            return TopUnits(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        found = rows.empty(units)
+        for piece in rows.pieces(blocks):
+            found[piece.at] = encoded(piece)
         return found
 
-    def _field(self, row: int, precision: PrecisionOption | None = None) -> VelocityField:
+    def _field(self, layer_index: int, precision: PrecisionOption | None = None) -> VelocityField:
         chosen = self.precision if precision is None else precision_on(precision, self.device)
-        return self.velocities.field(self.denoiser, row, chosen)
+        return self.velocities.field(self.denoiser, layer_index, chosen)
 
-    def _rows(self, x: Any, ids: Ids, row: int) -> Rows:
-        return Rows(x, ids, self.config, self.normalizer, row)
+    def _rows(self, x: Any, ids: Ids, layer_index: int) -> Rows:
+        return Rows(x, ids, self.config, self.normalizer, layer_index)

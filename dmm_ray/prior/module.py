@@ -17,6 +17,7 @@ from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.prior.velocities import Velocities
+from dmm_ray.prior.weights import fingerprint
 from dmm_ray.seeds import MASK64, as_seed
 
 
@@ -105,14 +106,25 @@ class PriorModule(nn.Module):
         prior = cls(config, denoiser, statistics).to(device)
         prior.precision = precision_on(precision, device)
         prior.calibration = Calibration.load(path)
+        prior._check_calibration()
         return prior
 
     def save_pretrained(self, path: str) -> None:
         """Write ``config.json``, ``model.safetensors`` (weights and normaliser) and the calibration into a folder."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        self._check_calibration()
         folder.save(path, self.config, tensors)
         if self.calibration is not None:
             self.calibration.save(path)
+
+    def fingerprint(self) -> str:
+        """Of the weights and the normaliser: :func:`dmm_ray.prior.weights.fingerprint`."""
+        return fingerprint(self.state_dict())
+
+    def _check_calibration(self) -> None:
+        """Raises UserError where the percentiles are of other weights."""
+        if self.calibration is not None:
+            self.calibration.check(self.d, self.fingerprint())
 
     def push_to_hub(
         self,
@@ -144,7 +156,7 @@ class PriorModule(nn.Module):
         """Compile the network from now on, with ``options`` of torch.compile, such as ``mode="reduce-overhead"``."""
         self.velocities.compile(options)
 
-    def layer_row(self, layer: int | None) -> int:
+    def layer_index(self, layer: int | None) -> int:
         """The index of ``layer`` among the modelled ones. Raises UserError for another, or None with several."""
         if layer is None and len(self.layers) == 1:
             return 0

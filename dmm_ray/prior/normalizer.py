@@ -21,20 +21,22 @@ class Normalizer(nn.Module):
     def __init__(self, mean: Tensor, var: Tensor, floor: float) -> None:
         super().__init__()
         self.floor = floor
+        self.warned: set[int] = set()
+        """Layers, by index, whose rows were once so far from natural ones that a warning was logged: one is enough."""
         self.register_buffer("mean", mean.to(torch.float32))
         self.register_buffer("var", var.to(torch.float32).clamp(min=floor))
 
-    def normalize(self, x: Tensor, row: int = 0) -> Tensor:
-        """Raw activations (n, d) of the layer at index ``row`` to normalised float32."""
-        return (x.to(torch.float32) - self.mean[row]) / self.var[row].sqrt()
+    def normalize(self, x: Tensor, layer_index: int = 0) -> Tensor:
+        """Raw activations (n, d) of the layer at index ``layer_index`` to normalised float32."""
+        return (x.to(torch.float32) - self.mean[layer_index]) / self.var[layer_index].sqrt()
 
-    def denormalize(self, z: Tensor, row: int = 0) -> Tensor:
+    def denormalize(self, z: Tensor, layer_index: int = 0) -> Tensor:
         """The inverse of :meth:`normalize`, float32."""
-        return z * self.var[row].sqrt() + self.mean[row]
+        return z * self.var[layer_index].sqrt() + self.mean[layer_index]
 
-    def log_determinant(self, row: int = 0) -> float:
+    def log_determinant(self, layer_index: int = 0) -> float:
         """``log |dz / dx|`` in nats: what a density of z gains to become one of x."""
-        return float(-0.5 * self.var[row].double().log().sum())
+        return float(-0.5 * self.var[layer_index].double().log().sum())
 
 
 def variance_floor(var: Tensor) -> float:

@@ -12,6 +12,8 @@ LEVELS = 257
 """Quantiles kept of a score, at the levels (k + 1/2) / 257."""
 TAIL = 12
 """The tails' slope is taken between the outermost quantile and the one so many further in (about 5 % of the rows)."""
+ROUNDING = 1e-5
+"""Of a score, relative: what float32 sums, and another batch or machine, may change."""
 MIN_ROWS = 128
 """Positions are pooled until a bucket has so many rows."""
 
@@ -101,6 +103,9 @@ def bucket_edges(position: np.ndarray, min_rows: int = MIN_ROWS) -> Tensor:
 def _shares(values_Q: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
     """Shares below and above by one row of a table."""
     last = LEVELS - 1
+    # Where natural rows are all alike, their own like, a rounding away, is one of them and not beyond them all.
+    for edge in (values_Q[0], values_Q[last]):
+        score_N = torch.where((score_N - edge).abs() <= ROUNDING * edge.abs(), edge, score_N)
     first = torch.searchsorted(values_Q, score_N)
     after = torch.searchsorted(values_Q, score_N, right=True)
     left, right = values_Q[(first - 1).clamp(0, last)], values_Q[first.clamp(max=last)]

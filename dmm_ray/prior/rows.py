@@ -41,14 +41,14 @@ class Piece(NamedTuple):
 
 
 class Rows:
-    """Activations of the layer at index ``row``, checked as a whole before any work is done.
+    """Activations of the layer at index ``layer_index``, checked as a whole before any work is done.
 
     Args:
         x: (n, d) raw, finite; a tensor, an array or lists.
         ids: (n,) or (n, 2) integers; None for 0..n-1.
         config: of the prior.
         normalizer: of the prior; its device is worked on.
-        row: index of the layer among the prior's.
+        layer_index: of the layer among the prior's.
 
     Attributes:
         positions: second column of ids that are pairs, (n,), or None.
@@ -57,8 +57,10 @@ class Rows:
         UserError: another shape, no rows, a row that is not finite, ids that do not fit.
     """
 
-    def __init__(self, x: Any, ids: Ids, config: PriorConfig, normalizer: Normalizer, row: int) -> None:
-        self.config, self.normalizer, self.row = config, normalizer, row
+    def __init__(
+        self, x: Any, ids: Ids, config: PriorConfig, normalizer: Normalizer, layer_index: int
+    ) -> None:
+        self.config, self.normalizer, self.layer_index = config, normalizer, layer_index
         self.device = normalizer.mean.device
         try:
             self.x = torch.as_tensor(x)
@@ -78,7 +80,7 @@ class Rows:
     @property
     def layer(self) -> int:
         """The block number that the rows are said to come from."""
-        return self.config.layers[self.row]
+        return self.config.layers[self.layer_index]
 
     def empty(self, width: int) -> Tensor:
         """Room (n, width) for a result."""
@@ -87,13 +89,13 @@ class Rows:
     def pieces(self, width: int) -> Iterator[Piece]:
         """All rows in turn, as many at once as memory allows where each takes ``width`` network widths.
 
-        At the end, logs a warning if they do not fit the normaliser.
+        At the end, logs a warning, once for a prior's layer, if they do not fit the normaliser.
         """
         size, squares = chunk_rows(self.config, width, self.device), []
         for start in range(0, len(self), size):
             at = slice(start, min(start + size, len(self)))
             x = self.x[at].to(self.device, torch.float32)
-            z = self.normalizer.normalize(x, self.row)
+            z = self.normalizer.normalize(x, self.layer_index)
             squares.append(z.square().mean(1))
             yield Piece(at, x, z, self.ids[at])
         self._warn(float(torch.cat(squares).median()))
@@ -110,7 +112,8 @@ class Rows:
                 )
 
     def _warn(self, square: float) -> None:
-        if not 1 / TOO_WIDE <= square <= TOO_WIDE:
+        if not 1 / TOO_WIDE <= square <= TOO_WIDE and self.layer_index not in self.normalizer.warned:
+            self.normalizer.warned.add(self.layer_index)
             logger.warning(
                 "activations: the median row has mean square %.3g after normalisation, where rows of layer %d of %s "
                 "have about 1; is this another layer or model?",

@@ -9,13 +9,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
+from dmm_ray.operations import Grid, Method
 
 Velocity = Callable[[Tensor, float], Tensor]
 """(states (n, d), u) -> velocities (n, d)."""
@@ -32,8 +33,6 @@ class Tableau(NamedTuple):
     weights: tuple[float, ...]
 
 
-Method = Literal["euler", "midpoint", "heun", "rk4"]
-Grid = Literal["cosine", "uniform"]
 TABLEAUX: dict[str, Tableau] = {
     "euler": Tableau((0.0,), ((),), (1.0,)),
     "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),

@@ -13,6 +13,7 @@ from dmm_ray.precision import Precision
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.precision import as_asked
+from dmm_ray.prior.weights import sampled
 
 GATE_FLOATS = 1 << 24
 """Remembered time paths hold about this many numbers at most."""
@@ -32,6 +33,10 @@ class _Network(NamedTuple):
 class Velocities:
     """Makes the fields of a prior; what it keeps is dropped when the weights move or change.
 
+    Every in-place change that torch counts is seen, as are moves and casts. Writing through ``.data``, which torch does
+    not count, is seen by some numbers of each tensor: whatever changes a tensor as a whole is, an edit of a few of its
+    numbers may not be. (A sum over all of them would cost as much as an evaluation of the network.)
+
     Args:
         config: of the prior.
     """
@@ -40,6 +45,10 @@ class Velocities:
         self.config = config
         self.options: dict[str, Any] | None = None
         self._weights: tuple[tuple[int, int], ...] = ()
+        self._samples: list[
+            Tensor
+        ] = []  # views of the weights, and below their numbers when they were last looked at
+        self._numbers: Tensor | None = None
         self._networks: dict[Precision, _Network] = {}
         self._gates: dict[Precision, dict[Key, list[Tensor]]] = {}
 
@@ -47,18 +56,24 @@ class Velocities:
         """Compile the networks from now on, with ``options`` of torch.compile."""
         self.options, self._weights = options, ()
 
-    def field(self, denoiser: Denoiser, row: int, precision: Precision = "float32") -> VelocityField:
-        """The velocity at the layer of index ``row``."""
+    def field(self, denoiser: Denoiser, layer_index: int, precision: Precision = "float32") -> VelocityField:
+        """The velocity at the layer of index ``layer_index``."""
         # In-place updates count up the version; a move or a cast changes the address. Weights that were loaded in
         # inference mode have no version: nothing outside of that mode can write into them.
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters())
-        if weights != self._weights:
+        if weights != self._weights or self._written():
             self._weights, self._networks, self._gates = weights, {}, {}
+            self._samples = [sampled(p) for p in denoiser.parameters() if p.is_contiguous()]
+            self._numbers = torch.cat(self._samples)
         if precision not in self._networks:
             self._networks[precision] = self._network(denoiser, precision)
-        depth = self.config.depth(self.config.layers[row]) if self.config.multi_layer else None
+        depth = self.config.depth(self.config.layers[layer_index]) if self.config.multi_layer else None
         known = self._gates.setdefault(precision, {})
-        return VelocityField(self._networks[precision], row, depth, known, self._remembered)
+        return VelocityField(self._networks[precision], layer_index, depth, known, self._remembered)
+
+    def _written(self) -> bool:
+        """Whether a number has changed that was looked at."""
+        return self._numbers is not None and not torch.equal(torch.cat(self._samples), self._numbers)
 
     @property
     def _remembered(self) -> int:
@@ -80,21 +95,21 @@ class VelocityField:
 
     Args:
         network: functions of the denoiser.
-        row: index of the layer.
+        layer_index: of the layer among the prior's.
         depth: its layer condition, where the prior has one.
-        known: time paths by (row, u), shared by all fields of a prior; the least recently used go first.
+        known: time paths by (layer_index, u), shared by all fields of a prior; the least recently used go first.
         remembered: most of them.
     """
 
     def __init__(
         self,
         network: _Network,
-        row: int,
+        layer_index: int,
         depth: float | None,
         known: dict[Key, list[Tensor]],
         remembered: int,
     ) -> None:
-        self.network, self.row, self.depth = network, row, depth
+        self.network, self.layer_index, self.depth = network, layer_index, depth
         self.known, self.remembered = known, remembered
 
     def __call__(self, z: Tensor, u: float) -> Tensor:
@@ -124,10 +139,10 @@ class VelocityField:
         return found.to(z.dtype)
 
     def _path(self, u: float, device: torch.device) -> list[Tensor]:
-        gates = self.known.pop((self.row, u), None)
+        gates = self.known.pop((self.layer_index, u), None)
         if gates is None:
             gates = self._new_path(torch.full((1,), u, device=device))
-        self.known[self.row, u] = gates
+        self.known[self.layer_index, u] = gates
         if len(self.known) > self.remembered:
             self.known.pop(next(iter(self.known)), None)
         return gates

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,6 +17,10 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.files import filesystem, is_local, iter_chunks
 
+HEADER_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian integer of so many bytes."""
+SAMPLED = 256
+"""Numbers of each tensor that a fingerprint and a check for changes look at, at most."""
 LFS = b"version https://git-lfs"
 """What a file begins with that stands for a large one in a Git repository."""
 
@@ -70,3 +77,32 @@ def _local(uri: str) -> Iterator[str]:
             copy.write(chunk)
         copy.flush()
         yield copy.name
+
+
+def read_header(read: Callable[[int, int], bytes | bytearray]) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, its metadata included, and where the tensors' bytes begin.
+
+    Args:
+        read: gives the file's bytes from one place to another.
+    """
+    start = HEADER_BYTES + int.from_bytes(read(0, HEADER_BYTES), "little")
+    return json.loads(read(HEADER_BYTES, start)), start
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """At most ``SAMPLED`` numbers of a contiguous tensor, evenly spread: a view."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // SAMPLED))]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the tensors' names, shapes and some of their numbers, in float32.
+
+    It tells trained weights from others at once, however large; an edit of a few numbers by hand may escape it.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(sampled(tensor.contiguous()).to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()

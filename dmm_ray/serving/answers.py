@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -16,9 +16,16 @@ from dmm_ray.serving.errors import RequestError
 Handler = Callable[[Request, Exception], Awaitable[JSONResponse]]
 
 
-def failure(status: int, message: str, retry_after_s: float | None = None) -> JSONResponse:
-    """An error answer, with Retry-After in whole seconds where a retry makes sense."""
-    headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
+def failure(
+    status: int,
+    message: str,
+    retry_after_s: float | None = None,
+    more: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An error answer, with Retry-After in whole seconds where a retry makes sense, and ``more`` headers."""
+    headers = dict(more or {})
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(retry_after_s))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": message}, status, headers)
@@ -34,7 +41,7 @@ def install_handlers(api: FastAPI) -> None:
 
     async def http(_: Request, e: Exception) -> JSONResponse:
         assert isinstance(e, HTTPException)
-        return failure(e.status_code, str(e.detail))
+        return failure(e.status_code, str(e.detail), more=e.headers)
 
     async def bad_input(_: Request, e: Exception) -> JSONResponse:
         return failure(422, str(e.cause if isinstance(e, RayTaskError) else e))

@@ -6,13 +6,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from dmm_ray.config import versions
+from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.serving import docs_page, json_routes, oip_routes, page, text_api
 from dmm_ray.serving.answers import install_handlers
 from dmm_ray.serving.auth import Tokens
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.gate import Answered, Gate, log_access
 from dmm_ray.serving.metrics import HttpMetrics
-from dmm_ray.serving.oip import LENGTH_HEADER
 
 DESCRIPTION = """Log-probabilities, denoising, samples and meta-neurons of language-model activations.
 

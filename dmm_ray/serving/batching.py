@@ -34,19 +34,27 @@ class _Piece(NamedTuple, Generic[Key]):
 
 
 class RowBatcher(Generic[Key]):
-    """Runs ``solve`` in a thread, one call at a time, on rows of one key joined up to ``max_rows``.
+    """Runs ``solve`` in a thread, one call at a time, on rows of one key joined up to ``max_rows`` of it.
 
     All calls are made by one thread, which others may borrow: each thread that computes would have OpenMP threads of
     its own, and where those are more than the cores they hardly spin while they wait, which halves the speed.
 
     Args:
         solve: (key, rows) -> columns; a row's columns must not depend on the other rows.
-        max_rows: most rows of a call.
+        max_rows: key -> most rows of a call, at least 1.
         wait_s: how long to wait for more rows when the first has just arrived. Only after a call that joined several
             requests: a client that asks alone does not wait.
+        watch: is told how many rows wait, whenever that changes.
     """
 
-    def __init__(self, solve: Callable[[Key, Rows], Columns], max_rows: int, wait_s: float) -> None:
+    def __init__(
+        self,
+        solve: Callable[[Key, Rows], Columns],
+        max_rows: Callable[[Key], int],
+        wait_s: float,
+        watch: Callable[[int], None],
+    ) -> None:
+        self._watch = watch
         self.max_rows = max_rows
         self._solve = solve
         self._wait_s = wait_s
@@ -81,10 +89,15 @@ class RowBatcher(Generic[Key]):
             Exception: whatever ``solve`` raised for these rows alone.
         """
         n = len(next(iter(rows.values())))
-        done = [
-            await self._enqueue(key, {name: array[i : i + self.max_rows] for name, array in rows.items()})
-            for i in range(0, n, self.max_rows)
-        ]
+        done, at = list[Columns](), 0
+        while at < n:
+            most = self.max_rows(
+                key
+            )  # asked anew for each piece: it follows how fast the solver turns out to be
+            done.append(
+                await self._enqueue(key, {name: array[at : at + most] for name, array in rows.items()})
+            )
+            at += most
         return (
             done[0] if len(done) == 1 else {name: _joined([part[name] for part in done]) for name in done[0]}
         )
@@ -96,21 +109,27 @@ class RowBatcher(Generic[Key]):
         size = len(next(iter(rows.values())))
         piece = _Piece(key, rows, size, loop.create_future(), time.monotonic())
         self._waiting.append(piece)
+        self._watch(self.waiting_rows)
         self._arrival.set()
-        return await piece.answer
+        try:
+            return await piece.answer
+        except asyncio.CancelledError:
+            self._watch(self.waiting_rows)  # it waits no more
+            raise
 
     async def _work(self) -> None:
         while True:
             await self._arrival.wait()
             await self._fill()
             if batch := self._take():
+                self._watch(self.waiting_rows)
                 self._company = len(batch) > 1
                 await self._run(batch)
 
     async def _fill(self) -> None:
         """Where company is likely, wait until the oldest piece has waited long enough or a full batch is there."""
         first = self._waiting[0] if self._waiting and self._company else None
-        while first and sum(p.size for p in self._waiting if p.key == first.key) < self.max_rows:
+        while first and sum(p.size for p in self._waiting if p.key == first.key) < self.max_rows(first.key):
             left = first.arrived + self._wait_s - time.monotonic()
             if left <= 0:
                 return
@@ -125,7 +144,8 @@ class RowBatcher(Generic[Key]):
         live = [piece for piece in self._waiting if not piece.answer.cancelled()]
         batch: list[_Piece[Key]] = []
         rest: deque[_Piece[Key]] = deque()
-        room = self.max_rows
+        # A piece may be larger than what is right by now; it then goes alone.
+        room = max(live[0].size, self.max_rows(live[0].key)) if live else 0
         for piece in live:
             if (not batch or piece.key == batch[0].key) and piece.size <= room:
                 batch.append(piece)

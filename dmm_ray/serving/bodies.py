@@ -55,7 +55,7 @@ async def _received(request: Request, most: int) -> bytearray:
 
 
 def _inflated(body: bytearray, encoding: str, most: int) -> bytearray:
-    if encoding not in ("gzip", "deflate"):
+    if encoding not in ("gzip", "x-gzip", "deflate"):
         raise RequestError(422, "Content-Encoding: gzip, deflate or none")
     stream = zlib.decompressobj(GZIP_OR_ZLIB)
     try:

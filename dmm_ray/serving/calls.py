@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmm_ray.operations import OperationName
 from dmm_ray.serving.batching import Columns, Rows
 from dmm_ray.serving.config import Limits
 from dmm_ray.serving.errors import RequestError
-from dmm_ray.serving.schemas import Arguments, Body, Encode, LogProb, Operation, RowsBody, SampleBody
+from dmm_ray.serving.schemas import (
+    AnyBody,
+    AnyParameters,
+    EncodeParameters,
+    LogProbParameters,
+    RowsBody,
+    SampleBody,
+)
 
 NOT_ARGUMENTS = {"activations", "ids", "model", "n"}
 
@@ -30,35 +38,38 @@ class PriorInfo(NamedTuple):
 class Call(NamedTuple):
     """An operation and its arguments, the seed included: rows of equal calls can share a solver run."""
 
-    operation: Operation
+    operation: OperationName
     arguments: tuple[tuple[str, Any], ...]
 
 
-def to_call(body: Body, info: PriorInfo, limits: Limits) -> tuple[Call, Rows]:
+def to_call(body: AnyBody, info: PriorInfo, limits: Limits) -> tuple[Call, Rows]:
     """The call that a JSON ``body`` asks for, and its rows.
 
-    Rows are ``ids`` int64 (n, 2) and, but for samples, ``activations`` float32 (n, d).
+    Rows are ``ids`` int64 (n, 2), but for samples ``activations`` float32 (n, d), and ``u`` float64 (n,) where each
+    row has a level of its own.
 
     Raises:
         RequestError: 413 above a limit, 422 for a field that does not fit the prior.
     """
-    assert isinstance(body, RowsBody | SampleBody)
     n = body.n if isinstance(body, SampleBody) else len(body.activations)
     _check_limits(body, n, info, limits)
     _check_prior_has(body, info)
     rows = {"ids": _ids(_listed_ids(body.ids), n)}
     if isinstance(body, RowsBody):
         rows["activations"] = _matrix(body.activations, info.d)
-    return _call(body), rows
+    if isinstance(levels := getattr(body, "u", None), list):
+        rows["u"] = _levels(np.asarray(levels), n)
+    return _call(body, rows), rows
 
 
 def array_call(
-    arguments: Arguments,
+    arguments: AnyParameters,
     n: int,
     activations: np.ndarray | None,
     ids: np.ndarray | None,
     info: PriorInfo,
     limits: Limits,
+    levels: np.ndarray | None = None,
 ) -> tuple[Call, Rows]:
     """``to_call`` for rows that are arrays already.
 
@@ -69,6 +80,7 @@ def array_call(
         ids: int64 (n,) or (n, 2); None: 0, 1, ...
         info: the prior's shape.
         limits: what one request may ask for.
+        levels: a noise level for each row, float64 (n,); None: the one in ``arguments``.
 
     Raises:
         RequestError: 413 above a limit, 422 for what does not fit the prior.
@@ -78,12 +90,14 @@ def array_call(
     rows = {"ids": _ids(ids, n)}
     if activations is not None:
         rows["activations"] = _fitting(activations, info.d)
-    return _call(arguments), rows
+    if levels is not None:
+        rows["u"] = _levels(levels, n)
+    return _call(arguments, rows), rows
 
 
 def check_finite(columns: Columns) -> None:
-    """Raises RequestError if the first column of an answer holds an infinity or NaN, naming the row."""
-    first = next(iter(columns.values()))
+    """Raises RequestError if the first column that an answer has holds an infinity or NaN, naming the row."""
+    first = next(column for column in columns.values() if column is not None)
     assert isinstance(first, np.ndarray)
     finite = np.isfinite(first.reshape(len(first), -1)).all(1)
     if not finite.all():
@@ -93,37 +107,62 @@ def check_finite(columns: Columns) -> None:
         )
 
 
-def _call(arguments: Arguments) -> Call:
-    return Call(arguments.OPERATION, tuple(sorted(arguments.model_dump(exclude=NOT_ARGUMENTS).items())))
+def _call(arguments: AnyParameters, rows: Rows) -> Call:
+    """What the rows are asked; a level of each row's own goes with the row, so that others can join."""
+    told = arguments.model_dump(exclude=NOT_ARGUMENTS | (rows.keys() & {"u"}))
+    return Call(arguments.NAME, tuple(sorted(told.items())))
 
 
-def _check_limits(body: Arguments, n: int, info: PriorInfo, limits: Limits) -> None:
-    steps, probes = getattr(body, "steps", 1), getattr(body, "probes", None)
-    width = {"log_prob": 1, "encode": info.d_mlp * info.n_blocks}.get(body.OPERATION, info.d)
-    if isinstance(body, Encode) and body.block is not None:
-        width = info.d_mlp
-    trace = 0 if probes is None else probes or info.d
+def _levels(levels: np.ndarray, n: int) -> np.ndarray:
+    if levels.shape != (n,):
+        raise RequestError(
+            422, f"u: one level, or one for each of the {n} rows is needed (got {len(levels)})"
+        )
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise RequestError(422, "u: noise levels from 0 to 1 are needed")
+    return levels.astype(np.float64)
+
+
+def _numbers(body: AnyParameters, info: PriorInfo) -> int:
+    """How many numbers the answer has per row, about."""
+    if isinstance(body, EncodeParameters):
+        units = info.d_mlp * (info.n_blocks if body.block is None else 1)
+        return units if body.top is None else 2 * body.top
+    return info.d if body.NAME in ("denoise", "sample") else 1
+
+
+def _check_limits(body: AnyParameters, n: int, info: PriorInfo, limits: Limits) -> None:
+    steps, probes = getattr(body, "steps", 1), getattr(body, "probes", 0)
     asked = {
         "rows": (n, limits.max_rows),
         "steps": (steps, limits.max_steps),
-        "probes": (probes or 0, limits.max_probes),
-        "numbers in the answer": (n * width, limits.max_values),
-        "row passes (rows x steps x (2 + probes))": (n * steps * (2 + trace), limits.max_work),
+        "probes": (probes, limits.max_probes),
+        "numbers in the answer": (n * _numbers(body, info), limits.max_values),
+        "row passes (rows x network evaluations, a probe counting half)": (
+            n * body.passes(info.d),
+            limits.max_work,
+        ),
     }
     for what, (count, most) in asked.items():
         if count > most:
             raise RequestError(413, f"{what}: {count} asked for, at most {most} in one request; send several")
 
 
-def _check_prior_has(body: Arguments, info: PriorInfo) -> None:
+def _check_prior_has(body: AnyParameters, info: PriorInfo) -> None:
     known = ", ".join(map(str, info.layers))
     if body.layer is None and len(info.layers) > 1:
         raise RequestError(422, f"layer: required; this prior models layers {known}")
     if body.layer is not None and body.layer not in info.layers:
         raise RequestError(422, f"layer: this prior models layers {known} (got {body.layer})")
-    if isinstance(body, Encode) and body.block is not None and body.block >= info.n_blocks:
-        raise RequestError(422, f"block: this prior has blocks 0 to {info.n_blocks - 1} (got {body.block})")
-    if isinstance(body, LogProb) and body.probes == 0 and not info.exact_trace:
+    if isinstance(body, EncodeParameters):
+        if body.block is not None and body.block >= info.n_blocks:
+            raise RequestError(
+                422, f"block: this prior has blocks 0 to {info.n_blocks - 1} (got {body.block})"
+            )
+        units = info.d_mlp * (info.n_blocks if body.block is None else 1)
+        if body.top is not None and body.top > units:
+            raise RequestError(422, f"top: 1 to {units} of this prior's hidden units (got {body.top})")
+    if isinstance(body, LogProbParameters) and body.probes == 0 and not info.exact_trace:
         raise RequestError(
             422, f"probes: give at least 1; an exact trace (0) is too costly at width {info.d}"
         )

@@ -22,6 +22,10 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 }
 
 
+ROWS = (("activations",), ("ids",), ("u",))
+"""Fields with one entry per row."""
+
+
 class RequestError(Exception):
     """A request that cannot be answered.
 
@@ -47,4 +51,6 @@ def body_error(error: ValidationError, within: str = "") -> RequestError:
     if first["type"] == "extra_forbidden":
         return RequestError(422, ".".join([*path, first["msg"]]))
     field = ".".join(path) or "body"
-    return RequestError(413 if first["type"] == "too_long" else 422, f"{field}: {first['msg']}")
+    # 413 says that fewer rows would be taken; a client then halves its request.
+    too_many = first["type"] == "too_long" and first["loc"] in ROWS
+    return RequestError(413 if too_many else 422, f"{field}: {first['msg']}")

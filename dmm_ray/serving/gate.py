@@ -51,14 +51,19 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 0
+        start, status, head = time.monotonic(), 0, scope["method"] == "HEAD"
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
+
+        if head:  # as GET, without the body (RFC 9110, section 9.3.2)
+            scope = {**scope, "method": "GET"}
 
         try:
             await (self._app if self._admits(scope) else _refuse)(scope, receive, watched)
@@ -68,7 +73,8 @@ class Gate:
                 raise
             await failure(500, "internal error; the log of the endpoint says more")(scope, receive, watched)
         finally:
-            self._record(_answered(scope, status, time.monotonic() - start))
+            found = _answered(scope, status, time.monotonic() - start)
+            self._record(found._replace(method="HEAD") if head else found)
 
     def _admits(self, scope: Scope) -> bool:
         return (
@@ -111,5 +117,5 @@ def _answered(scope: Scope, status: int, seconds: float) -> Answered:
     path = _path(scope)
     route = getattr(scope.get("route"), "path", path if path in OPEN_PATHS else UNROUTED)
     rows = scope.get("state", {}).get("rows", 0)
-    method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+    method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS") else "other"
     return Answered(method, route, status, rows, seconds, request_id(scope))

@@ -9,32 +9,42 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
+from dmm_ray.operations import OPERATIONS
 from dmm_ray.serving.batching import Columns
 from dmm_ray.serving.calls import to_call
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.errors import DOCUMENTED
-from dmm_ray.serving.schemas import BODIES, Body, request_schema
+from dmm_ray.serving.schemas import ANSWERS, BODIES, AnyBody, request_schema
 
 
 def install(api: FastAPI, context: Context) -> None:
     """Add the routes to ``api``."""
-    for body, answer in BODIES:
+    for body in BODIES:
         api.post(
-            f"/v1/{body.OPERATION}",
-            summary=body.__doc__,
+            f"/v1/{body.NAME}",
+            summary=OPERATIONS[body.NAME].__doc__,
             response_class=JSONResponse,
-            responses={200: {"model": answer}, **DOCUMENTED},
+            responses={200: {"model": ANSWERS[body.NAME]}, **DOCUMENTED},
             openapi_extra={"requestBody": request_schema(body)},
         )(_route(body, context))
 
 
 def encode(columns: Columns) -> bytes:
-    """An answer as JSON; a NaN inside a column becomes null."""
-    plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in columns.items()}
+    """An answer as JSON; a NaN inside a column becomes null.
+
+    Results that are missing are null where others of the answer stand beside them, and left out where they are the
+    alternative (features, or the largest of them).
+    """
+    alternatives = {"features", "indices", "values"}
+    plain = {
+        k: v.tolist() if isinstance(v, np.ndarray) else v
+        for k, v in columns.items()
+        if v is not None or k not in alternatives
+    }
     return to_json(plain, inf_nan_mode="null")
 
 
-def _route(kind: type[Body], context: Context) -> Callable[[Request], Awaitable[Response]]:
+def _route(kind: type[AnyBody], context: Context) -> Callable[[Request], Awaitable[Response]]:
     async def route(request: Request) -> Response:
         body = await context.read_json(request, kind)
         name = context.priors.resolve(body.model)
@@ -42,5 +52,5 @@ def _route(kind: type[Body], context: Context) -> Callable[[Request], Awaitable[
         request.state.rows = len(rows["ids"])
         return Response(encode(await context.priors.compute(name, call, rows)), media_type="application/json")
 
-    route.__name__ = kind.OPERATION
+    route.__name__ = kind.NAME
     return route

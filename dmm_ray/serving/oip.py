@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
@@ -10,32 +9,29 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from dmm_ray.operations import OPERATIONS, OperationName
+from dmm_ray.protocol import INTEGERS, LENGTH_HEADER, RAW, described, from_bytes, from_numbers, raw_bytes
 from dmm_ray.serving.batching import Columns
 from dmm_ray.serving.bodies import parse
 from dmm_ray.serving.config import MOST_ROWS
 from dmm_ray.serving.errors import RequestError, body_error
-from dmm_ray.serving.schemas import (
-    Arguments,
-    Denoise,
-    Encode,
-    Finite,
-    Int64,
-    LogProb,
-    Operation,
-    Sample,
-    StrictBody,
-)
-from dmm_ray.serving.tensors import ITEM_BYTES, datatype_of, from_bytes, from_numbers, raw_bytes
+from dmm_ray.serving.schemas import PARAMETERS, AnyParameters, Finite, Int64, StrictBody
 
-LENGTH_HEADER = "Inference-Header-Content-Length"
-OPERATIONS: dict[Operation, type[Arguments]] = {
-    kind.OPERATION: kind for kind in (LogProb, Denoise, Sample, Encode)
+INPUT_TYPES = {
+    "activations": ("FP32", "FP16", "BF16"),
+    "n": INTEGERS,
+    "ids": INTEGERS,
+    "u": ("FP64", "FP32", "FP16", "BF16"),
 }
-INPUT_TYPES = {"activations": ("FP32", "FP16", "BF16"), "n": ("INT64",), "ids": ("INT64",)}
-FIRST_OUTPUT = {"log_prob": "nats", "denoise": "activations", "sample": "activations", "encode": "features"}
-LOG_PROB_OUTPUTS = (
-    "nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "combined_percentile", "evaluations",
-)  # fmt: skip
+RANKS = {"activations": (2,), "n": (1,), "ids": (1, 2), "u": (1,)}
+INPUTS: dict[OperationName, tuple[str, ...]] = {
+    "log_prob": ("activations", "ids"),
+    "velocity_error": ("activations", "ids"),
+    "denoise": ("activations", "ids", "u"),
+    "sample": ("n", "ids"),
+    "encode": ("activations", "ids"),
+}
+"""The input that is needed, and those that may come with it."""
 Dimension = Annotated[int, Field(ge=0, lt=2**31)]
 Floats = Annotated[list[Finite], Field(fail_fast=True)]
 Integers = Annotated[list[Int64], Field(fail_fast=True)]
@@ -62,9 +58,10 @@ class Input(StrictBody):
     name: str = Field(max_length=64)
     shape: list[Dimension] = Field(min_length=1, max_length=2)
     datatype: str = Field(
-        max_length=16, description="FP32, and in binary FP16 or BF16; INT64 for `n` and `ids`."
+        max_length=16,
+        description="FP32 (binary: FP16, BF16 too); INT64 or INT32 for `n` and `ids`; FP64 too for `u`.",
     )
-    parameters: InputParameters = InputParameters()
+    parameters: InputParameters | None = None
     data: list[Any] | None = Field(default=None, description="Numbers, flat or nested, in row-major order.")
 
 
@@ -78,19 +75,19 @@ class Output(StrictBody):
     """One tensor that the answer should hold."""
 
     name: str = Field(max_length=64)
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
 
 
 class InferBody(StrictBody):
     """A request in the Open Inference Protocol.
 
-    `parameters` takes what the JSON routes take beside rows and ids (layer, seed, steps, probes, u, mode, block),
-    and `binary_data_output`.
+    `parameters` takes what the JSON routes take beside rows and ids (layer, seed, steps, probes, u, mode, block, ...),
+    and `binary_data_output`. `priority` and `timeout`, which other servers know, are read and have no effect.
     """
 
     id: str | None = Field(default=None, max_length=256, description="Comes back in the answer.")
-    parameters: dict[str, Any] = Field(default={})
-    inputs: list[Input] = Field(min_length=1, max_length=2)
+    parameters: dict[str, Any] | None = None
+    inputs: list[Input] = Field(min_length=1, max_length=3)
     outputs: list[Output] | None = Field(default=None, max_length=16, description="null: all there are.")
 
 
@@ -98,15 +95,17 @@ class Inference(NamedTuple):
     """A request as it was meant."""
 
     id: str | None
-    arguments: Arguments
+    arguments: AnyParameters
     n: int
     activations: np.ndarray | None
     ids: np.ndarray | None
+    levels: np.ndarray | None
+    """A noise level for each row, where they differ."""
     outputs: tuple[Output, ...] | None
     binary: bool
 
 
-def read_inference(operation: Operation, body: bytearray, header_bytes: str | None) -> Inference:
+def read_inference(operation: OperationName, body: bytearray, header_bytes: str | None) -> Inference:
     """The request in ``body``, whose first ``header_bytes`` (None: all) are JSON and the rest tensors.
 
     Raises:
@@ -115,21 +114,24 @@ def read_inference(operation: Operation, body: bytearray, header_bytes: str | No
     end = _header_length(header_bytes, len(body))
     message = parse(InferBody, body if end == len(body) else body[:end])
     tensors = dict(_tensors(message.inputs, memoryview(body)[end:]))
-    main = "n" if operation == "sample" else "activations"
-    if unknown := [name for name in tensors if name not in (main, "ids")]:
+    main, *others = INPUTS[operation]
+    if unknown := [name for name in tensors if name not in (main, *others)]:
         raise RequestError(
-            422, f"inputs.{unknown[0]}: no such input here; give {main}, and ids if rows have names"
+            422,
+            f"inputs.{unknown[0]}: no such input here; give {main}, and {' or '.join(others)} where rows differ",
         )
     if main not in tensors:
         raise RequestError(422, f"inputs: {main} is missing")
-    parameters = dict(message.parameters)
+    parameters = {k: v for k, v in (message.parameters or {}).items() if k not in ("priority", "timeout")}
     binary = parameters.pop("binary_data_output", False)
     if not isinstance(binary, bool):
         raise RequestError(422, "parameters.binary_data_output: true or false")
     arguments = _arguments(operation, parameters)
     n, activations = _rows(tensors[main], operation)
     outputs = None if message.outputs is None else tuple(message.outputs)
-    return Inference(message.id, arguments, n, activations, tensors.get("ids"), outputs, binary)
+    return Inference(
+        message.id, arguments, n, activations, tensors.get("ids"), tensors.get("u"), outputs, binary
+    )
 
 
 def write_answer(model: str, asked: Inference, columns: Columns) -> tuple[bytes, int | None]:
@@ -145,20 +147,21 @@ def write_answer(model: str, asked: Inference, columns: Columns) -> tuple[bytes,
     header |= {
         "model_name": model,
         "model_version": "1",
-        "outputs": [_output(name, arrays[name], binary) for name, binary in wanted],
+        "outputs": [described(name, arrays[name], binary=binary) for name, binary in wanted],
     }
     json = to_json(header, inf_nan_mode="null")
     return (b"".join([json, *tails]), len(json)) if tails else (json, None)
 
 
-def metadata(model: str, operation: Operation, d: int) -> dict[str, Any]:
+def metadata(model: str, operation: OperationName, d: int) -> dict[str, Any]:
     """What ``GET /v2/models/{m}`` says: the tensors that are always needed and those that may come back."""
     given = {"name": "n", "datatype": "INT64", "shape": [1]}
     rows = {"name": "activations", "datatype": "FP32", "shape": [-1, d]}
-    first = FIRST_OUTPUT[operation]
-    outputs = [{"name": first, "datatype": "FP32", "shape": [-1, d if first == "activations" else -1]}]
+    outputs = []
+    for name, result in OPERATIONS[operation].RESULTS.items():
+        shape = [-1] if result.per_row == "one" else [-1, d if result.per_row == "d" else -1]
+        outputs.append({"name": name, "datatype": "INT64" if result.integer else "FP32", "shape": shape})
     if operation == "log_prob":
-        outputs = [{"name": name, "datatype": "FP32", "shape": [-1]} for name in LOG_PROB_OUTPUTS[:-1]]
         outputs.append({"name": "evaluations", "datatype": "INT64", "shape": [1]})
     inputs = [given if operation == "sample" else rows]
     return {"name": model, "versions": ["1"], "platform": "dmm-ray", "inputs": inputs, "outputs": outputs}
@@ -179,7 +182,7 @@ def _tensors(inputs: list[Input], rest: memoryview) -> Iterator[tuple[str, np.nd
         raise RequestError(422, "inputs: each name once")
     used = 0
     for given in inputs:
-        size = given.parameters.binary_data_size
+        size = None if given.parameters is None else given.parameters.binary_data_size
         _check_type(given, size is not None)
         if size is None:
             yield given.name, _json_tensor(given)
@@ -193,14 +196,14 @@ def _tensors(inputs: list[Input], rest: memoryview) -> Iterator[tuple[str, np.nd
 
 
 def _check_type(given: Input, binary: bool) -> None:
-    known = INPUT_TYPES.get(given.name, tuple(ITEM_BYTES))
-    allowed = known if binary else tuple(name for name in known if name in ("FP32", "INT64"))
+    known = INPUT_TYPES.get(given.name, tuple(RAW))
+    allowed = known if binary else tuple(name for name in known if name not in ("FP16", "BF16"))
     if given.datatype not in allowed:
         how = "in binary" if binary else "in JSON"
         raise RequestError(422, f"inputs.{given.name}.datatype: {' or '.join(allowed)} {how}")
     if binary == (given.data is not None):
         raise RequestError(422, f"inputs.{given.name}: either data or parameters.binary_data_size")
-    ranks = {"activations": (2,), "n": (1,)}.get(given.name, (1, 2))
+    ranks = RANKS.get(given.name, (1, 2))
     if len(given.shape) not in ranks:
         raise RequestError(422, f"inputs.{given.name}.shape: {ranks[0]} dimension(s)")
 
@@ -217,7 +220,7 @@ def _json_tensor(given: Input) -> np.ndarray:
     where = f"inputs.{given.name}.data"
     nested = bool(given.data) and isinstance(given.data[0], list)
     try:
-        NUMBERS[given.datatype == "INT64", nested].validate_python(given.data, strict=True)
+        NUMBERS[given.datatype in INTEGERS, nested].validate_python(given.data, strict=True)
     except ValidationError as e:
         raise body_error(e, where) from e
     try:
@@ -226,14 +229,14 @@ def _json_tensor(given: Input) -> np.ndarray:
         raise RequestError(422, f"{where}: {' '.join(str(e).split())}") from e
 
 
-def _arguments(operation: Operation, parameters: dict[str, Any]) -> Arguments:
+def _arguments(operation: OperationName, parameters: dict[str, Any]) -> AnyParameters:
     try:
-        return OPERATIONS[operation].model_validate(parameters)
+        return PARAMETERS[operation].model_validate(parameters)
     except ValidationError as e:
         raise body_error(e, "parameters") from e
 
 
-def _rows(main: np.ndarray, operation: Operation) -> tuple[int, np.ndarray | None]:
+def _rows(main: np.ndarray, operation: OperationName) -> tuple[int, np.ndarray | None]:
     if operation == "sample":
         if main.shape != (1,) or main[0] < 1:
             raise RequestError(422, "inputs.n: one positive number, shape [1]")
@@ -251,12 +254,5 @@ def _wanted(asked: Inference, arrays: dict[str, np.ndarray]) -> Iterator[tuple[s
     for output in (Output(name=name) for name in arrays) if asked.outputs is None else asked.outputs:
         if output.name not in arrays:
             raise RequestError(422, f"outputs.{output.name}: not in this answer; it has {', '.join(arrays)}")
-        chosen = output.parameters.binary_data
+        chosen = None if output.parameters is None else output.parameters.binary_data
         yield output.name, asked.binary if chosen is None else chosen
-
-
-def _output(name: str, array: np.ndarray, binary: bool) -> dict[str, Any]:
-    described = {"name": name, "datatype": datatype_of(array), "shape": list(array.shape)}
-    if binary:
-        return {**described, "parameters": {"binary_data_size": math.prod(array.shape) * array.itemsize}}
-    return {**described, "data": array.reshape(-1).tolist()}

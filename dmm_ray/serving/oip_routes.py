@@ -8,15 +8,19 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from dmm_ray.config import versions
+from dmm_ray.operations import OPERATIONS, OperationName
+from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.serving.answers import failure
 from dmm_ray.serving.calls import array_call
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.errors import DOCUMENTED, RequestError
-from dmm_ray.serving.oip import LENGTH_HEADER, OPERATIONS, InferBody, metadata, read_inference, write_answer
-from dmm_ray.serving.schemas import ROWS, Operation, request_schema
+from dmm_ray.serving.oip import InferBody, metadata, read_inference, write_answer
+from dmm_ray.serving.schemas import ROWS, request_schema
 
 UNREADY: dict[int | str, dict[str, Any]] = {503: DOCUMENTED[503]}
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: DOCUMENTED[404], **UNREADY}
+VERSION = "1"
+"""The only one: other weights take the place of those before them."""
 EXAMPLE = {
     "inputs": [{"name": "activations", "shape": [2, 4], "datatype": "FP32", "data": ROWS}],
     "parameters": {"steps": 32, "probes": 2, "seed": 0},
@@ -33,14 +37,15 @@ def install(api: FastAPI, context: Context) -> None:
     router.get(
         "/health/ready", summary="Does every prior (and the language model) answer?", responses=UNREADY
     )(routes.ready)
-    router.get("/models/{model}", summary="The tensors of a model", responses=UNKNOWN)(routes.model)
-    router.get("/models/{model}/ready", summary="Does a model answer?", responses=UNKNOWN)(routes.model_ready)
-    router.post(
-        "/models/{model}/infer",
-        summary="Ask a model: log_prob, denoise, sample or encode, or NAME.log_prob of another prior",
-        responses=DOCUMENTED,
-        openapi_extra={"requestBody": _documented_body()},
-    )(routes.infer)
+    for at in ("/models/{model}", "/models/{model}/versions/{version}"):
+        router.get(at, summary="The tensors of a model", responses=UNKNOWN)(routes.model)
+        router.get(f"{at}/ready", summary="Does a model answer?", responses=UNKNOWN)(routes.model_ready)
+        router.post(
+            f"{at}/infer",
+            summary="Ask a model: log_prob, denoise, ..., or NAME.log_prob of another prior",
+            responses=DOCUMENTED,
+            openapi_extra={"requestBody": _documented_body()},
+        )(routes.infer)
     api.include_router(router)
 
 
@@ -62,34 +67,40 @@ class _Routes:
             return self._unready(", ".join(waiting))
         return JSONResponse({"ready": True})
 
-    async def model(self, model: str) -> dict[str, Any]:
+    async def model(self, model: str, version: str = VERSION) -> dict[str, Any]:
         """Metadata of a model."""
-        name, operation = self._find(model)
+        name, operation = self._find(model, version)
         return metadata(model, operation, (await self._context.priors.info(name)).d)
 
-    async def model_ready(self, model: str) -> Response:
+    async def model_ready(self, model: str, version: str = VERSION) -> Response:
         """Readiness of a model."""
-        name, _ = self._find(model)
+        name, _ = self._find(model, version)
         if not await self._context.priors.is_up(name):
             return self._unready(name)
         return JSONResponse({"name": model, "ready": True})
 
-    async def infer(self, model: str, request: Request) -> Response:
+    async def infer(self, model: str, request: Request, version: str = VERSION) -> Response:
         """Inference."""
-        name, operation = self._find(model)
+        name, operation = self._find(model, version)
         context = self._context
         body = await context.read(request)
         asked = read_inference(operation, body, request.headers.get(LENGTH_HEADER))
         info = await context.priors.info(name)
-        call, rows = array_call(asked.arguments, asked.n, asked.activations, asked.ids, info, context.limits)
+        call, rows = array_call(
+            asked.arguments, asked.n, asked.activations, asked.ids, info, context.limits, asked.levels
+        )
         request.state.rows = asked.n
         answer, length = write_answer(model, asked, await context.priors.compute(name, call, rows))
         if length is None:
             return Response(answer, media_type="application/json")
         return Response(answer, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
-    def _find(self, model: str) -> tuple[str, Operation]:
+    def _find(self, model: str, version: str) -> tuple[str, OperationName]:
         """The prior and the operation that a model's name means. Raises RequestError 404."""
+        if version != VERSION:
+            raise RequestError(
+                404, f"version: there is version {VERSION} of every model (got {version[:80]!r})"
+            )
         name, _, wanted = model.rpartition(".")
         for operation in OPERATIONS:
             if operation == wanted:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from dmm_ray.errors import CheckFailed
+from dmm_ray.operations import OPERATIONS, LogProbArguments
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.serving.batching import Columns, RowBatcher, Rows
 from dmm_ray.serving.calls import Call, PriorInfo
 from dmm_ray.serving.metrics import SolverMetrics
+from dmm_ray.serving.pace import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,20 +25,24 @@ if TYPE_CHECKING:
     from dmm_ray.prior import ActivationPrior
 
 logger = logging.getLogger("ray.serve.dmm")
-NAMED_ANSWERS = {"denoise": "activations", "sample": "activations", "encode": "features"}
 
 
 def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
     """One call of the prior on joined rows; the answer's columns as the HTTP API names them."""
-    arguments: dict[str, Any] = {**dict(call.arguments), "ids": rows["ids"]}
-    subject = len(rows["ids"]) if call.operation == "sample" else rows["activations"]
-    result = getattr(prior, call.operation)(subject, **arguments)
-    if call.operation != "log_prob":
-        return {NAMED_ANSWERS[call.operation]: result.cpu().numpy()}
-    names = ("nats", "nats_per_dim", "stderr", "percentile", "latent_percentile", "combined_percentile")
-    found = {name: getattr(result, name) for name in names}
+    import torch
+
+    from dmm_ray.prior.ask import ask
+
+    told: dict[str, Any] = dict(call.arguments)
+    if "u" in rows:
+        told["u"] = torch.from_numpy(rows["u"])
+    ids = torch.from_numpy(rows["ids"])
+    subject = len(ids) if call.operation == "sample" else torch.from_numpy(rows["activations"])
+    found = ask(prior, call.operation, subject, ids, told)
     columns: Columns = {name: None if value is None else value.cpu().numpy() for name, value in found.items()}
-    return {**columns, "evaluations": result.evaluations}
+    if call.operation == "log_prob":
+        columns["evaluations"] = LogProbArguments(**{k: told[k] for k in ("steps", "method")}).evaluations()
+    return columns
 
 
 @serve.deployment
@@ -68,8 +74,9 @@ class PriorDeployment:
         self._device, self._precision = device, precision
         self._hung_s = hung_s
         self._prior: ActivationPrior | None = None
-        self._batcher = RowBatcher[Call](self._solve, max_batch_rows, batch_wait_s)
         self._metrics = SolverMetrics()
+        self._pace = Pace(max_batch_rows)
+        self._batcher = RowBatcher[Call](self._solve, self._most_rows, batch_wait_s, self._metrics.waiting)
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Load the prior at ``user_config["source"]`` and warm it up, then let it take the place of the one before.
@@ -116,14 +123,25 @@ class PriorDeployment:
     def _solve(self, call: Call, rows: Rows) -> Columns:
         assert self._prior
         start = time.perf_counter()
-        self._metrics.waiting(self._batcher.waiting_rows)
         try:
             columns = solve(self._prior, call, rows)
         except Exception:
             self._metrics.failed(call.operation)
             raise
-        self._metrics.solved(call.operation, len(rows["ids"]), time.perf_counter() - start)
+        n, seconds = len(rows["ids"]), time.perf_counter() - start
+        self._pace.took(n * self._passes(call), seconds)
+        self._metrics.solved(call.operation, n, seconds)
         return columns
+
+    def _most_rows(self, call: Call) -> int:
+        return self._pace.rows(self._passes(call))
+
+    def _passes(self, call: Call) -> int:
+        """Forward passes that a row costs."""
+        assert self._prior
+        kind = OPERATIONS[call.operation]
+        told = {name: value for name, value in call.arguments if name in kind.model_fields}
+        return kind(**told).passes(self._prior.d)
 
 
 def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPrior:

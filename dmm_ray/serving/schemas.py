@@ -6,14 +6,25 @@ Reading stops at the first wrong element, so that a large wrong body costs no mo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, create_model, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from dmm_ray.operations import (
+    OPERATIONS,
+    DenoiseArguments,
+    EncodeArguments,
+    Level,
+    LogProbArguments,
+    OperationArguments,
+    OperationName,
+    SampleArguments,
+    VelocityErrorArguments,
+)
+from dmm_ray.precision import PrecisionOption
 from dmm_ray.serving.config import MOST_ROWS
 
-Operation = Literal["log_prob", "denoise", "sample", "encode"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Row = Annotated[list[Finite], Field(fail_fast=True, max_length=MOST_ROWS)]
@@ -27,7 +38,7 @@ Matrix = Annotated[
     ),
 ]
 Ids = Annotated[list[Int64 | tuple[Int64, Int64]], Field(fail_fast=True, max_length=MOST_ROWS)]
-Level = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Levels = Annotated[list[Level], Field(fail_fast=True, max_length=MOST_ROWS)]
 Steps = Annotated[int, Field(ge=1, description="Grid intervals of the solver.")]
 ROWS: list[Any] = [[0.1, -1.2, 0.7, 0.0], [0.4, 0.3, -0.5, 2.1]]
 
@@ -54,52 +65,51 @@ class StrictBody(BaseModel):
         return schema
 
 
-class Arguments(StrictBody):
-    """What an operation may be told beside its rows."""
-
-    OPERATION: ClassVar[Operation]
+class Parameters(StrictBody):
+    """What every operation may be told."""
 
     layer: int | None = Field(
         default=None, description="Block of the language model; needed by a prior of several layers."
     )
     seed: Int64 = Field(default=0, description="Of the noise and the probes.")
-
-
-class LogProb(Arguments):
-    """How likely is each row, in nats?"""
-
-    OPERATION = "log_prob"
-    steps: Steps = 32
-    probes: int = Field(
-        default=2, ge=0, description="Trace probes of a row at each step; 0: exact trace, d passes a step."
+    precision: PrecisionOption | None = Field(
+        default=None, description="Of the network's products; null: the endpoint's."
     )
 
 
-class Denoise(Arguments):
-    """What is a natural activation near each row? Noise is added to level u and taken away again."""
-
-    OPERATION = "denoise"
-    u: Level = Field(default=0.5, description="Noise level, 0 data to 1 noise.")
-    steps: Steps = 10
-    mode: Literal["sample", "mean"] = Field(default="sample", description="`mean`: one posterior-mean step.")
+class LogProbParameters(Parameters, LogProbArguments):
+    """Parameters of ``log_prob``."""
 
 
-class Sample(Arguments):
-    """Draw n activations."""
-
-    OPERATION = "sample"
-    steps: Steps = 20
+class VelocityErrorParameters(Parameters, VelocityErrorArguments):
+    """Parameters of ``velocity_error``."""
 
 
-class Encode(Arguments):
-    """The denoiser's own hidden units (meta-neurons) for each row at a low noise level."""
-
-    OPERATION = "encode"
-    u: Level = Field(default=0.1, description="Noise level, 0 data to 1 noise.")
-    block: int | None = Field(default=None, ge=0, description="Block of the denoiser; null: all of them.")
+class DenoiseParameters(Parameters, DenoiseArguments):
+    """Parameters of ``denoise``."""
 
 
-class Body(Arguments):
+class SampleParameters(Parameters, SampleArguments):
+    """Parameters of ``sample``."""
+
+
+class EncodeParameters(Parameters, EncodeArguments):
+    """Parameters of ``encode``."""
+
+
+AnyParameters = (
+    LogProbParameters | VelocityErrorParameters | DenoiseParameters | SampleParameters | EncodeParameters
+)
+PARAMETERS: dict[OperationName, type[AnyParameters]] = {
+    "log_prob": LogProbParameters,
+    "velocity_error": VelocityErrorParameters,
+    "denoise": DenoiseParameters,
+    "sample": SampleParameters,
+    "encode": EncodeParameters,
+}
+
+
+class Body(StrictBody):
     """What every JSON request may say."""
 
     model: str | None = Field(default=None, description="Name of a prior; null: the default one.")
@@ -116,69 +126,64 @@ class RowsBody(Body):
     activations: Matrix
 
 
-class LogProbBody(LogProb, RowsBody):
-    """How likely is each row, in nats?"""
+class LogProbBody(LogProbParameters, RowsBody):
+    """A request to ``log_prob``."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"activations": ROWS, "steps": 32, "probes": 2, "seed": 0}]}
     )
 
 
-class DenoiseBody(Denoise, RowsBody):
-    """What is a natural activation near each row? Noise is added to level u and taken away again."""
+class VelocityErrorBody(VelocityErrorParameters, RowsBody):
+    """A request to ``velocity_error``."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"activations": ROWS, "pairs": 8}]})
+
+
+class DenoiseBody(DenoiseParameters, RowsBody):
+    """A request to ``denoise``."""
+
+    u: Level | Levels = Field(  # type: ignore[assignment]
+        default=0.5, description="Noise level to restore from, 0 data to 1 noise; one, or one per row."
+    )
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"activations": ROWS, "u": 0.5, "steps": 10, "mode": "sample"}]}
     )
 
 
-class SampleBody(Sample, Body):
-    """Draw n activations."""
+class SampleBody(SampleParameters, Body):
+    """A request to ``sample``."""
 
     n: int = Field(ge=1, description="Rows to draw.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"n": 2, "steps": 20, "seed": 0}]})
 
 
-class EncodeBody(Encode, RowsBody):
-    """The denoiser's own hidden units (meta-neurons) for each row at a low noise level."""
+class EncodeBody(EncodeParameters, RowsBody):
+    """A request to ``encode``."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"activations": ROWS, "u": 0.1, "block": 0}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"activations": ROWS, "u": 0.1, "block": 0, "top": 5}]}
+    )
 
 
+AnyBody = LogProbBody | VelocityErrorBody | DenoiseBody | SampleBody | EncodeBody
 Numbers = list[float | None]
 
 
-class LogProbAnswer(BaseModel):
-    """Log-probabilities of the raw rows, in nats."""
-
-    nats: Numbers
-    nats_per_dim: Numbers
-    stderr: Numbers | None = Field(
-        description="Standard error of nats from the probes; 0 with an exact trace, null from a single probe."
-    )
-    percentile: Numbers | None = Field(
-        description="One-sided, of the log-probability; null without calibration."
-    )
-    latent_percentile: Numbers | None = Field(
-        description="Two-sided, of the latent norm; null without calibration."
-    )
-    combined_percentile: Numbers | None = Field(
-        description="Of the least of the two and of the row's own norm, the one to use; null without calibration."
-    )
-    evaluations: int = Field(description="Network evaluations a row.")
-
-
-class ActivationsAnswer(BaseModel):
-    """Raw activations."""
-
-    activations: list[list[float]]
-
-
-class FeaturesAnswer(BaseModel):
-    """Meta-neurons of each row."""
-
-    features: list[list[float]]
+def answer_model(kind: type[OperationArguments]) -> type[BaseModel]:
+    """What an operation answers in JSON, made of its results."""
+    fields: dict[str, Any] = {}
+    for name, result in kind.RESULTS.items():
+        one = list[int] if result.integer else list[float] if result.per_row != "one" else Numbers
+        several = one if result.per_row == "one" else list[one]  # type: ignore[valid-type]
+        optional = several | None if result.nullable else several
+        fields[name] = (optional, Field(description=result.meaning))
+    if kind is LogProbArguments:
+        fields["evaluations"] = (int, Field(description="Network evaluations per row."))
+    name = f"{kind.__name__.removesuffix('Arguments')}Answer"
+    return create_model(name, __doc__=kind.__doc__, **fields)
 
 
 class ErrorAnswer(BaseModel):
@@ -187,12 +192,8 @@ class ErrorAnswer(BaseModel):
     error: str
 
 
-BODIES: tuple[tuple[type[Body], type[BaseModel]], ...] = (
-    (LogProbBody, LogProbAnswer),
-    (DenoiseBody, ActivationsAnswer),
-    (SampleBody, ActivationsAnswer),
-    (EncodeBody, FeaturesAnswer),
-)
+BODIES: tuple[type[AnyBody], ...] = (LogProbBody, VelocityErrorBody, DenoiseBody, SampleBody, EncodeBody)
+ANSWERS = {name: answer_model(kind) for name, kind in OPERATIONS.items()}
 
 
 def request_schema(body: type[BaseModel]) -> dict[str, Any]:

@@ -32,8 +32,9 @@ from dmm_ray.serving.text_schemas import (
 )
 
 if TYPE_CHECKING:
-    from dmm_ray.interventions import Direction, Generation, Steering
+    from dmm_ray.interventions import Direction
     from dmm_ray.prior import ActivationPrior
+    from dmm_ray.subject import Generation, Intervention
 
 logger = logging.getLogger("ray.serve.dmm")
 T = TypeVar("T")
@@ -70,7 +71,8 @@ class SubjectDeployment:
         # Imported here: the HTTP side imports this module to name the deployment, and does without torch.
         import torch
 
-        from dmm_ray.interventions import LanguageModel, load_directions
+        from dmm_ray.interventions import load_directions
+        from dmm_ray.subject import LanguageModel
 
         torch.set_num_threads(threads)
         # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
@@ -118,7 +120,7 @@ class SubjectDeployment:
             UserError: a layer that the prior does not model, or a text without tokens.
         """
         prior = self._prior(name)
-        block = prior.layers[prior.layer_row(layer)]
+        block = prior.layers[prior.layer_index(layer)]
         reading = await self._run(self._model.read, text, block)
         tokens = [TokenScore(text=p.text, start=p.start, end=p.end) for p in reading.pieces]
         return TextRows(tokens, block, reading.rows[1:].numpy())
@@ -157,25 +159,26 @@ class SubjectDeployment:
         ]
 
     def _start(self, name: str, body: GenerateBody) -> Generation:
-        from dmm_ray.interventions import Generation
+        from dmm_ray.subject import Generation
 
         return Generation(
             self._model,
             body.prompt,
-            self._steering(name, body),
+            self._interventions(name, body),
             max_tokens=body.max_tokens,
             temperature=body.temperature,
             seed=body.seed,
         )
 
-    def _steering(self, name: str, body: GenerateBody) -> Steering | None:
+    def _interventions(self, name: str, body: GenerateBody) -> list[Intervention]:
         from dmm_ray.interventions import Steering
 
         prior, direction = self._prior(name), self._direction(body)
         if direction is None and not body.project:
-            return None
+            return []
         u = body.u if body.project else None
-        return Steering(prior, direction, body.strength, u, body.steps, body.layer, body.seed)
+        steering = Steering(prior, direction, body.strength, u, body.steps, body.layer, body.seed)
+        return [steering.intervention()]
 
     def _direction(self, body: GenerateBody) -> Direction | None:
         import torch
@@ -226,7 +229,7 @@ class SubjectDeployment:
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         """``work`` in the computing thread. Raises RequestError 413 for a text that is too long."""
-        from dmm_ray.interventions import TooLongError
+        from dmm_ray.subject import TooLongError
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, work, *arguments)

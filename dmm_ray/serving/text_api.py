@@ -18,7 +18,7 @@ from dmm_ray.serving.backends import Backend
 from dmm_ray.serving.calls import array_call
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.errors import DOCUMENTED, RequestError
-from dmm_ray.serving.schemas import LogProb, Sample, request_schema
+from dmm_ray.serving.schemas import LogProbParameters, SampleParameters, request_schema
 from dmm_ray.serving.text_schemas import (
     DirectionsAnswer,
     Ended,
@@ -160,7 +160,8 @@ class TextRoutes:
         """Nats and percentile of a text's rows, named (0, position)."""
         n = len(read.activations)
         ids = np.stack([np.zeros(n, np.int64), np.arange(1, n + 1)], axis=1)
-        arguments = LogProb(layer=read.layer, seed=body.seed, steps=body.steps, probes=body.probes)
+        told = body.model_dump(include=set(LogProbParameters.model_fields)) | {"layer": read.layer}
+        arguments = LogProbParameters(**told)
         info = await self._context.priors.info(name)
         call, rows = array_call(arguments, n, read.activations, ids, info, self._context.limits)
         columns = await self._context.priors.compute(name, call, rows)
@@ -171,7 +172,7 @@ class TextRoutes:
 
     async def _drawn(self, body: NearestTokensBody, n: int) -> np.ndarray:
         name = self._context.priors.resolve(body.model)
-        arguments = Sample(layer=body.layer, seed=body.seed, steps=body.steps)
+        arguments = SampleParameters(**body.model_dump(include=set(SampleParameters.model_fields)))
         info = await self._context.priors.info(name)
         call, rows = array_call(arguments, n, None, None, info, self._context.limits)
         drawn = (await self._context.priors.compute(name, call, rows))["activations"]

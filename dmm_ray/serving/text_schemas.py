@@ -8,14 +8,24 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dmm_ray.serving.schemas import Finite, Int64, Level, LogProb, Matrix, Row, Sample, Steps, StrictBody
+from dmm_ray.operations import Level
+from dmm_ray.serving.schemas import (
+    Finite,
+    Int64,
+    LogProbParameters,
+    Matrix,
+    Row,
+    SampleParameters,
+    Steps,
+    StrictBody,
+)
 
 MOST_LENS_ROWS = 64
 PriorName = Annotated[str | None, Field(description="Name of a prior; null: the default one.")]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class ScoreTextBody(LogProb):
+class ScoreTextBody(LogProbParameters):
     """How natural is the language model's internal state at each token of a text?"""
 
     text: Text
@@ -96,7 +106,7 @@ class GenerateAnswer(BaseModel):
     finish: Literal["stop", "length"] = Field(description="The model ended its text, or a limit was reached.")
 
 
-class NearestTokensBody(Sample):
+class NearestTokensBody(SampleParameters):
     """Which tokens are activations nearest to, read through the model's final norm and unembedding (logit lens)?
 
     Of given activations, or of `n` samples of the prior.

@@ -38,7 +38,7 @@ class SubjectEntry(Config):
     revision: str | None
     weights_hash: str
     files: dict[str, str]
-    """SHA-256 of config.json and the weight files, which ``weights_hash`` is made of."""
+    """SHA-256 of config.json, the weight files and the model's own code, which ``weights_hash`` is made of."""
     block_path: str | None
     n_layers: int
     context: int

@@ -1,6 +1,20 @@
-"""Frozen language models whose block outputs are captured and edited with forward hooks."""
+"""Frozen language models whose states are read and edited at named sites, and which write, alone or in batches."""
 
+from dmm_ray.subject.generation import Continuation, Generated, Generation
+from dmm_ray.subject.intervention import Intervention, Site
+from dmm_ray.subject.language import LanguageModel
 from dmm_ray.subject.model import SubjectModel
+from dmm_ray.subject.reading import TooLongError
 from dmm_ray.subject.source import SubjectSource
 
-__all__ = ["SubjectModel", "SubjectSource"]
+__all__ = [
+    "Continuation",
+    "Generated",
+    "Generation",
+    "Intervention",
+    "LanguageModel",
+    "Site",
+    "SubjectModel",
+    "SubjectSource",
+    "TooLongError",
+]

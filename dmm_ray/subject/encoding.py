@@ -120,8 +120,13 @@ def _cut(ids: list[int], suffix: int, window: int | None) -> Encoded:
     return Encoded(content + ids[len(ids) - suffix :], len(ids), suffix)
 
 
-def render_chat(tokenizer: Any, messages: Any) -> str:
+def render_chat(tokenizer: Any, messages: Any, *, reply: bool = False) -> str:
     """``messages`` as the text that the model was trained on, special tokens included.
+
+    Args:
+        tokenizer: of transformers.
+        messages: {"role": ..., "content": ...} each.
+        reply: end with what makes the model answer.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -137,7 +142,7 @@ def render_chat(tokenizer: Any, messages: Any) -> str:
         )
     try:
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=False
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
         )
     except (TemplateError, ValueError) as e:
         raise ChatRefusedError(f"the chat template of {name} refuses these messages ({first_line(e)})") from e

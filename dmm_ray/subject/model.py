@@ -6,10 +6,9 @@ residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +18,32 @@ from dmm_ray.errors import UserError
 from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject.blocks import find_blocks, text_model
 from dmm_ray.subject.encoding import Chat, encode
+from dmm_ray.subject.intervention import Intervention, Interventions, Site, Tokens
 from dmm_ray.subject.loading import Loaded, Placement, is_causal, position_offset
 from dmm_ray.subject.packing import CannotPackError, changing_lengths, may_pack, packing
-from dmm_ray.subject.source import SubjectSource, check_layers
+from dmm_ray.subject.reading import Piece, Reading, TooLongError, pieces_of, token_text
+from dmm_ray.subject.sites import Hook, Place, Sites, hooked
+from dmm_ray.subject.source import SubjectSource
 from dmm_ray.subject.state import ModuleState
 
-Hook = Callable[[Tensor], Tensor | None]
-"""Sees a block's output (b, t, d); returns its replacement, or None to leave it."""
-TRIAL_TOKENS, TRIAL_IDS = 24, 200
-"""Length of the sequences that a model is tried out with, and most token ids in them."""
+LOGITS_TO_KEEP = "logits_to_keep"
+Where = TypeVar("Where", int, Site)
+TRIAL_TOKENS, TRIAL_IDS, TRIAL_SHORT = 24, 200, 4
+"""Length of the sequences that a model is tried out with, most token ids in them, and the length where any will do."""
 TRIAL_TOLERANCE = {torch.float32: 1e-4}
 """Mean difference of a sequence's rows relative to their norms that is still rounding, by dtype (others: 0.05);
 sequences that see each other differ by many times that."""
 Batching = Literal["packed", "padded", "alone"]
 """How sequences share a forward pass: laid end to end, padded to alike lengths, or not at all."""
+
+
+class Pass(NamedTuple):
+    """A forward pass."""
+
+    output: Any
+    """The model's own output."""
+    captured: dict[Site, Tensor]
+    """What is at each site that was to be read (b, t, w), in the compute dtype."""
 
 
 class SubjectModel:
@@ -62,6 +73,7 @@ class SubjectModel:
             config.use_cache = False  # nothing reads a cache, unless it is asked for
         self._first_position = position_offset(loaded.model)
         self._state = ModuleState(loaded.model)
+        self._sites = Sites(source.model_id, self._blocks, source.config.get_text_config(), self._try)
         self._changing = changing_lengths(loaded.model.config.get_text_config())
         self._batching: dict[tuple[int, ...], Batching] = {}
 
@@ -165,32 +177,110 @@ class SubjectModel:
         return input_ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
-    def capture(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Outputs of blocks ``layers``: ``{layer: (b, t, d)}`` in the compute dtype, on ``device``.
+    def capture(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        sites: Sequence[Where],
+        interventions: Sequence[Intervention] = (),
+    ) -> dict[Where, Tensor]:
+        """Activations at ``sites``: ``{site: (b, t, w)}`` in the compute dtype, on ``device``.
 
         Args:
             input_ids: int64 (b, t).
             attention_mask: int64 (b, t), 0 at padding, which may be on either side.
-            layers: block numbers.
+            sites: places to read; a number stands for the output of that block, ``Site(k)``. What is read at a site
+                is what interventions have made of it.
+            interventions: edits; ids of their rows are (index in the batch, position).
 
         Raises:
-            UserError: a layer that is not loaded, or a block whose output is not (b, t, d).
+            UserError: a layer that is not loaded, a site that the model does not have or whose activations are not
+                (b, t, w), or an intervention without the effect that it requires.
+
+        Example:
+            >>> rows = subject.capture(*subject.pad([[0, 5, 6]]), [2])[2]  # doctest: +SKIP
         """
+        asked = {where: Site(where) if isinstance(where, int) else where for where in sites}
+        active, tokens = Interventions(interventions), Tokens.of(attention_mask)
         if len(input_ids) == 1 or self.batching(input_ids.shape[1]) != "alone":
-            return self._capture(input_ids, attention_mask, layers)
-        captured: dict[int, Tensor] = {}
-        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-            for layer, hidden in self._capture(ids[mask][None], mask[mask][None].long(), layers).items():
+            options = self.padding_options(attention_mask)
+            found = self.forward(input_ids, tokens, list(asked.values()), active, **options).captured
+        else:
+            found = self._capture_alone(input_ids, tokens, list(asked.values()), active)
+        active.check_effect()
+        return {where: found[site] for where, site in asked.items()}
+
+    def _capture_alone(
+        self, input_ids: Tensor, tokens: Tokens, sites: Sequence[Site], active: Interventions
+    ) -> dict[Site, Tensor]:
+        """As :meth:`capture`, a pass for each sequence."""
+        captured: dict[Site, Tensor] = {}
+        for row, real in enumerate(tokens.real):
+            one = Tokens(tokens.ids[row, real][None], real[real][None])
+            for site, hidden in self.forward(input_ids[row, real][None], one, sites, active).captured.items():
                 shape = (*input_ids.shape, hidden.shape[-1])
-                captured.setdefault(layer, hidden.new_zeros(shape))[row, mask] = hidden[0]
+                captured.setdefault(site, hidden.new_zeros(shape))[row, real] = hidden[0]
         return captured
 
-    def _capture(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """As :meth:`capture`, all sequences in one pass."""
-        options = self._options(attention_mask)
-        with self._capturing(layers, input_ids.shape) as captured:
-            self._run(input_ids=input_ids, **options)
-        return captured
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        tokens: Tokens,
+        sites: Sequence[Site] = (),
+        interventions: Interventions | None = None,
+        *,
+        later: bool = False,
+        predicting: Tensor | None = None,
+        **options: Any,
+    ) -> Pass:
+        """One forward pass that is read and edited at sites: what all other methods are made of.
+
+        Args:
+            input_ids: int64 (b, t).
+            tokens: whose they are.
+            sites: places to read.
+            interventions: edits in force.
+            later: go on from earlier passes of a generation; else the model is as it was loaded.
+            predicting: (b, t), True where a token predicts a new one, while generating.
+            options: for the model's own forward.
+
+        Raises:
+            UserError: as :meth:`capture`.
+        """
+        active = interventions or Interventions()
+        captured: dict[Site, Tensor] = {}
+
+        def by_token(site: Site, hidden: Tensor) -> Tensor:
+            # OPT's MLP runs on all tokens in one dimension.
+            if hidden.shape[:-1] not in (input_ids.shape, (input_ids.numel(),)):
+                raise UserError(
+                    f"model: {site} of {self.model_id} puts out {tuple(hidden.shape)} for "
+                    f"{tuple(input_ids.shape)} tokens; such models cannot be read"
+                )
+            return hidden.reshape(*input_ids.shape, hidden.shape[-1])
+
+        def editing(index: int) -> Hook:
+            def hook(hidden: Tensor) -> Tensor:
+                there = by_token(active.given[index].site, hidden)
+                return active.apply(index, there, tokens, predicting).reshape(hidden.shape)
+
+            return hook
+
+        def reading(site: Site) -> Hook:
+            def hook(hidden: Tensor) -> None:
+                captured[site] = by_token(site, hidden).to(self.device)
+
+            return hook
+
+        hooks: list[tuple[Place, Hook]] = []
+        for index, one in enumerate(active.given):
+            hooks.append((self._sites.place(one.site), editing(index)))
+        hooks += [(self._sites.place(site), reading(site)) for site in sites]  # after the edits
+        run = self._model if later else self._run
+        with hooked(hooks):
+            output = run(input_ids=input_ids, **options)
+        return Pass(output, captured)
 
     def _run(self, **options: Any) -> Any:
         """A forward pass of the model as it was loaded, whatever it has seen since."""
@@ -214,15 +304,14 @@ class SubjectModel:
         """
         tokens = torch.tensor([[token for sequence in ids for token in sequence]], device=self.device)
         lengths = [len(sequence) for sequence in ids]
-        with (
-            self._capturing(layers, tokens.shape) as captured,
-            packing(self._model, lengths, self.device) as pack,
-        ):
+        with packing(self._model, lengths, self.device) as pack:
             positions = pack.positions() + self._first_position
-            self._run(input_ids=tokens, position_ids=positions)
+            nobody = Tokens.of(torch.ones_like(tokens))
+            sites = [Site(layer) for layer in layers]
+            captured = self.forward(tokens, nobody, sites, position_ids=positions).captured
         if pack.calls < max(layers) + 1:
             raise CannotPackError(f"{type(self._model).__name__} has attention of its own")
-        return {layer: hidden[0] for layer, hidden in captured.items()}
+        return {site.layer: hidden[0] for site, hidden in captured.items()}
 
     @torch.no_grad()
     def batching(self, longest: int) -> Batching:
@@ -242,7 +331,7 @@ class SubjectModel:
             n for at in changing for n in (min(3 * at, longest), min(2 * at, longest), at + 1, max(at - 3, 2))
         ]
         trial = [self.trial_ids(n) for n in sorted([short, max(short - 3, 2), 2, *around], reverse=True)]
-        alone = [self._capture(*self.pad([ids]), [layer])[layer][0] for ids in trial]
+        alone = [self._block_output([ids], layer)[0] for ids in trial]
         limit = TRIAL_TOLERANCE.get(alone[0].dtype, 0.05)
 
         def same(found: Sequence[Tensor]) -> bool:
@@ -261,26 +350,29 @@ class SubjectModel:
                 packed = None
             if packed is not None and same(packed.split([len(ids) for ids in trial])):
                 return "packed"
-        padded = self._capture(*self.pad(trial), [layer])[layer]
+        padded = self._block_output(trial, layer)
         return "padded" if same([x[: len(ids)] for x, ids in zip(padded, trial, strict=True)]) else "alone"
+
+    def _block_output(self, ids: Sequence[Sequence[int]], layer: int) -> Tensor:
+        """A block's output (b, t, d) for sequences that share a pass."""
+        input_ids, mask = self.pad(ids)
+        options = self.padding_options(mask)
+        return self.forward(input_ids, Tokens.of(mask), [Site(layer)], **options).captured[Site(layer)]
 
     @torch.no_grad()
     def token_losses(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        layer: int | None = None,
-        edit: Callable[[Tensor], Tensor] | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor, interventions: Sequence[Intervention] = ()
     ) -> Tensor:
         """Cross-entropy of each next token in nats, (b, t - 1): column i is token i + 1; NaN at padding.
 
-        ``edit`` gets layer ``layer``'s output (b, t, d) in float32 and returns its replacement. Position 0 is
-        never edited: what ``edit`` returns there is dropped.
+        Args:
+            input_ids: int64 (b, t).
+            attention_mask: int64 (b, t), 0 at padding, which may be on either side.
+            interventions: edits; ids of their rows are (index in the batch, position).
 
         Raises:
-            UserError: an encoder, which predicts no next token.
-            ValueError: loaded without ``head=True``, or one of ``layer`` and ``edit`` without the other.
+            UserError: an encoder, which predicts no next token; as :meth:`capture`.
+            ValueError: loaded without ``head=True``.
         """
         if self.bidirectional:
             raise UserError(
@@ -288,53 +380,37 @@ class SubjectModel:
             )
         if not self.head:
             raise ValueError("token_losses needs SubjectModel.from_pretrained(..., head=True)")
-        if (layer is None) != (edit is None):
-            raise ValueError("layer and edit go together")
-
-        def replace(hidden: Tensor) -> Tensor:
-            assert edit is not None
-            edited = edit(hidden.to(self.device).float()).to(hidden)
-            return torch.cat([hidden[:, :1], edited[:, 1:]], dim=1)
-
+        active, tokens = Interventions(interventions), Tokens.of(attention_mask)
         if len(input_ids) > 1 and self.batching(input_ids.shape[1]) == "alone":
-            return self._losses_alone(input_ids, attention_mask, layer, replace)
-        options = self._options(attention_mask)
-        with self._hooks({} if layer is None else {layer: replace}):
-            logits = self._run(input_ids=input_ids, **options).logits
-        losses = torch.stack(
-            [
-                F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
-                for row, ids in zip(logits, input_ids, strict=True)
-            ]
-        )
+            losses = torch.full(input_ids[:, 1:].shape, float("nan"), device=self.device)
+            for row, real in enumerate(tokens.real):
+                one = Tokens(tokens.ids[row, real][None], real[real][None])
+                found = self._losses(input_ids[row, real][None], one, active)
+                losses[row, real[1:] & real[:-1]] = found[0]
+        else:
+            losses = self._losses(input_ids, tokens, active, **self.padding_options(attention_mask))
+        active.check_effect()
         return losses.masked_fill(attention_mask[:, 1:] == 0, float("nan"))
 
-    def _losses_alone(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        layer: int | None,
-        replace: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """As :meth:`token_losses`, a pass for each sequence; the edit sees all of them at once all the same."""
-        edited = None if layer is None else replace(self.capture(input_ids, attention_mask, [layer])[layer])
-        losses = torch.full(input_ids[:, 1:].shape, float("nan"), device=self.device)
-        for row, mask in enumerate(attention_mask.bool()):
-            hooks: dict[int, Hook] = {}
-            if layer is not None and edited is not None:
-                hooks[layer] = lambda _hidden, one=edited[row, mask][None]: one  # type: ignore[misc]
-            ids = input_ids[row, mask]
-            with self._hooks(hooks):
-                logits = self._run(input_ids=ids[None]).logits[0]
-            found = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
-            losses[row, mask[1:] & mask[:-1]] = found
-        return losses
+    def _losses(self, input_ids: Tensor, tokens: Tokens, active: Interventions, **options: Any) -> Tensor:
+        logits = self.forward(input_ids, tokens, (), active, **options).output.logits
+        # Sequence by sequence: float32 logits of all of them would take b times the memory.
+        pairs = zip(logits, input_ids, strict=True)
+        return torch.stack(
+            [F.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in pairs]
+        )
 
-    def _options(self, attention_mask: Tensor) -> dict[str, Any]:
-        """What a forward pass is told beside the tokens. Call it outside of hooks: it may try the model out.
+    def padding_options(self, attention_mask: Tensor, seen: int = 0) -> dict[str, Any]:
+        """What a forward pass over padded sequences is told beside the tokens.
+
+        Call it outside of hooks: it may try the model out.
 
         Under causal attention nothing sees padding on the right: no mask is needed then, which leaves the attention
         kernels their fast path. Other padding moves the tokens' positions.
+
+        Args:
+            attention_mask: (b, seen + t), 0 at padding.
+            seen: how many of the columns a cache holds already.
         """
         options: dict[str, Any] = {"attention_mask": attention_mask}
         if bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
@@ -342,14 +418,86 @@ class SubjectModel:
                 options["attention_mask"] = None
         elif self._uses_positions:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + self._first_position
-            options["position_ids"] = positions
+            options["position_ids"] = positions[:, seen:]
         return options
+
+    def last_logits(self, n: int) -> dict[str, Any]:
+        """The argument that has logits computed for the last ``n`` tokens only, where the model has one. Call it
+        outside of hooks: it may try the model out."""
+        return {LOGITS_TO_KEEP: n} if self._keeps_logits else {}
+
+    @cached_property
+    @torch.no_grad()
+    def _keeps_logits(self) -> bool:
+        """Whether it can be told to give the last logits only: tried."""
+        ids = torch.tensor([self.trial_ids(2)], device=self.device)
+        try:
+            logits = self._run(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
+        except (TypeError, AttributeError):  # no such argument; no logits
+            return False
+        return logits.shape[1] == 1
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        text = self.source.config.get_text_config()
+        return getattr(text, "vocab_size", None) or len(self.tokenizer)
+
+    @torch.no_grad()
+    def read(self, text: str, layer: int) -> Reading:
+        """The tokens of ``text`` and the layer's output at each.
+
+        Raises:
+            TooLongError: more tokens than the model's context.
+            UserError: a text without tokens, a layer the model lacks, or a tokenizer without character offsets.
+
+        Example:
+            >>> reading = subject.read("Once upon a time", layer=2)  # doctest: +SKIP
+            >>> [piece.text for piece in reading.pieces], reading.rows.shape  # doctest: +SKIP
+        """
+        pieces = self.pieces(text)
+        ids, site = torch.tensor([[piece.id for piece in pieces]], device=self.device), Site(layer)
+        options = self.last_logits(1) if self.head else {}
+        captured = self.forward(ids, Tokens.of(torch.ones_like(ids)), [site], **options).captured
+        return Reading(pieces, captured[site][0].float().cpu())
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The tokens of ``text``, special ones included, as extraction makes them. Raises as :meth:`read`."""
+        return pieces_of(self.tokenizer, text, self.prompt_ids(text))
+
+    def prompt_ids(self, text: str, field: str = "text") -> list[int]:
+        """Token ids of ``text``, special ones included, not cut.
+
+        Args:
+            text: not blank.
+            field: what errors call it.
+
+        Raises:
+            UserError: a text without tokens.
+            TooLongError: more tokens than the model's context.
+        """
+        [ids] = self.tokenize([text], self.context + 1)
+        if not ids:
+            raise UserError(f"{field}: it holds no tokens; send some words")
+        if len(ids) > self.context:
+            raise TooLongError(
+                f"{field}: more tokens than the model's context of {self.context}; send it in parts"
+            )
+        return ids
+
+    def token_text(self, token: int) -> str:
+        """A token's characters; its name in the vocabulary where it is part of a character, or special."""
+        return token_text(self.tokenizer, token)
 
     def trial_ids(self, n: int) -> list[int]:
         """``n`` token ids of its vocabulary, to try something out with."""
-        text = self.source.config.get_text_config()
-        vocabulary = getattr(text, "vocab_size", None) or len(self.tokenizer)
-        return numpy_rng(n).integers(0, min(TRIAL_IDS, vocabulary), n).tolist()
+        return numpy_rng(n).integers(0, min(TRIAL_IDS, self.vocabulary), n).tolist()
+
+    def _try(self) -> None:
+        """Run the model on a few tokens."""
+        self._run(
+            input_ids=torch.tensor([self.trial_ids(min(TRIAL_SHORT, self.context))], device=self.device)
+        )
 
     @cached_property
     def _uses_positions(self) -> bool:
@@ -357,52 +505,10 @@ class SubjectModel:
         ids = torch.tensor([self.trial_ids(3)], device=self.device)
         positions = self._first_position + torch.tensor([[0, 1, 3]], device=self.device)
         layer = len(self._blocks) - 1
-        plain = self._capture(ids, torch.ones_like(ids), [layer])[layer]
-        with self._capturing([layer], ids.shape) as captured:
-            try:
-                self._run(input_ids=ids, position_ids=positions)
-            except TypeError:
-                return False
-        return not torch.equal(plain, captured[layer])
-
-    @contextmanager
-    def _capturing(self, layers: Sequence[int], shape: torch.Size) -> Iterator[dict[int, Tensor]]:
-        """Inside the block the model's outputs of ``layers`` for input ids of ``shape`` are put into what it gives."""
-        check_layers(layers, len(self._blocks), f"{self.model_id} as loaded")
-        captured: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Hook:
-            def hook(hidden: Tensor) -> None:
-                if hidden.shape[:-1] != shape:
-                    raise UserError(
-                        f"model: block {layer} of {self.model_id} puts out {tuple(hidden.shape)} for "
-                        f"{tuple(shape)} tokens; such models cannot be read"
-                    )
-                captured[layer] = hidden.to(self.device)
-
-            return hook
-
-        with self._hooks({layer: keep(layer) for layer in layers}):
-            yield captured
-
-    @contextmanager
-    def _hooks(self, hooks: dict[int, Hook]) -> Iterator[None]:
-        handles = [self._blocks[layer].register_forward_hook(_adapt(hook)) for layer, hook in hooks.items()]
+        site, tokens = Site(layer), Tokens.of(torch.ones_like(ids))
+        plain = self.forward(ids, tokens, [site]).captured[site]
         try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _adapt(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
-    """``hook`` as a forward hook of a block that returns a tensor or a tuple that starts with it."""
-
-    def forward_hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        is_tuple = isinstance(output, tuple)
-        new = hook(output[0] if is_tuple else output)
-        if new is None:
-            return None
-        return (new, *output[1:]) if is_tuple else new
-
-    return forward_hook
+            moved = self.forward(ids, tokens, [site], position_ids=positions).captured[site]
+        except TypeError:
+            return False
+        return not torch.equal(plain, moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,11 +113,24 @@ class SubjectSource:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json and of each weight file (safetensors where there are any), by name."""
+        """SHA-256 of config.json, each weight file (safetensors where there are any) and the model's code, by name."""
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
             raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")
-        return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files]}
+        return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files, *self._code()]}
+
+    def _code(self) -> list[Path]:
+        """The Python files that come with the model, where it runs them; they may lie in another repository."""
+        references = getattr(self.config, "auto_map", None) or {}
+        if not (references and self.trust_remote_code):
+            return []
+        folders = {self.folder}
+        if any("--" in str(reference) for reference in references.values()):
+            folders |= {Path(inspect.getfile(type(one))).parent for one in (self.config, self.skeleton)}
+        return sorted(
+            {file.name: file for folder in sorted(folders) for file in folder.glob("*.py")}.values(),
+            key=lambda file: file.name,
+        )
 
     @property
     def weights_hash(self) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Roles of the speakers in conversations of ``from`` and ``value``."""
+OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 MESSAGES = "messages"
 """The field of a chat, read where a record has no text field."""
 
@@ -16,11 +19,11 @@ class Document(NamedTuple):
     doc: int
     text: str | None
     error: str | None
-    messages: tuple[dict[str, str], ...] | None = None
-    """A chat: at least one message of a ``role`` and a ``content``."""
+    messages: tuple[dict[str, Any], ...] | None = None
+    """A chat: at least one message of a ``role`` and a ``content``, and what belongs to tools."""
 
     @property
-    def content(self) -> str | tuple[dict[str, str], ...]:
+    def content(self) -> str | tuple[dict[str, Any], ...]:
         """Its text or its messages; empty for a failed one."""
         return self.text or self.messages or ""
 
@@ -30,7 +33,7 @@ class Content(NamedTuple):
 
     text: str | None = None
     error: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
 
     @property
     def is_blank(self) -> bool:
@@ -61,9 +64,12 @@ def json_content(raw: bytes, text_field: str) -> Content:
 def record_content(record: Mapping[str, object], text_field: str) -> Content:
     """A record with the text field, or else with ``messages``."""
     if text_field in record:
-        return _text_content(record[text_field], text_field)
+        value = record[text_field]
+        return (
+            _chat_content(value, text_field) if isinstance(value, list) else _text_content(value, text_field)
+        )
     if MESSAGES in record:
-        return _chat_content(record[MESSAGES])
+        return _chat_content(record[MESSAGES], MESSAGES)
     return Content(error=f"no field {text_field!r}; name the one that holds the text with --text-field")
 
 
@@ -72,26 +78,73 @@ def _text_content(value: object, text_field: str) -> Content:
     return Content(error=problem) if problem else Content(text=str(value))
 
 
-def _chat_content(value: object) -> Content:
-    """``[{"role": str, "content": str}, ...]``; other keys of a message are left out."""
+def _chat_content(value: object, field: str) -> Content:
+    """A list of messages, as chat templates take them: ``{"role": str, "content": str}``.
+
+    Content may be a list of text parts, and null beside tool calls; ``from`` and ``value``, with ShareGPT's names of
+    speakers, are read as role and content. Other keys are left out, but for those of tools.
+    """
     if not isinstance(value, list) or not value:
         kind = "null" if value is None else "an empty list" if value == [] else "not a list"
-        return Content(error=f"field {MESSAGES!r} is {kind}")
+        return Content(error=f"field {field!r} is {kind}")
+    messages: list[dict[str, Any]] = []
     for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            return Content(error=f"message {number} is not an object with role and content")
-        for key in ("role", "content"):
-            if key not in message:
-                return Content(error=f"message {number} has no {key!r}")
-            if problem := _problem(message[key], f"{key!r} of message {number}"):
-                return Content(error=problem)
-    return Content(messages=tuple({key: message[key] for key in ("role", "content")} for message in value))
+        found = _message(message, number)
+        if isinstance(found, str):
+            return Content(error=found)
+        messages.append(found)
+    return Content(messages=tuple(messages))
+
+
+def _message(message: object, number: int) -> dict[str, Any] | str:
+    """A message, or what is wrong with it."""
+    if not isinstance(message, dict):
+        return f"message {number} is not an object with role and content"
+    if "from" in message and "value" in message and "role" not in message:
+        speaker = message["from"]
+        if speaker not in SHAREGPT:
+            return (
+                f"message {number} is from {str(speaker)[:40]!r}; of {', '.join(SHAREGPT)} the role is known"
+            )
+        message = {"role": SHAREGPT[speaker], "content": message["value"]}
+    for key in ("role", "content"):
+        if key not in message and not (key == "content" and message.get("tool_calls")):
+            return f"message {number} has no {key!r}"
+    found = {"role": message["role"], "content": _joined(message.get("content"))}
+    with_tools = bool(message.get("tool_calls")) or message["role"] == "tool"
+    if with_tools:
+        found["content"] = "" if found["content"] is None else found["content"]
+        found |= {key: message[key] for key in OF_TOOLS if message.get(key) is not None}
+    for key in ("role", "content"):
+        if problem := _problem(found[key], f"{key!r} of message {number}"):
+            return problem
+    return found
+
+
+def _joined(content: object) -> object:
+    """The text of a list of text parts; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content  # type: ignore[arg-type]
 
 
 def _problem(value: object, what: str) -> str | None:
     """Why ``value`` is no text, if it is none."""
     if not isinstance(value, str):
-        return f"{what} is null" if value is None else f"{what} is not a string"
+        if value is None:
+            return f"{what} is null"
+        parts = (
+            {str(part.get("type")) for part in value if isinstance(part, dict)}
+            if isinstance(value, list)
+            else ()
+        )
+        if kinds := sorted(set(parts) - {"text"}):
+            return f"{what} has a part of type {kinds[0][:40]!r}, where a language model of texts takes text alone"
+        return f"{what} is not a string"
     try:
         value.encode()
     except UnicodeEncodeError:

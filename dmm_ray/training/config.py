@@ -120,7 +120,9 @@ class TrainConfig(Config):
     """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
     peak_tflops: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
     """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=RESUMABLE)
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        default="auto", json_schema_extra=RESUMABLE
+    )
     """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
     wandb_project: str = Field(default="dmm-ray", json_schema_extra=RESUMABLE)
     """Project that the run is logged to; its name is the output folder's."""

@@ -5,7 +5,6 @@ Names are ``model.X`` (weights), ``ema.X`` (their average), ``exp_avg.X``, ``exp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import iter_chunks
+from dmm_ray.prior.weights import read_header
 from dmm_ray.training.parallel import first_row, local
 from dmm_ray.training.step import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HEADER_BYTES = 8
 """A safetensors file begins with the length of its JSON header, little-endian."""
 
 Shape = tuple[int, ...]
@@ -78,10 +77,8 @@ class Part:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        size = int.from_bytes(self._read(0, HEADER_BYTES), "little")
-        self.header = json.loads(self._read(HEADER_BYTES, HEADER_BYTES + size))
+        self.header, self.data = read_header(self._read)
         self.header.pop("__metadata__", None)
-        self.data = HEADER_BYTES + size
 
     def shape(self, name: str) -> Shape:
         """Of a tensor."""

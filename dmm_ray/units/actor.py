@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,13 +17,18 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import WRITE_REMEDIES
 from dmm_ray.units.unit import Unit
 
+logger = logging.getLogger(__name__)
+
 
 class UnitActor(ABC):
-    """Writes into the folder ``out``. Bad input comes back as an error row: Ray wraps what is raised.
+    """Writes into the folder ``out``. What is raised comes back as an error row: Ray would make a page of it.
 
     Once such a row is out this actor writes nothing more, in no thread: what it left over can be removed then. (Others
     may be writing still when the run ends; what they leave over the next run removes.)
     """
+
+    LESS: ClassVar[str] = ""
+    """The option that makes a unit's work take less memory."""
 
     def __init__(self, out: str) -> None:
         self.out = out
@@ -33,16 +40,29 @@ class UnitActor(ABC):
         """Do one unit: its small result, with the ``rows`` it has."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """The result of the one unit of ``batch`` as JSON, or an ``error``."""
+        """The result of the one unit of ``batch`` as JSON.
+
+        Or an ``error``, with a ``trace`` where it is not the user's: a fault of a model's code, a library's or ours.
+        """
+        unit = Unit(*(int(batch[name][0]) for name in Unit._fields))
         try:
-            result = self.work(Unit(*(int(batch[name][0]) for name in Unit._fields)))
+            result = self.work(unit)
         except UserError as e:
             result = {"error": self._stop(str(e))}
-        except OSError as e:
-            if e.errno not in WRITE_REMEDIES:
-                raise
-            result = {"error": self._stop(f"out: {self.out}: {WRITE_REMEDIES[e.errno]}")}
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in WRITE_REMEDIES:
+                result = {"error": self._stop(f"out: {self.out}: {WRITE_REMEDIES[e.errno]}")}
+            else:
+                logger.exception("unit %d failed", unit.unit)  # into the worker's own log
+                result = {"error": self._stop(self._fault(unit, e)), "trace": traceback.format_exc()}
         return {"result": [json.dumps(result)]}
+
+    def _fault(self, unit: Unit, e: Exception) -> str:
+        """One line on an exception that nobody foresaw."""
+        where = f"unit {unit.unit} (documents {unit.first} to {unit.stop - 1})"
+        if "OutOfMemory" in type(e).__name__:
+            return f"{where}: out of GPU memory; give a smaller {self.LESS} (the same command resumes)"
+        return f"{where}: {type(e).__name__}: {' '.join(str(e).split())[:300] or 'no message'}"
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config, versions
-from dmm_ray.errors import UserError
+from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.files import join, make_folder, write_json
 from dmm_ray.store.manifest import SUMMARY, Manifest
 from dmm_ray.store.reader import file_sizes
@@ -78,7 +78,7 @@ def run_job(job: Job[Any], started: float) -> str:
     Raises:
         UserError: the folder holds something else or another configuration's results, or is being written; a unit
             reports bad input.
-        CheckFailed: another process took the folder over.
+        CheckFailed: another process took the folder over; a unit failed otherwise, or its actor died again and again.
     """
     out, manifest = job.out, job.manifest
     make_folder(out)
@@ -119,6 +119,9 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
     with closing(work(job, todo)) as results:
         for result in results:
             lock.check()
+            if "trace" in result:
+                logger.debug("%s", result["trace"])
+                raise CheckFailed(f"{result['error']} (DMM_LOG_LEVEL=DEBUG shows where)")
             if "error" in result:
                 raise UserError(result["error"])
             job.add(result)

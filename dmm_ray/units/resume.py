@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dmm_ray.config import refuse_other
 from dmm_ray.errors import UserError
-from dmm_ray.files import filesystem, join, plain_errors, write_json
+from dmm_ray.files import TEMPORARY, filesystem, join, plain_errors, write_json
 from dmm_ray.parallel import THREADS, in_order
 from dmm_ray.store.figures import Figures
 from dmm_ray.store.manifest import (
@@ -26,7 +26,6 @@ from dmm_ray.store.manifest import (
 )
 from dmm_ray.store.moments import Moments
 from dmm_ray.store.reader import file_sizes, length_problem
-from dmm_ray.store.writer import TEMPORARY
 from dmm_ray.units.lock import LOCK
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from dmm_ray.interventions import Direction, LanguageModel
+from dmm_ray.interventions import Direction
+from dmm_ray.subject import LanguageModel
 
 
 def mean_activation(model: LanguageModel, layer: int, path: str) -> torch.Tensor:

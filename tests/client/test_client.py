@@ -13,9 +13,10 @@ import pytest
 from client.scripted import Answer, serving
 
 from dmm_ray.client import Client, ClientError, Generated, Token, UnavailableError
+from dmm_ray.client.events import events
 from dmm_ray.client.rows import Rows
-from dmm_ray.client.tensors import pack, unpack
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.protocol import pack, unpack
 
 MODELS = Answer(body=json.dumps({"models": [{"name": "a", "d": 4, "layers": [2]}], "subject": None}).encode())
 BUSY = Answer(503, b'{"error": "the queue is full"}')
@@ -142,6 +143,17 @@ def test_a_token_that_cannot_be_one(token: str) -> None:
         (lambda c: c.encode(np.zeros((2, 4)), ids=[1]), "ids"),
         (lambda c: c.encode(np.zeros((2, 4)), ids=[1.0, 2.0]), "ids"),
         (lambda c: c.sample(0), "n"),
+        (lambda c: c.sample(2.0), "n"),
+        (lambda c: c.log_prob(np.zeros((2, 4), complex)), "x"),
+        (lambda c: c.log_prob(np.ma.masked_array(np.zeros((2, 4)), True)), "x"),
+        (lambda c: c.log_prob([[1.0, None]]), "x"),
+        (lambda c: c.log_prob([["1"]]), "x"),
+        (lambda c: c.log_prob([[1.0], [1.0, 2.0]]), "x"),
+        (lambda c: c.log_prob(None), "x"),
+        (lambda c: c.denoise(np.zeros((2, 4)), u=[0.1, 0.2, 0.3]), "u"),
+        (lambda c: c.denoise(np.zeros((2, 4)), u=1j), "u"),
+        (lambda c: c.denoise(np.zeros((2, 4)), distance=float("nan")), "distance"),
+        (lambda c: c.generate("once", "up", strength=object()), "strength"),
     ],
 )
 def test_what_cannot_be_rows_is_not_sent(ask, field: str) -> None:
@@ -159,12 +171,61 @@ def test_what_cannot_be_an_address(url: str) -> None:
 
 def test_an_answer_of_something_else() -> None:
     with serving(MODELS) as script, Client(script.url) as client:
-        with pytest.raises(UnavailableError, match="Open Inference Protocol"):
+        with pytest.raises(UnavailableError, match="not a dmm-ray endpoint's"):
             client.sample(1)
         assert script.seen[0][0] == "/v2/models/sample/infer"
         with Client(script.url, model="a/b") as other, pytest.raises(UnavailableError):
             other.sample(1)
         assert script.seen[1][0] == "/v2/models/a%2Fb.sample/infer"
+
+
+@pytest.mark.parametrize("body", ["<html>Please log in</html>", "[]", "3", '{"models": 3}', ""])
+def test_a_proxy_s_page_is_no_answer(body: str) -> None:
+    with serving(Answer(body=body.encode())) as script, Client(script.url) as client:
+        asks = [
+            client.models,
+            lambda: client.score_text("a"),
+            lambda: client.generate("a"),
+            lambda: client.sample(1),
+        ]
+        for ask in [*asks, lambda: list(client.generate_stream("a"))]:
+            with pytest.raises(UnavailableError, match=r"not a dmm-ray endpoint|ended before"):
+                ask()
+
+
+def test_a_closed_client_says_so() -> None:
+    with serving(MODELS) as script:
+        client = Client(script.url)
+        client.close()
+        for ask in (client.models, client.ready, lambda: client.sample(1), lambda: client.score_text("a")):
+            with pytest.raises(ClientError, match="the client is closed"):
+                ask()
+        with pytest.raises(ClientError, match="the client is closed"):
+            next(client.generate_stream("a"))
+        assert not script.seen
+
+
+def test_events_are_read_as_the_standard_says() -> None:
+    text = (
+        "\N{ZERO WIDTH NO-BREAK SPACE}: a comment\r\ndata:one\r\ndata: two\r\nevent: kind\r\nid: 7\r\n\r\n"
+        "retry: 100\n\nevent: without data\n\ndata\n\ndata: \u00e9\r\rdata: cut off"
+    )
+    expected = [("kind", "one\ntwo"), ("message", ""), ("message", "\u00e9")]
+    raw = text.encode()
+    for size in (1, 2, 3, 7, len(raw)):
+        assert list(events(raw[i : i + size] for i in range(0, len(raw), size))) == expected
+
+
+def test_torch_s_rows_are_rows() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = Rows.given(
+            torch.ones(2, 3, dtype=dtype, requires_grad=True), torch.tensor([1, 2]), torch.tensor([0.5, 1])
+        )
+        assert x.x is not None
+        assert x.levels is not None
+        assert (x.x.dtype, x.x.tolist(), x.ids.tolist()) == (np.float32, [[1.0] * 3] * 2, [1, 2])
+        assert x.levels.tolist() == [0.5, 1.0]
 
 
 def test_streamed_events() -> None:
@@ -176,7 +237,14 @@ def test_streamed_events() -> None:
         assert isinstance(last, Generated)
         assert (last.text, last.nats.tolist(), last.nll) == ("ab", [0.5], 0.5)
     failed = token + b'event: error\ndata: {"error": "restarting"}\n\n'
-    for body, message in ((Answer(body=failed), "restarting"), (Answer(body=token, cut=True), "ended early")):
+    troubles = (
+        (Answer(body=failed), "restarting"),
+        (Answer(body=token, cut=True), "ended early"),
+        (Answer(body=token), "ended before the text did"),
+        (Answer(body=token + b"event: done\ndata: {}\n\n"), "not a dmm-ray endpoint's"),
+        (Answer(body=token + b"event: token\ndata: <html>\n\n"), "It begins '<html>'"),
+    )
+    for body, message in troubles:
         with serving(body) as script, Client(script.url) as client:
             items = client.generate_stream("once")
             assert isinstance(next(items), Token)
@@ -214,7 +282,7 @@ def test_an_answer_is_read_in_order() -> None:
     found = unpack(head + a.tobytes() + b.tobytes(), len(head))
     np.testing.assert_array_equal(found["a"], a)
     np.testing.assert_array_equal(found["b"], b)
-    with pytest.raises(ValueError, match="reshape"):
+    with pytest.raises(ValueError, match="0 bytes; shape"):
         unpack(head + a.tobytes(), len(head))
 
 

@@ -1,23 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from subject.conftest import make_model as make_model
+from subject.conftest import PROMPT as PROMPT
+from subject.conftest import language as language
 
-from dmm_ray.interventions import LanguageModel
 from dmm_ray.prior import ActivationPrior, PriorConfig
-
-Make = Callable[[str], Path]
-PROMPT = "the cat sat on"
-
-
-@pytest.fixture(scope="session")
-def language(tiny_subject: Path) -> LanguageModel:
-    """The tiny Llama with its head."""
-    return LanguageModel.load(str(tiny_subject))
 
 
 @pytest.fixture(scope="session")

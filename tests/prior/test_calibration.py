@@ -98,7 +98,7 @@ def test_saved_with_the_prior_and_read_back(calibrated, tmp_path):
     prior.save_pretrained(str(tmp_path))
     assert Calibration.load(str(tmp_path)) is None
     assert ActivationPrior.from_pretrained(str(tmp_path)).log_prob(torch.ones(1, D)).percentile is None
-    prior.calibration = calibrated.calibration
+    prior.calibration = Calibration(D, calibrated.calibration.by_layer, prior.fingerprint())
     prior.save_pretrained(str(tmp_path))
     again = ActivationPrior.from_pretrained(str(tmp_path)).calibration
     nats, base = torch.randn(50) * 20, -torch.rand(50) * 30
@@ -116,6 +116,36 @@ def test_saved_with_the_prior_and_read_back(calibrated, tmp_path):
     header = (tmp_path / CALIBRATION).read_bytes()
     again.save(str(tmp_path))
     assert (tmp_path / CALIBRATION).read_bytes() == header
+
+
+def test_of_another_prior_it_is_refused(calibrated, tmp_path):
+    calibrated.save_pretrained(str(tmp_path))
+    other = ActivationPrior.untrained(calibrated.config, torch.zeros(D), torch.ones(D), seed=1)
+    other.calibration = calibrated.calibration
+    with pytest.raises(UserError, match=r"calibration\.safetensors: it is of a prior with other weights"):
+        other.save_pretrained(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    other.calibration = None
+    other.save_pretrained(str(tmp_path))  # the file of the weights before is still there
+    with pytest.raises(UserError, match="other weights: its percentiles would be wrong"):
+        ActivationPrior.from_pretrained(str(tmp_path))
+    Calibration(D + 1, calibrated.calibration.by_layer).save(str(tmp_path))
+    with pytest.raises(UserError, match=f"d = {D + 1}, not {D}"):
+        ActivationPrior.from_pretrained(str(tmp_path))
+    Calibration(D, calibrated.calibration.by_layer).save(str(tmp_path))  # made before there were fingerprints
+    assert ActivationPrior.from_pretrained(str(tmp_path)).calibration is not None
+
+
+def test_rows_far_out_or_all_alike_are_never_at_0(calibrated):
+    x, ids = documents(0, 20)
+    far = calibrated.log_prob(10 * x, ids=ids, steps=STEPS)
+    assert (far.percentile > 0).all()
+    prior = gaussian_prior(COVARIANCE)
+    same = x[:1].expand(200, -1)
+    prior.calibration = calibrate(prior, same, np.array([[i, 1] for i in range(200)]), steps=STEPS)
+    again = prior.log_prob(x[:1], steps=STEPS, ids=np.array([[7, 1]]), probes=1)
+    assert 1 < float(again.percentile) < 99
+    assert float(again.latent_percentile) > 1
 
 
 def test_a_damaged_file_is_named(calibrated, tmp_path):

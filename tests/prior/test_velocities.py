@@ -46,7 +46,7 @@ def test_what_is_remembered_is_bounded(prior, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("change", ["in place", "load", "cast"])
+@pytest.mark.parametrize("change", ["in place", "load", "cast", "data", "data of one"])
 def test_changed_weights_are_used(prior, change, precision):
     x = torch.randn(3, D)
     before = prior.denoise(x, layer=0, precision=precision)
@@ -54,6 +54,11 @@ def test_changed_weights_are_used(prior, change, precision):
         if change == "in place":
             for p in prior.denoiser.parameters():
                 p.mul_(0.5)
+        elif change == "data":
+            for p in prior.denoiser.parameters():
+                p.data.mul_(0.5)
+        elif change == "data of one":
+            prior.denoiser.time_embed[0].weight.data.neg_()
         elif change == "load":
             prior.denoiser.load_state_dict({k: v * 0.5 for k, v in prior.denoiser.state_dict().items()})
         else:

@@ -20,6 +20,7 @@ class Doubler:
         self.go = threading.Event()
         self.go.set()
         self.started = threading.Event()
+        self.waiting: list[int] = []
 
     def __call__(self, key: str, rows: Rows) -> Columns:
         x = rows["x"]
@@ -40,7 +41,9 @@ def run(
     solver = Doubler()
 
     async def main() -> None:
-        await asyncio.wait_for(body(RowBatcher(solver, max_rows, wait_s), solver), 20)
+        await asyncio.wait_for(
+            body(RowBatcher(solver, lambda _: max_rows, wait_s, solver.waiting.append), solver), 20
+        )
 
     asyncio.run(main())
     return solver
@@ -109,11 +112,13 @@ def test_cancelled_requests_are_not_computed() -> None:
         solver.go.clear()
         blocker = asyncio.create_task(batcher.submit("blocker", rows(0)))
         await asyncio.to_thread(solver.started.wait, 10)
-        task = asyncio.create_task(batcher.submit("a", rows(1)))
+        task = asyncio.create_task(batcher.submit("a", rows(1, 2)))
         await asyncio.sleep(0)
         task.cancel()
+        await asyncio.sleep(0)
         solver.go.set()
         await blocker
+        assert solver.waiting == [1, 0, 2, 0]  # also while the solver is at work
         assert (await batcher.submit("a", rows(2)))["y"].tolist() == [4]
         assert task.cancelled()
 

@@ -24,7 +24,9 @@ def refusal(body: Any, info: PriorInfo = SINGLE, **limits: int) -> tuple[int, st
 def test_rows_and_ids_are_arrays_of_fixed_types() -> None:
     call, rows = to_call(LogProbBody(activations=X, ids=[5, -6]), SINGLE, Limits())
     assert call.operation == "log_prob"
-    assert dict(call.arguments) == {"layer": None, "steps": 32, "probes": 2, "seed": 0}
+    assert dict(call.arguments) == {
+        "layer": None, "steps": 32, "probes": 2, "seed": 0, "precision": None, "method": "midpoint", "grid": "cosine",
+    }  # fmt: skip
     assert rows["activations"].dtype == np.float32
     assert rows["ids"].dtype == np.int64
     assert rows["ids"].tolist() == [[5, 0], [-6, 0]]
@@ -34,6 +36,17 @@ def test_ids_default_to_the_position_and_may_be_pairs() -> None:
     assert to_call(SampleBody(n=3), SINGLE, Limits())[1]["ids"].tolist() == [[0, 0], [1, 0], [2, 0]]
     body = LogProbBody.model_validate_json('{"activations": [[1, 2], [3, 4]], "ids": [[9, 1], [9, 2]]}')
     assert to_call(body, SINGLE, Limits())[1]["ids"].tolist() == [[9, 1], [9, 2]]
+
+
+def test_a_level_of_each_row_s_own_shares_calls() -> None:
+    x = [[0.0, 0.0], [1.0, 1.0]]
+    one, rows = to_call(DenoiseBody(activations=x, u=[0.1, 0.2]), SINGLE, Limits())
+    other, _ = to_call(DenoiseBody(activations=x, u=[0.5, 0.2]), SINGLE, Limits())
+    assert one == other
+    assert (rows["u"].dtype, rows["u"].tolist()) == (np.float64, [0.1, 0.2])
+    for bad in ([0.5], [0.5, 0.5, 0.5]):
+        with pytest.raises(RequestError, match="u: one level, or one for each of the 2 rows"):
+            to_call(DenoiseBody(activations=x, u=bad), SINGLE, Limits())
 
 
 def test_only_equal_calls_share_a_key() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dmm_ray.errors import UserError
-from dmm_ray.prior import ActivationPrior
+from dmm_ray.prior import ActivationPrior, Solver
 from dmm_ray.serving.config import AppConfig, Limits, ServeConfig
 from dmm_ray.serving.serve import running
 
@@ -95,6 +95,41 @@ def test_the_other_operations_are_the_prior_s(client: httpx.Client, prior: Activ
     close(sampled["activations"], prior.sample(3, steps=4, ids=np.array([5, 6, 7])))
     encoded = client.post("/v1/encode", json={**given, "block": 1}).json()
     close(encoded["features"], prior.encode(x, block=1, seed=1))
+
+
+def test_all_that_the_prior_takes_can_be_asked_for(client: httpx.Client, prior: ActivationPrior) -> None:
+    x = rows(3)
+
+    def ask(operation: str, **told: Any) -> dict[str, Any]:
+        found = client.post(f"/v1/{operation}", json={"activations": x.tolist(), **told})
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    rk4 = ask("log_prob", steps=2, method="rk4", grid="uniform", precision="float32")
+    expected = prior.log_prob(x, steps=2, solver=Solver("rk4", "uniform"))
+    close(rk4["nats"], expected.nats)
+    close(rk4["base"], expected.base)
+    assert rk4["evaluations"] == 8
+    levels = [0.1, 0.9, 0.1]
+    close(ask("denoise", u=levels, steps=2)["activations"], prior.denoise(x, torch.tensor(levels), steps=2))
+    close(ask("denoise", distance=0.4, steps=2)["activations"], prior.denoise(x, distance=0.4, steps=2))
+    error = ask("velocity_error", pairs=3)
+    close(error["velocity_error"], prior.velocity_error(x, pairs=3))
+    assert error["proxy_percentile"] is None
+    top = ask("encode", top=4, noises=2)
+    assert set(top) == {"indices", "values"}
+    close(top["values"], prior.encode(x, noises=2, top=4).values)
+    assert top["indices"] == prior.encode(x, noises=2, top=4).indices.tolist()
+    assert client.post("/v1/encode", json={"activations": x.tolist(), "top": 1000}).status_code == 422
+
+
+def test_head_is_get_without_the_body_and_a_405_says_what_is_allowed(client: httpx.Client) -> None:
+    for path in ("/", "/v2/health/live", "/v2/health/ready", "/v1/models"):
+        found = client.head(path)
+        assert (found.status_code, found.content) == (200, b""), path
+    for path, allowed in (("/v1/log_prob", "POST"), ("/v2/health/live", "GET")):
+        found = client.delete(path)
+        assert (found.status_code, found.headers["allow"]) == (405, allowed)
 
 
 def test_priors_are_chosen_by_name(client: httpx.Client, several: str) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmm_ray.operations import OperationName
+from dmm_ray.protocol import from_bytes, raw_bytes
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.oip import InferBody, metadata, read_inference, write_answer
 from dmm_ray.serving.oip_routes import EXAMPLE
-from dmm_ray.serving.schemas import LogProb, Operation, Sample, request_schema
-from dmm_ray.serving.tensors import from_bytes, raw_bytes
+from dmm_ray.serving.schemas import LogProbParameters, SampleParameters, request_schema
 
 X = np.array([[1.5, -2.0, 0.25], [0.0, 3.0, 1.0]], dtype=np.float32)
 
@@ -29,7 +30,7 @@ def message(inputs: list[dict[str, Any]], *tails: bytes, **fields: Any) -> tuple
     return bytearray(header + b"".join(tails)), str(len(header))
 
 
-def refusal(body: bytearray, length: str | None, operation: Operation = "log_prob") -> tuple[int, str]:
+def refusal(body: bytearray, length: str | None, operation: OperationName = "log_prob") -> tuple[int, str]:
     with pytest.raises(RequestError) as caught:
         read_inference(operation, body, length)
     assert "\n" not in caught.value.message
@@ -49,7 +50,7 @@ def test_json_rows_flat_and_nested() -> None:
         assert found.activations.dtype == np.float32
         np.testing.assert_array_equal(found.activations, X)
         assert (found.n, found.id, found.ids, found.binary) == (2, "a-1", None, False)
-        assert found.arguments == LogProb(steps=4, layer=2)
+        assert found.arguments == LogProbParameters(steps=4, layer=2)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_ids_in_json_keep_64_bits() -> None:
 def test_samples_are_counted_by_n() -> None:
     body, _ = message([tensor("n", np.array([7]), "INT64", False)], parameters={"steps": 3})
     found = read_inference("sample", body, None)
-    assert (found.n, found.activations, found.arguments) == (7, None, Sample(steps=3))
+    assert (found.n, found.activations, found.arguments) == (7, None, SampleParameters(steps=3))
 
 
 GOOD = tensor("activations", X, "FP32", False)
@@ -104,6 +105,7 @@ PART = {"parameters": {"binary_data_size": 8}}
         (message([{**RAW, "shape": [2, -3]}], X.tobytes())[0], None, 400, "body"),
         (*message([{**RAW, "shape": [2, -3]}], X.tobytes()), 422, "inputs.0.shape.1"),
         (*message([{**RAW, "shape": [6]}], X.tobytes()), 422, "inputs.activations.shape"),
+        (*message([{**RAW, "shape": [1, 2, 3]}], X.tobytes()), 422, "inputs.0.shape"),
         (
             *message([{**RAW, "shape": [0, 3], "parameters": {"binary_data_size": 0}}]),
             422,

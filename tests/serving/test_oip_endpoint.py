@@ -76,10 +76,22 @@ def expected(prior: ActivationPrior, operation: str, x: np.ndarray, arguments: d
     return (result.nats if operation == "log_prob" else result).numpy()
 
 
+def test_version_1_is_the_only_one(client: triton.InferenceServerClient, prior: ActivationPrior) -> None:
+    x, ids = given("activations", rows(2)), given("ids", np.array([3, 4], np.int32), "INT32")
+    u = given("u", np.array([0.2, 0.7]), "FP64")
+    ask = {"parameters": {"steps": 2}, "headers": dict(HEADERS), "priority": 1, "timeout": 60}
+    found = client.infer("denoise", [x, ids, u], "1", **ask).as_numpy("activations")
+    expected = prior.denoise(torch.from_numpy(rows(2)), torch.tensor([0.2, 0.7]), 2, ids=np.array([3, 4]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InferenceServerException, match="there is version 1 of every model"):
+        client.infer("denoise", [x], "2", headers=dict(HEADERS))
+
+
 CALLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("log_prob", "nats", {"steps": 4, "probes": 2, "seed": 3, "layer": 2}),
     ("denoise", "activations", {"steps": 4, "u": 0.3, "mode": "sample", "seed": 1}),
-    ("encode", "features", {"u": 0.2, "block": 1}),
+    ("encode", "features", {"u": 0.2, "block": 1, "noises": 2}),
+    ("velocity_error", "velocity_error", {"pairs": 3}),
     ("sample", "activations", {"steps": 4, "seed": 5}),
 )
 
@@ -96,6 +108,9 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
         assert (first["name"], first["shape"]) == (
             ("n", [1]) if "sample" in name else ("activations", [-1, D])
         )
+        assert client.get_model_metadata(name, "1", headers=dict(HEADERS)) == found
+        assert client.is_model_ready(name, "1", headers=dict(HEADERS))
+        assert not client.is_model_ready(name, "2", headers=dict(HEADERS))
     for name in ("nothing", "other.log_prob", "../log_prob", "pair."):
         assert not client.is_model_ready(name, headers=dict(HEADERS))
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from texts import make_texts
 
-from dmm_ray.interventions import Direction, LanguageModel
+from dmm_ray.interventions import Direction
 from dmm_ray.prior import ActivationPrior, PriorConfig
 from dmm_ray.prior.calibrate import calibrate
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.serving.config import AppConfig, Limits, ServeConfig
 from dmm_ray.serving.serve import running
+from dmm_ray.subject import LanguageModel
 
 LIMITS = Limits(max_text_chars=2000, max_tokens=60, max_steps=2000)
 TEXT = "the cat sat on a red mat and saw one big dog run to town"

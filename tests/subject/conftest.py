@@ -10,6 +10,11 @@ import pytest
 import torch
 from subject.families import new_model
 
+from dmm_ray.subject import LanguageModel
+
+Make = Callable[[str], Path]
+PROMPT = "the cat sat on"
+
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_subject: Path) -> Callable[[str], Path]:
@@ -30,3 +35,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_subject: Path) -> 
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def language(tiny_subject: Path) -> LanguageModel:
+    """The tiny Llama with its head."""
+    return LanguageModel.load(str(tiny_subject))

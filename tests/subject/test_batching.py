@@ -14,7 +14,7 @@ from torch import nn
 
 from dmm_ray.extraction.forward import Forward
 from dmm_ray.extraction.pieces import Piece
-from dmm_ray.subject import SubjectModel
+from dmm_ray.subject import Intervention, Site, SubjectModel
 from dmm_ray.subject.packing import CannotPackError, Pack, packing
 from dmm_ray.subject.state import ModuleState
 
@@ -145,8 +145,8 @@ def test_losses_depend_on_nothing_but_the_document(make_model: Callable[[str], P
     ids = [list(range(2, 2 + n)) for n in (50, ORIGINAL - 2, 9)]
     batch = subject.pad(ids)
     losses = subject.token_losses(*batch)
-    edited = subject.token_losses(*batch, layer=1, edit=lambda hidden: hidden)
-    changed = subject.token_losses(*batch, layer=1, edit=lambda hidden: hidden.flip(-1))
+    edited = subject.token_losses(*batch, [Intervention(Site(1), lambda x, ids: x)])
+    changed = subject.token_losses(*batch, [Intervention(Site(1), lambda x, ids: x.flip(-1))])
     for row, tokens in enumerate(ids):
         one = torch.tensor([tokens])
         with torch.no_grad():

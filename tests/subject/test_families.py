@@ -12,7 +12,7 @@ import transformers
 from subject.families import CAUSAL, CONFIGS, ENCODERS, MULTIMODAL
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import Intervention, Site, SubjectModel, SubjectSource
 
 TEXTS = ["the cat", "one big dog run to town while rain fell", "a", "the cat sat on a red mat and saw " * 3]
 LAYERS = [0, 2]
@@ -97,7 +97,7 @@ def test_losses_are_the_whole_models(make_model: Callable[[str], Path], family: 
     lm = whole_model(folder, family)
     ids = subject.tokenize(TEXTS, 40)
     losses = subject.token_losses(*subject.pad(ids))
-    edited = subject.token_losses(*subject.pad(ids), layer=1, edit=lambda hidden: hidden)
+    edited = subject.token_losses(*subject.pad(ids), [Intervention(Site(1), lambda x, ids: x)])
     near(edited.nan_to_num(), losses.nan_to_num())
     for row, tokens in enumerate(ids):
         one = torch.tensor([tokens])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from subject.families import COMMON, GEMMA, GROUPED
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import Intervention, Site, SubjectModel, SubjectSource
 
 IDS = [[0, 5, 6, 7, 8], [0, 9, 10]]
 UPPER = re.compile(r"(layers?|h|blocks)\.[23]\.|head|cls\.|pooler")
@@ -103,11 +103,9 @@ def test_device_map_offloads(
         assert any(parameter.device.type == "meta" for parameter in subject._model.parameters())
     here = SubjectModel.from_pretrained(str(folder), head=True)
     batch = here.pad(IDS)
-    edit = torch.zeros_like
-    torch.testing.assert_close(
-        subject.token_losses(*batch, layer=1, edit=edit), here.token_losses(*batch, layer=1, edit=edit),
-        equal_nan=True,
-    )  # fmt: skip
+    edits = [Intervention(Site(1), lambda x, ids: torch.zeros_like(x))]
+    found, expected = subject.token_losses(*batch, edits), here.token_losses(*batch, edits)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("option", [{"max_memory": {"cpu": "1GB"}}, {"offload_folder": "/tmp"}])
@@ -242,3 +240,14 @@ def test_code_of_the_models_own_runs_only_when_asked(remote: Path) -> None:
     whole = subject.capture(*subject.pad(IDS), [1])[1]
     torch.testing.assert_close(outputs(remote, **options), whole)
     assert subject.token_losses(*subject.pad(IDS)).shape == (2, 4)
+
+
+def test_a_model_s_own_code_is_part_of_its_hash(remote: Path) -> None:
+    before = SubjectSource.resolve(str(remote), trust_remote_code=True)
+    assert set(before.file_hashes) == {"config.json", "model.safetensors", "modeling_own.py"}
+    code = remote / "modeling_own.py"
+    code.write_text(code.read_text() + "\n# the same otherwise\n")
+    after = SubjectSource.resolve(str(remote), trust_remote_code=True)
+    changed = [name for name in before.file_hashes if before.file_hashes[name] != after.file_hashes[name]]
+    assert changed == ["modeling_own.py"]
+    assert before.weights_hash != after.weights_hash

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import Intervention, Site, SubjectModel, SubjectSource
 
 TEXTS = [
     "the cat",
@@ -53,15 +53,17 @@ def test_edit_changes_all_but_position_0(make_model: Callable[[str], Path], fami
     plain = subject.token_losses(*batch)
     seen = []
 
-    def noisy(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden)
-        return hidden + 1.0 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    def noisy(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        assert ids.tolist() == [[0, position] for position in range(1, 1 + len(x))]
+        seen.append(x)
+        return x + 1.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
-    edited = subject.token_losses(*batch, layer=2, edit=noisy)
-    torch.testing.assert_close(seen[0], subject.capture(*batch, [2])[2])
+    edited = subject.token_losses(*batch, [Intervention(Site(2), noisy)])
+    torch.testing.assert_close(seen[0], subject.capture(*batch, [2])[2][0, 1:])
     torch.testing.assert_close(edited[:, 0], plain[:, 0])  # token 1 is predicted from position 0
     assert (edited[:, 1:] - plain[:, 1:]).abs().min() > 1e-6
-    torch.testing.assert_close(subject.token_losses(*batch, layer=2, edit=lambda h: h), plain)
+    same = Intervention(Site(2), lambda x, ids: x)
+    torch.testing.assert_close(subject.token_losses(*batch, [same]), plain)
     torch.testing.assert_close(subject.token_losses(*batch), plain)
 
 

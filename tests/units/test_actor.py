@@ -66,3 +66,31 @@ def test_bad_input_stops_an_actor_too() -> None:
     actor = Refuses()
     assert ask(actor, 0) == ask(actor, 2) == {"error": "text: not that"}
     assert actor.written == []
+
+
+class Odd(Exception):
+    """Cannot be pickled, and its message has several lines."""
+
+    def __init__(self) -> None:
+        super().__init__("line one\n  line two")
+        self.lock = threading.Lock()
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.OutOfMemoryError is called."""
+
+
+def test_what_nobody_foresaw_is_one_line_that_names_the_unit() -> None:
+    class Fails(Writer):
+        LESS = "--batch-rows"
+
+        def work(self, unit: Unit) -> dict[str, Any]:
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate") if unit.unit else Odd()
+
+    found = ask(Fails(), 0)
+    assert found["error"] == "unit 0 (documents 0 to 0): Odd: line one line two"
+    assert "raise OutOfMemoryError" in found["trace"]
+    found = ask(Fails(), 2)
+    assert found["error"].startswith(
+        "unit 2 (documents 2 to 2): out of GPU memory; give a smaller --batch-rows"
+    )

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from dmm_ray.text.documents import Content, record_content
 from dmm_ray.text.formats.base import Block, Source
-from dmm_ray.text.formats.streams import DamagedError, decompressed
+from dmm_ray.text.formats.streams import DamagedError, VariantError, decompressed
 
 ROWS = 64
 """Rows of a block."""
@@ -36,7 +36,12 @@ class CsvRows(Source):
         stream = decompressed(file, self.codec)
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
             rows = _rows(text)
-            parse = partial(_content, next(rows, []), self.text_field)
+            header = next(rows, [])
+            if header.count(self.text_field) > 1:
+                raise VariantError(
+                    f"its header has {self.text_field!r} more than once; rename one of the columns"
+                )
+            parse = partial(_content, header, self.text_field)
             while block := list(islice(rows, ROWS)):
                 yield Block(block, parse, sum(len(value) + 1 for row in block for value in row))
 
@@ -46,6 +51,7 @@ def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
 
     Raises:
         DamagedError: the file ends inside quotes.
+        VariantError: quotes that are not doubled inside quotes.
     """
     at_end = False
 
@@ -54,10 +60,21 @@ def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
         yield from text
         at_end = True
 
-    for number, row in enumerate(filter(None, csv.reader(lines()))):
-        if at_end:  # the reader looks for another line only inside quotes
-            raise DamagedError(f"row {number}: a quote is never closed")
-        yield row
+    reader, number = csv.reader(lines(), strict=True), 0
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as e:
+            if at_end:  # the reader looks for another line only inside quotes
+                raise DamagedError(f"row {number}: a quote is never closed") from e
+            raise VariantError(
+                f'row {number}: a quote inside a quoted field has to be doubled (""), not written with a backslash'
+            ) from e
+        if row is None:
+            return
+        if row:
+            yield row
+            number += 1
 
 
 def _content(header: Sequence[str], text_field: str, row: Sequence[str]) -> Content:

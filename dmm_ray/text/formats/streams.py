@@ -26,6 +26,10 @@ class DamagedError(ValueError):
     """A file that is not what its name says, or not all of it."""
 
 
+class VariantError(ValueError):
+    """A file in a variant of its format that is not read; the message says which, and what to do."""
+
+
 @contextmanager
 def opened(uri: str) -> Iterator[BinaryIO]:
     """A seekable byte file with a position of its own.
@@ -54,10 +58,16 @@ def _opened(uri: str) -> BinaryIO:
 def _damage(uri: str) -> Iterator[None]:
     try:
         yield
+    except VariantError as e:
+        raise UserError(f"text: {uri}: {e}") from e
     except (EOFError, zlib.error, OSError, pa.ArrowException, DamagedError) as e:
         if isinstance(e, OSError) and not _is_decoding(e):
             raise
         reason = str(e).strip().split("\n")[0]
+        if "too much memory for decoding" in reason:  # zstd's own words
+            raise UserError(
+                f"text: {uri}: zstd with a long window (--long), which is not read; compress it again without"
+            ) from e
         raise UserError(f"text: {uri}: damaged, cut short or not what its suffix says ({reason})") from e
 
 

@@ -20,12 +20,14 @@ from dmm_ray.text.formats.streams import CHUNK_BYTES, DamagedError, length, open
 
 BATCH_ROWS = 256
 """Rows of a block of parquet; a block of arrow is a batch as it was written (1000 rows by ``datasets``)."""
+FILE_MARK = b"ARROW1"
+"""What an Arrow IPC file begins and ends with."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
 class ArrowRows(Source):
-    """Rows of an Arrow IPC stream."""
+    """Rows of an Arrow IPC stream, as ``datasets`` writes, or of an IPC file (Feather version 2)."""
 
     @property
     def unit(self) -> str:
@@ -36,8 +38,11 @@ class ArrowRows(Source):
         """All record batches.
 
         Raises:
-            DamagedError: the file does not end with the stream's end mark.
+            DamagedError: the file does not end with a stream's end mark, or a file's.
         """
+        if file.read(len(FILE_MARK)) == FILE_MARK:
+            yield from self._file_blocks(file)
+            return
         file.seek(-min(len(END_OF_STREAM), length(file)), io.SEEK_END)
         if file.read() != END_OF_STREAM:
             raise DamagedError("an Arrow stream's end mark is missing")
@@ -47,6 +52,11 @@ class ArrowRows(Source):
                 yield _block(batch, self.text_field)
         if file.read(1):
             raise DamagedError("there is more after the end of the stream")
+
+    def _file_blocks(self, file: BinaryIO) -> Iterator[Block]:
+        reader = pa.ipc.open_file(pa.PythonFile(file, mode="r"))
+        for number in range(reader.num_record_batches):
+            yield _block(reader.get_batch(number), self.text_field)
 
 
 @dataclass(frozen=True)

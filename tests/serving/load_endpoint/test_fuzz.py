@@ -23,9 +23,11 @@ from schemathesis import GenerationMode
 from serving.under_fire import Known, Question, steadily
 
 from dmm_ray.client import Client
+from dmm_ray.operations import OPERATIONS, OperationName
 from dmm_ray.prior import ActivationPrior
+from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.serving.errors import RequestError
-from dmm_ray.serving.oip import LENGTH_HEADER, OPERATIONS, read_inference
+from dmm_ray.serving.oip import read_inference
 
 REQUESTS = int(os.environ.get("DMM_FUZZ_REQUESTS", "250"))
 SEED = int(os.environ.get("DMM_FUZZ_SEED", "0"))
@@ -33,8 +35,14 @@ pytestmark = pytest.mark.timeout(300 + REQUESTS // 2)
 D = 32
 GOOD = {"steps": 2, "probes": 1}
 """Of the steady client; bodies at random often say the same, and are then computed together with its rows."""
-ARGUMENTS = {"log_prob": GOOD, "denoise": {"steps": 2}, "sample": {"steps": 2}, "encode": {}}
-ITEM = {"FP32": np.float32, "FP16": np.float16, "BF16": np.uint16, "INT64": np.int64}
+ARGUMENTS: dict[OperationName, dict[str, Any]] = {
+    "log_prob": GOOD,
+    "velocity_error": {"pairs": 2},
+    "denoise": {"steps": 2, "method": "heun"},
+    "sample": {"steps": 2},
+    "encode": {"top": 3},
+}
+ITEM = {"FP32": np.float32, "FP16": np.float16, "BF16": np.uint16, "INT64": np.int64, "FP64": np.float64}
 ODD = st.sampled_from([-1, 0, 1, 3, 2**31 - 1, 2**31, 2**62, 2**63, 2**64, 10**30, 1.5, None, "1", [1], True])
 
 
@@ -103,7 +111,10 @@ def _ask_at_random(operation: Any, mode: GenerationMode, most: int, good: Good) 
     model = st.sampled_from([*OPERATIONS, "pair.encode"])
     cases = operation.as_strategy(mode)
     if operation.path.endswith("/infer"):  # a name at random is no model: mostly 404
-        cases = model.flatmap(lambda name: operation.as_strategy(mode, path_parameters={"model": name}))
+        version = {"version": "1"} if "{version}" in operation.path else {}
+        cases = model.flatmap(
+            lambda name: operation.as_strategy(mode, path_parameters={"model": name, **version})
+        )
 
     @examples(most)
     @given(case=cases)
@@ -131,7 +142,7 @@ def tensors(
 
 
 @st.composite
-def messages(draw: st.DrawFn, operation: str) -> tuple[dict[str, Any], bytes]:
+def messages(draw: st.DrawFn, operation: OperationName) -> tuple[dict[str, Any], bytes]:
     """A right message but for the values of its rows."""
     n = draw(st.integers(1, 5))
     main = ("n", (1,), "INT64")
@@ -140,6 +151,8 @@ def messages(draw: st.DrawFn, operation: str) -> tuple[dict[str, Any], bytes]:
     given_inputs = [draw(tensors(*main))]
     if draw(st.booleans()):
         given_inputs.append(draw(tensors("ids", draw(st.sampled_from([(n,), (n, 2)])), "INT64")))
+    if operation == "denoise" and draw(st.booleans()):
+        given_inputs.append(draw(tensors("u", (n,), "FP64")))
     parameters = draw(st.sampled_from([ARGUMENTS[operation], {}]))
     head = {
         "inputs": [described for described, _ in given_inputs],
@@ -159,7 +172,7 @@ def _mutated(draw: st.DrawFn, head: dict[str, Any]) -> None:
     elif field == "dimension":
         one["shape"][draw(st.integers(0, len(one["shape"]) - 1))] = draw(ODD)
     elif field == "datatype":
-        one["datatype"] = draw(st.sampled_from([*ITEM, "FP64", "BOOL", "BYTES", "", None, 3]))
+        one["datatype"] = draw(st.sampled_from([*ITEM, "BOOL", "BYTES", "", None, 3]))
     elif field == "size":
         one["parameters"]["binary_data_size"] = draw(ODD)
     elif field == "name":
@@ -171,7 +184,24 @@ def _mutated(draw: st.DrawFn, head: dict[str, Any]) -> None:
     elif field == "data":
         one["data"] = draw(st.lists(ODD, max_size=3))
     else:
-        name = draw(st.sampled_from(["layer", "seed", "steps", "probes", "u", "mode", "block", "id", "x"]))
+        name = draw(
+            st.sampled_from(
+                [
+                    "layer",
+                    "seed",
+                    "steps",
+                    "probes",
+                    "u",
+                    "mode",
+                    "block",
+                    "top",
+                    "method",
+                    "precision",
+                    "id",
+                    "x",
+                ]
+            )
+        )
         head["parameters"][name] = draw(ODD)
 
 

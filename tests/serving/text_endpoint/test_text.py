@@ -17,10 +17,11 @@ import torch
 from serving.text_app import CPUS, TEXT, Files, beside
 
 from dmm_ray.errors import UserError
-from dmm_ray.interventions import Direction, Generation, LanguageModel, Steering, load_directions
+from dmm_ray.interventions import Direction, Steering, load_directions
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.serving.config import AppConfig
 from dmm_ray.serving.subject_replica import SubjectDeployment
+from dmm_ray.subject import Generation, LanguageModel
 
 PROMPT = "the cat sat"
 GENERATE = {
@@ -97,7 +98,7 @@ def test_generation_is_that_of_the_package(
     prior = ActivationPrior.from_pretrained(files.default)
     direction = load_directions(files.directions)["up"]
     steering = Steering(prior, direction, 0.6, 0.3 if project else None, 3, seed=4)
-    expected = Generation(model, PROMPT, steering, max_tokens=9, seed=4)
+    expected = Generation(model, PROMPT, [steering.intervention()], max_tokens=9, seed=4)
     assert [t["id"] for t in found["tokens"]] == [token.id for token in expected]
     assert (found["text"], found["finish"]) == (expected.text, expected.finish)
     np.testing.assert_allclose([t["nats"] for t in found["tokens"]], expected.nats(), rtol=1e-4, atol=1e-4)

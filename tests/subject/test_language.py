@@ -6,41 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from interventions.conftest import PROMPT, Make
+from subject.conftest import PROMPT, Make
 from subject.families import CAUSAL
 
 from dmm_ray.errors import UserError
-from dmm_ray.interventions import Generation, LanguageModel, TooLongError
-from dmm_ray.subject import SubjectModel
+from dmm_ray.subject import Generation, Intervention, LanguageModel, Site, SubjectModel, TooLongError
+from dmm_ray.subject.decoding import Decoding
+from dmm_ray.subject.intervention import Interventions
 
 LAYER = 1
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_steps_with_a_cache_are_one_whole_pass(family: str, make_model: Make) -> None:
-    folder = str(make_model(family))
-    model = LanguageModel.load(folder)
-    ids = [5 + 7 * i % 300 for i in range(14)]
-    known, cache, found = 4, None, []
-    for position in range(known - 1, len(ids)):
-        new = ids[:known] if cache is None else ids[position : position + 1]
-        logits, cache = model.step(new, cache, LAYER, lambda x, p: x * (1 + 0.1 * p), position)
-        found.append(logits)
+    model = LanguageModel.load(str(make_model(family)))
+    ids, known = [5 + 7 * i % 300 for i in range(14)], 4
 
-    def edit(hidden: torch.Tensor) -> torch.Tensor:
-        scale = 1 + 0.1 * torch.arange(len(ids))
-        scale[: known - 1] = 1
-        return hidden * scale[:, None]
+    def edit(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0.1 * at[:, 1:])
 
-    losses = model.token_losses(*model.pad([ids]), layer=LAYER, edit=edit)[0, known - 1 :]
-    expected = [-row.log_softmax(0)[token] for row, token in zip(found[:-1], ids[known:], strict=True)]
+    edits = [Intervention(Site(LAYER), edit)]
+    decoding = Decoding(model, [ids[:known]], active=Interventions(edits))
+    found = [decoding.advance(), *(decoding.advance([token]) for token in ids[known:])]
+    losses = model.token_losses(*model.pad([ids]), edits)[0, known - 1 :]
+    expected = [-row[0].log_softmax(0)[token] for row, token in zip(found[:-1], ids[known:], strict=True)]
     torch.testing.assert_close(torch.stack(expected), losses, rtol=1e-4, atol=1e-4)
-
-
-def test_the_first_position_is_never_edited(language: LanguageModel) -> None:
-    plain, _ = language.step([0], None, LAYER, None, 0)
-    edited, _ = language.step([0], None, LAYER, lambda x, p: x * 0, 0)
-    assert torch.equal(plain, edited)
 
 
 def test_a_text_is_read_as_the_subject_reads_it(language: LanguageModel, tiny_subject: Path) -> None:
@@ -75,8 +65,8 @@ def test_texts_without_tokens_or_with_too_many_are_refused(language: LanguageMod
 def test_nats_are_the_token_losses(language: LanguageModel) -> None:
     ids = language.prompt_ids("the cat sat on a red mat")
     losses = language.token_losses(*language.pad([ids]))[0, 2:]
-    torch.testing.assert_close(torch.tensor(language.continuation_nats(ids[:3], ids[3:])), losses)
-    assert language.continuation_nats(ids, []) == []
+    torch.testing.assert_close(torch.tensor(language.continuation_nats([ids[:3]], [ids[3:]])[0]), losses)
+    assert language.continuation_nats([ids, ids[:2]], [[], ids[2:4]])[0] == []
 
 
 def test_the_lens_is_norm_and_unembedding(language: LanguageModel, tiny_subject: Path) -> None:
@@ -85,6 +75,8 @@ def test_the_lens_is_norm_and_unembedding(language: LanguageModel, tiny_subject:
     with torch.no_grad():
         expected = plain.lm_head(plain.model.norm(rows))
     torch.testing.assert_close(language.lens(rows), expected)
+    with pytest.raises(UserError, match="activations: row 1 is too large"):
+        language.lens(torch.stack([rows[0], torch.full((32,), 3e38)]))
 
 
 def test_an_encoder_is_read_but_generates_nothing(make_model: Make) -> None:
@@ -135,5 +127,5 @@ def test_a_model_that_forgets_its_cache_is_refused(tiny_subject: Path) -> None:
     model = LanguageModel.load(str(tiny_subject))
     model._model = Renamed(model._model, forgets=True)
     assert not model.generates
-    with pytest.raises(UserError, match="gives no cache that it goes on from"):
+    with pytest.raises(UserError, match="gives no cache to go on from"):
         model.require_causal()
