@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +14,6 @@ from dmm_ray.files import read_bytes
 RESUMABLE: dict[str, JsonValue] = {"resumable": True}
 """Mark of a field, ``Field(json_schema_extra=RESUMABLE)``, that a resumed command may change: it decides no result, or
 it says where something lies whose content is compared by its hash."""
-PACKAGES = ("dmm-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "pydantic")
 
 
 class Config(BaseModel):
@@ -111,14 +108,3 @@ def load_yaml(uri: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{uri}: a configuration file holds one mapping of fields to values")
     return value
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, for ``summary.json``."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

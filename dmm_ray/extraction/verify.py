@@ -17,13 +17,13 @@ from dmm_ray.extraction.pieces import RowTable
 from dmm_ray.files import absolute, join, sha256
 from dmm_ray.parallel import in_order
 from dmm_ray.precision import affordable_precision
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.seeds import numpy_rng
 from dmm_ray.store.info import moments_lines
 from dmm_ray.store.manifest import (
     DTYPES,
     MANIFEST,
     STATISTICS,
-    SUMMARY,
     Manifest,
     Record,
     moments_name,

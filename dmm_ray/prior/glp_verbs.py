@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from dmm_ray.config import RESUMABLE, Config, refuse_other, versions
+from dmm_ray.config import RESUMABLE, Config, refuse_other
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, exists, join, read_json, write_json
+from dmm_ray.files import absolute, exists, join, read_json
 from dmm_ray.prior import folder, glp
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.provenance import SUMMARY, write_summary
 
 logger = logging.getLogger(__name__)
-SUMMARY = "summary.json"
 TAKEN = (folder.CONFIG, folder.WEIGHTS, glp.CONFIG, "train.json", "manifest.json")
 """Files that show that a folder is in use."""
 
@@ -88,12 +88,7 @@ def _claim(out: str, config: Config) -> str:
 
 def _finish(out: str, config: Config, prior: PriorConfig, inputs: dict[str, Any], started: float) -> str:
     figures = {"d": prior.d, "layers": list(prior.layers), "n_blocks": prior.n_blocks}
-    summary = {
-        "figures": figures,
-        "inputs": {"config": config.model_dump(mode="json"), **inputs},
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-    }
-    write_json(join(out, SUMMARY), summary)
+    inputs = {"config": config.model_dump(mode="json"), **inputs}
+    write_summary(out, {"figures": figures}, inputs, time.perf_counter() - started)
     logger.info("%s: d %d, layers %s", out, prior.d, ", ".join(map(str, prior.layers)))
     return out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from dmm_ray.config import versions
 from dmm_ray.protocol import LENGTH_HEADER
+from dmm_ray.provenance import versions
 from dmm_ray.serving import docs_page, json_routes, oip_routes, page, text_api
 from dmm_ray.serving.answers import install_handlers
 from dmm_ray.serving.auth import Tokens

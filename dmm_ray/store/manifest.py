@@ -19,7 +19,6 @@ from dmm_ray.store.token_selection import TokenSelection
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
-SUMMARY = "summary.json"
 RECORDS = "shards"
 FORMAT_VERSION = 1
 ROW_GROUP_ROWS = 4096

@@ -10,10 +10,11 @@ from dmm_ray.config import one_line, refuse_other
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, join, read_json, write_json
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.units.lock import LOCK
 
-RUN, SUMMARY = "train.json", "summary.json"
+RUN = "train.json"
 
 
 class SavedRun(NamedTuple):

@@ -8,15 +8,15 @@ import time
 import torch
 
 from dmm_ray.cluster import call_on_workers, cluster_address
-from dmm_ray.config import versions
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, join, make_folder, write_json
+from dmm_ray.files import absolute, make_folder
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.provenance import write_summary
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
-from dmm_ray.training.claim import SUMMARY, claim, saved_run
+from dmm_ray.training.claim import claim, saved_run
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Run
 from dmm_ray.training.notices import Interrupt, Notice
@@ -171,15 +171,11 @@ def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
 
 def _summarise(config: TrainConfig, prior_config: PriorConfig, seconds: float) -> None:
     records = read_stats(config.out)
-    summary = {
-        "figures": {
-            "samples": records[-1]["samples"],
-            "loss": records[-1]["loss"],
-            "validation_loss": records[-1]["validation_loss"],
-            "samples_per_s": sorted(r["samples_per_s"] for r in records)[len(records) // 2],
-        },
-        "inputs": {"config": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")},
-        "versions": versions(),
-        "seconds": seconds,
+    figures = {
+        "samples": records[-1]["samples"],
+        "loss": records[-1]["loss"],
+        "validation_loss": records[-1]["validation_loss"],
+        "samples_per_s": sorted(r["samples_per_s"] for r in records)[len(records) // 2],
     }
-    write_json(join(config.out, SUMMARY), summary)
+    inputs = {"config": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
+    write_summary(config.out, {"figures": figures}, inputs, seconds)

@@ -10,10 +10,11 @@ from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dmm_ray.cluster import ensure_ray
-from dmm_ray.config import Config, versions
+from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
-from dmm_ray.files import join, make_folder, write_json
-from dmm_ray.store.manifest import SUMMARY, Manifest
+from dmm_ray.files import make_folder
+from dmm_ray.provenance import SUMMARY, write_summary
+from dmm_ray.store.manifest import Manifest
 from dmm_ray.store.reader import file_sizes
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.lock import WriterLock, writer_lock
@@ -94,14 +95,9 @@ def run_job(job: Job[Any], started: float) -> str:
             rows_per_s = _run_units(job, done, lock)
         finally:
             remove_temporary(out)
-        summary = {
-            "figures": {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)},
-            "inputs": job.config.model_dump(mode="json"),
-            **job.provenance,
-            "versions": versions(),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_json(join(out, SUMMARY), summary)
+        figures = {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)}
+        inputs = job.config.model_dump(mode="json")
+        write_summary(out, {"figures": figures, **job.provenance}, inputs, time.monotonic() - started)
     return out
 
 

@@ -10,11 +10,11 @@ from dmm_ray.config import refuse_other
 from dmm_ray.errors import UserError
 from dmm_ray.files import TEMPORARY, filesystem, join, plain_errors, write_json
 from dmm_ray.parallel import THREADS, in_order
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.store.figures import Figures
 from dmm_ray.store.manifest import (
     MANIFEST,
     STATISTICS,
-    SUMMARY,
     Manifest,
     Record,
     moments_name,
