@@ -17,7 +17,7 @@ from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.folder import resolve
 from dmm_ray.prior.rows import Rows as PriorRows
-from dmm_ray.store.match import check_finite, check_fits
+from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.units.resume import check_target
 
@@ -53,7 +53,8 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> I
     """Open and check all; extract the activations first where text is given.
 
     Raises:
-        UserError: no such store or text, another width or layer, no rows of the part, a value that is not finite.
+        UserError: no such store or text, one that the prior does not fit, no rows of the part, a row that contains
+            NaN or Inf.
     """
     out = absolute(config.out)
     check_target(out)
@@ -63,7 +64,7 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> I
     if config.text is not None:
         extract_first(config, prior, layer, uri)
     store = ActivationStore.open(uri)
-    check_fits(store, prior.d, [layer], prior.config.subject, other_model="warn")
+    check_fits(prior.config, store, layer)
     selection = select(store, layer, prior.config, config.split, config.rows, config.seed)
     rows = StoreRows(store, layer, selection)
     check_rows(prior, rows)
@@ -106,11 +107,11 @@ def check_rows(prior: ActivationPrior, source: StoreRows) -> None:
     """Warn if the first rows do not fit the prior's normaliser.
 
     Raises:
-        UserError: a chosen row holds a value that is not finite; the message names it.
+        UserError: a chosen row contains NaN or Inf; the message names it.
     """
     store, layer = source.store, source.layer
     for documents in suspects(store, layer):
-        check_finite(store, layer, source.rows(documents))
+        source.rows(documents)  # checks them; the rows of other documents are checked when they are read
     first = store.read(layer, store.row_groups(layer)[0], ("activation",)).activation
     finite = first[torch.isfinite(first).all(1)]
     if len(finite):

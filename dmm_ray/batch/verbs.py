@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
 from dmm_ray.batch.engine import hash_calibration, hash_prior
 from dmm_ray.batch.inputs import Inputs, load_inputs, locate, open_prior
-from dmm_ray.batch.job import PriorJob, settle_precision
+from dmm_ray.batch.job import PriorJob, arguments_of, settle_precision
 from dmm_ray.batch.operations import Denoise, Encode, Operation, Sample, Score, hidden_units
 from dmm_ray.batch.selection import Draws
 from dmm_ray.files import absolute
@@ -48,7 +48,7 @@ def score(config: ScoreConfig) -> str:
     _warn_of_calibration(config, prior, layer)
     config = _settled(config)
     operation = Score(config, layer)
-    arguments = config.arguments() | {"calibration": hash_calibration(config.prior)}
+    arguments = arguments_of(config) | {"calibration": hash_calibration(config.prior)}
     row_bytes = 4 * len(operation.columns)
     manifest = store_manifest("score", config, inputs, operation, arguments, row_bytes)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
@@ -62,7 +62,7 @@ def denoise(config: DenoiseConfig) -> str:
     config = _settled(config)
     dtype = config.dtype or inputs.store.manifest.dtype
     operation = Denoise(config, layer, prior.d, dtype)
-    arguments = config.arguments() | {"dtype": dtype}
+    arguments = arguments_of(config) | {"dtype": dtype}
     row_bytes = prior.d * DTYPES[dtype].itemsize
     manifest = store_manifest("denoise", config, inputs, operation, arguments, row_bytes, dtype)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
@@ -77,7 +77,7 @@ def encode(config: EncodeConfig) -> str:
     config = _settled(config)
     operation = Encode(config, layer, there, kept)
     row_bytes = kept * (2 if config.dtype == "float16" else 4)
-    manifest = store_manifest("encode", config, inputs, operation, config.arguments(), row_bytes)
+    manifest = store_manifest("encode", config, inputs, operation, arguments_of(config), row_bytes)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
 
 
@@ -150,7 +150,7 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
         seed=config.seed, documents_per_unit=per_unit, units=count_units(config.n, per_unit),
         derived=Derivation(
             verb="sample", prior=locate(config.prior), prior_hash=hash_prior(prior.config, prior.state_dict()),
-            activations=None, activations_hash=None, arguments=config.arguments(),
+            activations=None, activations_hash=None, arguments=arguments_of(config),
         ),
     ).sealed()  # fmt: skip
 

@@ -78,7 +78,7 @@ def load(config: EvaluateConfig) -> Inputs:
     prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
     store = ActivationStore.open(config.activations)
     layer = prior.layers[prior.layer_index(config.layer)]
-    check_fits(store, prior.d, [layer], prior.config.subject)
+    check_fits(prior.config, store, layer, same_model=True)
     manifest = store.manifest
     compute_dtype = (
         affordable_precision(manifest.compute_dtype, device)

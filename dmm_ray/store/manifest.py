@@ -76,7 +76,7 @@ class SubjectEntry(Config):
             found.pop("resolved", None)
         return found
 
-    def identity(self, tokenizer_hash: str) -> dict[str, object]:
+    def parts(self, tokenizer_hash: str) -> dict[str, object]:
         """What a resume must have alike, by part of the model, the most particular part first.
 
         Args:
@@ -158,7 +158,7 @@ class Manifest(Config):
         """What a resume must have alike, by option; where the model and the text lie is not part of it."""
         extracted = {
             "version": self.version,
-            **self.subject.identity(self.tokenizer_hash),
+            **self.subject.parts(self.tokenizer_hash),
             "block_path": self.subject.block_path,
             "text": self.corpus.hash,
             "text_field": self.corpus.text_field,

@@ -82,9 +82,9 @@ def calibration_of(
     The rows are of validation documents; of all documents where the prior was not trained on a split of a store.
 
     Raises:
-        UserError: another width or no layer in common, no validation documents, a value that is not finite.
+        UserError: a store that the prior does not fit, no validation documents, a row that contains NaN or Inf.
     """
-    layers = check_fits(store, prior.d, prior.layers, prior.config.subject)
+    layers = check_fits(prior.config, store, same_model=True)
     split = Split.model_validate(prior.config.split) if prior.config.split else None
     places, weights = draw(candidates(store, layers[0], split, CANDIDATES * rows, seed), rows, seed)
     ids = np.stack([places.doc, places.position], axis=1)
@@ -149,7 +149,7 @@ def draw(places: Places, rows: int, seed: int) -> tuple[Places, np.ndarray]:
 
 
 def read(store: ActivationStore, layer: int, places: Places) -> Tensor:
-    """Activations (n, d) of one layer, in the stored dtype. Raises UserError for a value that is not finite."""
+    """Activations (n, d) of one layer, in the stored dtype. Raises UserError for a row that contains NaN or Inf."""
     parts = []
     for i, group in enumerate(places.groups):
         index = places.row[places.group == i]

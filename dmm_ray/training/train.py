@@ -181,4 +181,4 @@ def _summarise(config: TrainConfig, prior_config: PriorConfig, seconds: float) -
         "samples_per_s": sorted(r["samples_per_s"] for r in records)[len(records) // 2],
     }
     inputs = {"config": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
-    write_summary(config.out, inputs, seconds, figures=figures)
+    write_summary(config.out, {"figures": figures}, inputs, seconds)

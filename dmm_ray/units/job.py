@@ -100,7 +100,7 @@ def run_job(job: Job[Any], started: float) -> str:
         figures = {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)}
         inputs = job.config.model_dump(mode="json")
         remove_traces(out)
-        write_summary(out, inputs, time.monotonic() - started, figures=figures, **job.provenance)
+        write_summary(out, {"figures": figures, **job.provenance}, inputs, time.monotonic() - started)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from dmm_ray.batch.verbs import denoise, encode, sample, score
 from dmm_ray.errors import UserError
 from dmm_ray.prior import PriorConfig
 from dmm_ray.store.manifest import read_record, record_name, shard_name
-from dmm_ray.store.match import check_fits
 from dmm_ray.store.writer import write_shard
 from dmm_ray.units.unit import Unit
 
@@ -135,25 +133,10 @@ def test_a_row_that_is_not_finite_is_named(
     record = read_record(str(copy), 3).model_dump(mode="json")
     record["files"][name], record["nonfinite"][str(LAYER)] = entry.model_dump(), 1
     (copy / record_name(3)).write_text(json.dumps(record))
-    where = rf"not finite at document {rows.doc[17]}, position {rows.position[17]};"
+    where = rf"NaN or Inf at document {rows.doc[17]}, position {rows.position[17]};"
     with pytest.raises(UserError, match=where):
         score(ScoreConfig(**{**options, "activations": str(copy)}, out=out))
     assert not Path(out).exists()
-
-
-def test_another_model_brings_a_warning(
-    store: ActivationStore, prior: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    known = ActivationPrior.from_pretrained(prior)
-    check_fits(store, known.d, [LAYER], known.config.subject, "warn")
-    assert not caplog.records
-    subject = known.config.subject | {"id": "another", "weights_hash": "0" * 64}
-    known.config = known.config.model_copy(update={"subject": subject})
-    with caplog.at_level(logging.WARNING):
-        check_fits(store, known.d, [LAYER], known.config.subject, "warn")
-    assert "the prior was trained on another" in caplog.text
-    with pytest.raises(UserError, match="give a store of that model"):
-        check_fits(store, known.d, [LAYER], known.config.subject)
 
 
 def test_a_unit_without_rows_has_the_same_columns() -> None:

@@ -224,8 +224,8 @@ def test_the_verbs_write_a_summary_and_leave_other_folders_alone(tmp_path):
     assert summary["inputs"]["weights"] == "final.safetensors"
     assert summary["figures"]["layers"] == [7]
     other = write(tmp_path / "other", [3])
-    with pytest.raises(UserError, match=r"ours: holds another config.json; choose another folder"):
+    with pytest.raises(UserError, match=r"source: .*ours was made with .*glp, not .*other; choose another"):
         imported(other, out)
-    with pytest.raises(UserError, match=r"glp: holds another config.yaml; choose another folder"):
+    with pytest.raises(UserError, match=r"glp holds another config.yaml; choose another folder"):
         exported(str(out), source)
     assert folder.load_config(str(out)).layers == (7,)

@@ -58,7 +58,9 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     assert recorded(out)["precision"] == chosen
     train(this.model_copy(update={"precision": chosen}))
     other = "float32" if answer else "bfloat16"
-    with pytest.raises(UserError, match=f"precision = '{chosen}', not '{other}'"):
+    with pytest.raises(
+        UserError, match=f"^precision: .* was made with {chosen}, not {other}; choose another --out"
+    ):
         train(this.model_copy(update={"precision": other}))
 
 
@@ -77,9 +79,12 @@ def test_a_time_becomes_samples_that_a_resume_takes_instead_of_measuring(
     assert Path(train(this)) == out
     assert json.loads((out / "stats.jsonl").read_text().splitlines()[-1])["samples"] == 4 * 256
     train(this.model_copy(update={"samples": 4 * 256, "minutes": None}))
-    with pytest.raises(UserError, match=r"minutes = 0\.1, not 0\.2"):
+    with pytest.raises(UserError, match=r"^minutes: .* was made with 0\.1, not 0\.2; choose"):
         train(this.model_copy(update={"minutes": 0.2}))
-    with pytest.raises(UserError, match=f"samples = {4 * 256}, not {DEFAULT_SAMPLES}"):
+    with pytest.raises(
+        UserError,
+        match=f"^samples: .* was made with {4 * 256}, not {DEFAULT_SAMPLES}; minutes: 0.1, not None",
+    ):
         train(this.model_copy(update={"minutes": None}))
 
 

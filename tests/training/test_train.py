@@ -175,7 +175,7 @@ def test_rows_that_are_not_finite_are_named(train_store, tiny_subject, ray_local
         model=str(tmp_path / "model"), text=str(text), layers=[1], out=str(tmp_path / "store")
     )
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"not finite at document \d+, position \d+"):
+        with pytest.raises(UserError, match=r"NaN or Inf at document \d+, position \d+"):
             train(
                 config(
                     store, tmp_path / f"out{workers}", layer=1, workers=workers, cpus_per_worker=1, batch=64
@@ -243,12 +243,12 @@ def test_workers_that_do_not_come_are_said(tmp_path, ray_local, caplog, monkeypa
 def test_a_store_of_another_width_or_layer_is_refused_on_resume(finished, train_store, tmp_path):
     out = tmp_path / "other"
     shutil.copytree(finished, out)
-    with pytest.raises(UserError, match="holds a run with layer = 2, not 1"):
+    with pytest.raises(UserError, match=r"^layer: .* was made with 2, not 1; choose another --out"):
         train(config(train_store, out, layer=1))
     saved = json.loads((out / "train.json").read_text())
     saved["prior"]["d"] = 64
     (out / "train.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"holds a run on another store or model \(d = 64, not 32\)"):
+    with pytest.raises(UserError, match=r"^d: .* was made with 64, not 32; choose another --out"):
         train(config(train_store, out))
 
 

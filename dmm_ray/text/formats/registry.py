@@ -9,6 +9,7 @@ from typing import Any
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import MAGIC, absolute, exists, join, list_with_broken_links, match_files, read_json
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.text.formats.base import TextFile
 from dmm_ray.text.formats.csv_rows import CsvRows
 from dmm_ray.text.formats.delimited import Delimited, scan_txt
@@ -25,7 +26,7 @@ NOT_DATA = ("cache-", "indices")
 OURS = {
     "manifest.json": {"config_hash", "documents_per_unit"},
     "train.json": {"train", "prior"},
-    "summary.json": {"inputs", "versions", "seconds"},
+    SUMMARY: {"inputs", "versions", "seconds"},
 }
 """Files that folders of dmm-ray's own results have, and keys by which they are told from others'."""
 NAMED = 5
