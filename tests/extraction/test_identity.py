@@ -19,6 +19,7 @@ from dmm_ray.extraction.identity import changed_part
 from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.files import sha256, write_json
 from dmm_ray.store.manifest import Manifest, SubjectEntry, read_manifest
+from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.subject import SubjectSource
 
@@ -101,6 +102,19 @@ def test_code_counts_only_where_it_runs(tiny_store: Path, own: Path) -> None:
     resolved = read_manifest(str(tiny_store)).subject.resolved
     assert resolved is not None
     assert resolved.code == resolved.tokenizer_files == {}
+
+
+def test_a_prior_of_other_code_does_not_fit(tiny_store: Path) -> None:
+    store = ActivationStore.open(str(tiny_store))
+    subject = store.manifest.subject.model_dump(mode="json")
+    check_fits(store, 32, [1], subject)
+    subject["resolved"]["code"] = {"modeling_own.py": "0" * 64}
+    with pytest.raises(
+        UserError, match=r"^activations: .* was trained on .* \(other Python code\); give a store"
+    ):
+        check_fits(store, 32, [1], subject)
+    del subject["resolved"]  # a prior of before
+    check_fits(store, 32, [1], subject)
 
 
 def test_settings_and_versions_of_another_library(
