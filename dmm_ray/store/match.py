@@ -104,7 +104,13 @@ def check_fits(
             "extract that layer"
         )
     entry = store.manifest.subject
-    if other := _other_model(prior.subject, entry.id, entry.revision, lambda: entry.weights_hash):
+    other = _other_model(prior.subject, entry.id, entry.revision, lambda: entry.weights_hash)
+    code = (prior.subject.get("resolved") or {}).get("code")
+    if other is None and code is not None and entry.resolved and entry.resolved.code != code:
+        other = (
+            f"the model {entry.id}, the prior was trained on {prior.subject.get('id')} (other Python code)"
+        )
+    if other:
         message = f"activations: {store.uri} is of {other}"
         if same_model and prior.subject.get("weights_hash"):
             raise UserError(f"{message}; give a store of that model")

@@ -44,7 +44,7 @@ def saved(path: Path, **changes: Any) -> str:
     ("changes", "message"),
     [
         ({"d": 16}, "activations: .* has d = 32, the prior models d = 16"),
-        ({"layers": (3,)}, "layer: the prior models layer 3, .* has 1, 2; extract that layer"),
+        ({"layers": (3,)}, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
         ({"layers": (1, 2)}, r"layer: this prior models 1, 2 \(got None\)"),
     ],
 )

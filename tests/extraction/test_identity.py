@@ -18,6 +18,7 @@ from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.identity import changed_part
 from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.files import sha256, write_json
+from dmm_ray.prior import PriorConfig
 from dmm_ray.store.manifest import Manifest, SubjectEntry, read_manifest
 from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
@@ -91,7 +92,7 @@ def test_a_part_of_the_model_that_differs_is_named(
     assert extract_here(**options) == store
     verify(VerifyConfig(store=store, trust_remote_code=True))
     change(own)
-    with pytest.raises(UserError, match=rf"^model \({part}\): {store} was made with \w+, not \w+; choose"):
+    with pytest.raises(UserError, match=rf"^model \({part}\): {store} was made with \w+, not \w+;.* choose"):
         extract_here(**options)
     with pytest.raises(CheckFailed, match=rf": {part} is no longer what the store was extracted with$"):
         verify(VerifyConfig(store=store, trust_remote_code=True))
@@ -107,14 +108,17 @@ def test_code_counts_only_where_it_runs(tiny_store: Path, own: Path) -> None:
 def test_a_prior_of_other_code_does_not_fit(tiny_store: Path) -> None:
     store = ActivationStore.open(str(tiny_store))
     subject = store.manifest.subject.model_dump(mode="json")
-    check_fits(store, 32, [1], subject)
+    prior = PriorConfig(
+        d=32, layers=(1,), d_model=32, d_mlp=32, n_blocks=1, variance_floor=1e-6, subject=subject
+    )
+    check_fits(prior, store, same_model=True)
     subject["resolved"]["code"] = {"modeling_own.py": "0" * 64}
     with pytest.raises(
         UserError, match=r"^activations: .* was trained on .* \(other Python code\); give a store"
     ):
-        check_fits(store, 32, [1], subject)
+        check_fits(prior.model_copy(update={"subject": subject}), store, same_model=True)
     del subject["resolved"]  # a prior of before
-    check_fits(store, 32, [1], subject)
+    check_fits(prior.model_copy(update={"subject": subject}), store, same_model=True)
 
 
 def test_settings_and_versions_of_another_library(
