@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.batch.operations import ACTIVATION, Found, Operation
+from dmm_ray.batch.operations import ACTIVATION, BatchOperation, Found
 from dmm_ray.batch.outputs import write_unit
-from dmm_ray.batch.selection import Source
+from dmm_ray.batch.selection import RowSource
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, hash_json, join, sha256, write_bytes
 from dmm_ray.prior import ActivationPrior, PriorConfig
@@ -35,8 +35,8 @@ class PriorTask:
 
     out: str
     manifest: Manifest
-    source: Source
-    operation: Operation
+    source: RowSource
+    operation: BatchOperation
     device: str
     threads: int
     batch_rows: int | None

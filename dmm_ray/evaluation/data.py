@@ -28,7 +28,7 @@ TOKENIZE_DOCUMENTS = 512
 
 
 @dataclass(frozen=True)
-class Part:
+class EvaluationRows:
     """Rows of one part of the documents in the prior's normalised space."""
 
     z: Tensor
@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvaluationInputs:
     """Everything an evaluation needs."""
 
     prior: ActivationPrior
@@ -52,9 +52,9 @@ class Inputs:
     subject: SubjectModel
     compute_dtype: Precision
     """Of the subject."""
-    train: Part
-    validation: Part
-    test: Part
+    train: EvaluationRows
+    validation: EvaluationRows
+    test: EvaluationRows
     tokens: dict[int, list[int]]
     """Token ids of the test documents, position 0 included, by document number."""
     unseen: dict[int, np.ndarray] | None
@@ -67,7 +67,7 @@ class Inputs:
         return np.array([self.unseen[doc][position] for doc, position in ids.tolist()], dtype=bool)
 
 
-def load(config: EvaluateConfig) -> Inputs:
+def load(config: EvaluateConfig) -> EvaluationInputs:
     """Open and check everything.
 
     Raises:
@@ -115,7 +115,7 @@ def load(config: EvaluateConfig) -> Inputs:
     unseen = None
     if config.unseen_prefix:
         unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window, failed))
-    return Inputs(
+    return EvaluationInputs(
         prior,
         layer,
         store,
@@ -157,7 +157,7 @@ def read_part(
     part: int,
     max_rows: int,
     seed: int,
-) -> Part:
+) -> EvaluationRows:
     """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
 
     Raises:
@@ -173,10 +173,12 @@ def read_part(
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
-    return Part(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
+    return EvaluationRows(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
 
 
-def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:
+def test_tokens(
+    corpus: Corpus, subject: SubjectModel, window: int, test: EvaluationRows
+) -> dict[int, list[int]]:
     """Token ids of the test part's documents, position 0 included, by document number."""
     return dict(_tokenized(corpus, subject, window, np.unique(test.docs).tolist()))
 

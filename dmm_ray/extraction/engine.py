@@ -17,7 +17,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.forward import Forward, Outputs
 from dmm_ray.extraction.identity import changed_part
-from dmm_ray.extraction.pieces import Piece, RowTable, pieces
+from dmm_ray.extraction.pieces import DocumentPiece, RowTable, pieces
 from dmm_ray.failures import concerning
 from dmm_ray.files import exists, join, write_bytes
 from dmm_ray.store.manifest import (
@@ -127,11 +127,11 @@ class Engine:
             write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return record
 
-    def _run(self, pieces: Sequence[Piece]) -> tuple[Outputs, Result]:
+    def _run(self, pieces: Sequence[DocumentPiece]) -> tuple[Outputs, UnitResult]:
         outputs = self.forward(pieces)
-        return outputs, Result.of(self.task.manifest, pieces, outputs)
+        return outputs, UnitResult.of(self.task.manifest, pieces, outputs)
 
-    def _write(self, unit: int, result: Result) -> dict[str, FileEntry]:
+    def _write(self, unit: int, result: UnitResult) -> dict[str, FileEntry]:
         files: dict[str, FileEntry] = {}
         table = result.table
         for layer in self.task.manifest.layers:
@@ -189,7 +189,7 @@ def load_forward(manifest: Manifest, loading: Loading) -> Forward:
 class Read(NamedTuple):
     """Documents as pieces."""
 
-    pieces: list[Piece]
+    pieces: list[DocumentPiece]
     """In the order of the documents."""
     long: int
     """Documents longer than the window."""
@@ -207,7 +207,7 @@ def read_pieces(
     split = kept.long_documents == "split"
     encoded = _encode(tokenizer, filled, None if split else window)
     bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    found: list[Piece] = []
+    found: list[DocumentPiece] = []
     for document, tokens in zip(filled, encoded, strict=True):
         if tokens.ids:
             found += pieces(tokens, document.doc, window, kept, seed, bos)
@@ -240,7 +240,7 @@ def _refused(document: Document, tokenizer: Any) -> str | None:
 
 
 @dataclass
-class Result:
+class UnitResult:
     """A unit's rows, ready to be written."""
 
     table: RowTable
@@ -252,7 +252,7 @@ class Result:
     excluded: int
 
     @classmethod
-    def of(cls, manifest: Manifest, found: Sequence[Piece], outputs: Outputs) -> Result:
+    def of(cls, manifest: Manifest, found: Sequence[DocumentPiece], outputs: Outputs) -> UnitResult:
         """Leave out the rows that are to be excluded; moments of the others."""
         table, rows = RowTable.of(found), dict(outputs.rows)
         good = np.array([piece.doc not in outputs.failed for piece in found], dtype=bool)

@@ -10,7 +10,7 @@ from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import too_many_failed
 from dmm_ray.extraction.identity import comparable, subject_entry
 from dmm_ray.extraction.job import Extraction
-from dmm_ray.extraction.plan import Plan, Sample, choose_documents_per_unit
+from dmm_ray.extraction.plan import CorpusSample, ExtractionPlan, choose_documents_per_unit
 from dmm_ray.files import absolute, exists, join
 from dmm_ray.precision import Precision, choose_precision
 from dmm_ray.store.manifest import (
@@ -49,11 +49,11 @@ def extract(config: ExtractConfig) -> str:
     if len(corpus.problems) > config.max_failed_documents:
         errors = [problem.error or "" for problem in corpus.problems]
         raise UserError(too_many_failed(errors, config.max_failed_documents))
-    sample = Sample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
+    sample = CorpusSample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
     compute_dtype = choose_compute_dtype(config, out)
     manifest = make_manifest(config, compute_dtype, source, n_layers, corpus, window, sample)
     manifest = comparable(manifest, out)
-    plan = Plan(manifest, sample)
+    plan = ExtractionPlan(manifest, sample)
     plan.check_room(out, sum(file_sizes(out).values()))
     logger.info("%s", plan.line())
     return run_job(Extraction(config, out, plan, corpus), started)
@@ -92,7 +92,7 @@ def make_manifest(
     n_layers: int,
     corpus: Corpus,
     window: int,
-    sample: Sample,
+    sample: CorpusSample,
 ) -> Manifest:
     """The manifest of this extraction."""
     kept = kept_of(config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.batches import packs, padded_batches
-from dmm_ray.extraction.pieces import Piece
+from dmm_ray.extraction.pieces import DocumentPiece
 from dmm_ray.failures import cause_of
 from dmm_ray.subject import SubjectModel
 
@@ -65,7 +65,7 @@ class Forward:
         self.batching = subject.batching(longest)
         logger.info("sequences are %s", HOW[self.batching])
 
-    def __call__(self, found: Sequence[Piece]) -> Outputs:
+    def __call__(self, found: Sequence[DocumentPiece]) -> Outputs:
         """Every kept row of every piece."""
         counts = np.array([len(piece.kept) for piece in found], dtype=np.int64)
         starts = np.cumsum(counts) - counts
@@ -80,7 +80,9 @@ class Forward:
             self._run(found, starts, batch, outputs)
         return outputs
 
-    def _run(self, found: Sequence[Piece], starts: np.ndarray, batch: list[int], outputs: Outputs) -> None:
+    def _run(
+        self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
+    ) -> None:
         """One batch; where it fails its halves, down to the document that is at fault.
 
         Raises:
@@ -108,7 +110,7 @@ class Forward:
         self._run(found, starts, batch[half:], outputs)
 
     def _scatter(
-        self, found: Sequence[Piece], starts: np.ndarray, batch: list[int], outputs: Outputs
+        self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
     ) -> None:
         """The rows of one batch, each to its place."""
         hidden, offsets, padding = self._hidden([found[i].ids for i in batch])

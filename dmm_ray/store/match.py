@@ -49,7 +49,7 @@ class Modelled(Protocol):
         """The language model: ``id``, ``revision``, ``weights_hash``, as far as they are known."""
 
 
-class Subject(Protocol):
+class AnySubject(Protocol):
     """A language model; a ``SubjectModel`` is one."""
 
     @property
@@ -118,7 +118,7 @@ def check_fits(
     return shared
 
 
-def check_subject(prior: Modelled, subject: Subject, source: str) -> None:
+def check_subject(prior: Modelled, subject: AnySubject, source: str) -> None:
     """Check that a prior goes with a language model whose activations it is to be used on; warns of another model.
 
     Args:

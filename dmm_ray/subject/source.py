@@ -20,7 +20,7 @@ from dmm_ray.subject.blocks import find_blocks, text_model
 from dmm_ray.subject.hub import download
 from dmm_ray.subject.identity import code_hashes, rope_settings, tokenizer_file_hashes, tokenizer_hash
 from dmm_ray.subject.loading import (
-    Loaded,
+    LoadedModel,
     Placement,
     build_skeleton,
     is_bidirectional,
@@ -181,7 +181,7 @@ class SubjectSource:
 
     def load(
         self, path: str, n_blocks: int, *, head: bool, dtype: torch.dtype, placement: Placement
-    ) -> Loaded:
+    ) -> LoadedModel:
         """The model with its weights, in evaluation mode, without gradients.
 
         Args:

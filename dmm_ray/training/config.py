@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dmm_ray.config import RESUMABLE, Config
 from dmm_ray.precision import PrecisionOption
-from dmm_ray.prior.flow import LEVELS
+from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.store.split import Split
 
 DEFAULT_SAMPLES = 100_000_000
@@ -58,7 +58,7 @@ class TrainConfig(Config):
     """Number of blocks; default from the preset."""
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
-    levels_per_batch: int = Field(default=256, ge=1, le=LEVELS)
+    levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
     """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; default 16 / d_model^1.5."""

@@ -20,9 +20,9 @@ from dmm_ray.files import exists, filesystem, join, read_json, remove_folder, wr
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Interrupt, RayNotices
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 
 logger = logging.getLogger(__name__)
 RAY_FOLDER, REFUSAL, STOP, STARTED, DONE = ".ray", "refused.json", "stop.json", "started.json", "done.json"
@@ -267,7 +267,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     torch.set_num_threads(loop_config["threads"])
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
+    place = RankInfo(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     config: TrainConfig = loop_config["train"]
     refusal = _path(config.out, REFUSAL)
@@ -276,7 +276,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     try:
         if place.rank == 0:
             write_json(_path(config.out, STARTED), {"workers": place.world})
-        run = Run(config, loop_config["prior"], place)
+        run = Trainer(config, loop_config["prior"], place)
         notices = RayNotices(_path(config.out, STOP), place.rank, place.world)
         if run.train(notices) and place.rank == 0:
             write_json(_path(config.out, DONE), {})

@@ -19,9 +19,9 @@ from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.claim import claim, saved_run
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Interrupt, Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import train_on_ray
 from dmm_ray.training.settle import (
     check_length,
@@ -137,7 +137,7 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
 
 def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run in this process."""
-    run = Run(config, prior_config, Place(0, 1, torch.device(local_device(config.device))))
+    run = Trainer(config, prior_config, RankInfo(0, 1, torch.device(local_device(config.device))))
     with Interrupt() as interrupt:
 
         def notice(_: int) -> Notice:

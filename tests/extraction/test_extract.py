@@ -138,7 +138,7 @@ def test_a_bad_record_beyond_the_scan_stops_the_job(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is found in an actor and must reach here as one line; then the fixed text works."""
-    monkeypatch.setattr("dmm_ray.text.formats.base.CHECKED_BYTES", 0)
+    monkeypatch.setattr("dmm_ray.text.formats.base.SCANNED_BYTES", 0)
     text = tmp_path / "t.jsonl"
     text.write_text('{"text": "the cat sat on a mat"}\n{"txt": "x"}\n')
     with pytest.raises(UserError, match=r"^text: .*t.jsonl: line 2: no field 'text'") as error:

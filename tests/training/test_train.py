@@ -27,9 +27,9 @@ from dmm_ray.training import checkpoint, ray_trainer
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.state import snapshot
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
@@ -257,8 +257,8 @@ def test_fewer_rows_than_a_batch_are_refused(train_store, tmp_path):
         train(config(train_store, tmp_path / "out", batch=100_000, levels_per_batch=100))
 
 
-def new_run(config: TrainConfig, store: str) -> Run:
-    return Run(config, prior_config(config, store), Place(0, 1, torch.device("cpu")))
+def new_run(config: TrainConfig, store: str) -> Trainer:
+    return Trainer(config, prior_config(config, store), RankInfo(0, 1, torch.device("cpu")))
 
 
 def prior_config(config: TrainConfig, store: str) -> PriorConfig:
