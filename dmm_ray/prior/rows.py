@@ -108,7 +108,7 @@ class PriorRows:
                 bad = start + int(finite.logical_not().nonzero()[0])
                 name = f" (id {', '.join(map(str, self.ids[bad].tolist()))})" if named else ""
                 raise UserError(
-                    f"activations: row {bad}{name} holds a value that is not finite; drop or fix it"
+                    f"activations: row {bad}{name} contains NaN or Inf; drop or fix it"
                 )
 
     def _warn(self, square: float) -> None:
