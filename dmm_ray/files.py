@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
@@ -184,6 +184,10 @@ def read_bytes(uri: str) -> bytes:
             raise UserError(f"{uri}: no such file") from e
 
 
+TEMPORARY = ".tmp-"
+"""In the name of a file that is not whole yet."""
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all: under a temporary name then renamed (local), or by one put."""
     fs, path = filesystem(uri)
@@ -191,18 +195,26 @@ def write_bytes(uri: str, data: bytes) -> None:
         with plain_errors(uri):
             fs.pipe_file(path, data)
         return
-    make_folder(os.path.dirname(path) or ".")
-    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        with open(temporary, "wb") as f:
+        with whole(path) as f:
             f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except OSError as e:
         if e.errno not in WRITE_REMEDIES:
             raise
         raise UserError(f"{uri}: {WRITE_REMEDIES[e.errno]}") from e
+
+
+@contextmanager
+def whole(path: str) -> Iterator[BinaryIO]:
+    """A local file that appears under its name, on the disk, only when the block ends well."""
+    make_folder(os.path.dirname(path) or ".")
+    temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -24,6 +24,19 @@ def as_seed(seed: SupportsIndex) -> int:
     return as_integer("seed", seed)
 
 
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """A step of SplitMix64 (Steele, Lea and Flood 2014): spreads every bit of 64-bit integers over all of theirs.
+
+    Args:
+        x: uint64, any shape.
+    """
+    with np.errstate(over="ignore"):
+        z = x + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
 def numpy_rng(seed: SupportsIndex, *more: SupportsIndex) -> np.random.Generator:
     """numpy's generator; for one seed from 0 to 2^64 - 1 that of ``default_rng(seed)``. Raises as :func:`as_seed`.
 

@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmm_ray.config import Config, versions
+from dmm_ray.config import Config
 from dmm_ray.demo.stories import Story, generate
+from dmm_ray.provenance import versions
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dmm_ray.config import Config
+from dmm_ray.config import RESUMABLE, Config
 from dmm_ray.operations import (
     DenoiseArguments,
     EncodeArguments,
@@ -22,36 +22,29 @@ from dmm_ray.store.manifest import DtypeName
 class JobConfig(Config):
     """What all of them are told."""
 
-    prior: str
+    prior: str = Field(json_schema_extra=RESUMABLE)
     """Prior: a folder, an fsspec URI or a hub id; ours or a published one."""
-    out: str
+    out: str = Field(json_schema_extra=RESUMABLE)
     """Folder to write or to resume; a local path or fsspec URI."""
-    layer: int | None = None
+    layer: int | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Which layer; needed for a prior of several."""
     precision: PrecisionOption = "auto"
     """Of the network's matrix products; states and sums are float32. auto is bfloat16 where the actors' devices are
     fast in it, else float32; a resumed job keeps what was chosen."""
     seed: int = 0
     """Of noise, probes and the draw of rows."""
-    rows_per_shard: int | None = Field(default=None, ge=1)
+    rows_per_shard: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Rows of a unit of work, about; by default 16384, less where they are wide or few."""
-    batch_rows: int | None = Field(default=None, ge=1)
+    batch_rows: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Most rows given to the prior at once; by default a unit's, which it works through as memory allows."""
-    actors: int | None = Field(default=None, ge=1)
+    actors: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Processes that each hold the prior; by default one per GPU, or one per 2 CPUs where there is none."""
-    cpus_per_actor: float | None = Field(default=None, gt=0)
+    cpus_per_actor: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
     """CPUs (and torch threads) of each; by default 2 at most without a GPU, 1 with one."""
-    gpus_per_actor: float | None = Field(default=None, ge=0)
+    gpus_per_actor: float | None = Field(default=None, ge=0, json_schema_extra=RESUMABLE)
     """GPUs of each, a share such as 0.5 too; by default 1 where the cluster has any."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", json_schema_extra=RESUMABLE)
     """auto takes GPUs where the cluster has any."""
-
-    free: ClassVar[frozenset[str]] = frozenset(
-        {"prior", "out", "layer", "rows_per_shard", "batch_rows", "device"}
-        | {"actors", "cpus_per_actor", "gpus_per_actor"}
-        | {"activations", "model", "text", "revision", "window", "trust_remote_code"}
-    )
-    """Fields that touch no number, or that the manifest has elsewhere."""
 
     @property
     def gpus(self) -> float | None:
@@ -59,10 +52,6 @@ class JobConfig(Config):
         if self.device == "cpu":
             return 0.0
         return self.gpus_per_actor or (1.0 if self.device == "cuda" else self.gpus_per_actor)
-
-    def arguments(self) -> dict[str, Any]:
-        """All that decides the numbers, beside the prior and the rows."""
-        return self.model_dump(mode="json", exclude=set(self.free))
 
     def told(self, kind: type[OperationArguments], layer: int) -> dict[str, Any]:
         """What an operation of ``kind`` is told about rows of ``layer``."""
@@ -73,17 +62,17 @@ class JobConfig(Config):
 class StoreJobConfig(JobConfig):
     """Of the verbs that read activations."""
 
-    activations: str | None = None
+    activations: str | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Activation store to read. With --text it is extracted there first; by default then into OUT-activations."""
-    text: str | list[str] | None = None
+    text: str | list[str] | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Text to extract the activations from, as `dmm extract` takes it."""
-    model: str | None = None
+    model: str | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Subject model of --text; default the one that the prior was trained on."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(default=False, json_schema_extra=RESUMABLE)
     """Run Python code that comes with the model, to extract --text."""
-    window: int | None = Field(default=None, ge=2)
+    window: int | None = Field(default=None, ge=2, json_schema_extra=RESUMABLE)
     """Tokens of a document of --text that are read, at most; default as `dmm extract`."""
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only documents of this part of the prior's own split."""

@@ -16,16 +16,16 @@ from dmm_ray.extraction.extract import extract
 from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.folder import resolve
-from dmm_ray.prior.rows import Rows as PriorRows
+from dmm_ray.prior.rows import PriorRows as PriorRows
+from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
-from dmm_ray.training.loader import check_finite
 from dmm_ray.units.resume import check_target
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BatchInputs:
     """A prior and the rows of a store that it is asked about."""
 
     prior: str
@@ -49,11 +49,12 @@ def locate(prior: str) -> str:
     return absolute(prior) if resolve(prior) == prior else prior
 
 
-def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> Inputs:
+def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> BatchInputs:
     """Open and check all; extract the activations first where text is given.
 
     Raises:
-        UserError: no such store or text, another width or layer, no rows of the part, a value that is not finite.
+        UserError: no such store or text, one that the prior does not fit, no rows of the part, a row that contains
+            NaN or Inf.
     """
     out = absolute(config.out)
     check_target(out)
@@ -63,11 +64,11 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> I
     if config.text is not None:
         extract_first(config, prior, layer, uri)
     store = ActivationStore.open(uri)
-    check_match(prior, layer, store)
+    check_fits(prior.config, store, layer)
     selection = select(store, layer, prior.config, config.split, config.rows, config.seed)
     rows = StoreRows(store, layer, selection)
     check_rows(prior, rows)
-    return Inputs(
+    return BatchInputs(
         locate(config.prior),
         hash_prior(prior.config, prior.state_dict()),
         layer,
@@ -102,32 +103,15 @@ def extract_first(config: StoreJobConfig, prior: ActivationPrior, layer: int, st
     )
 
 
-def check_match(prior: ActivationPrior, layer: int, store: ActivationStore) -> None:
-    """Raises UserError for a store of another width or without the layer; warns of one of another model."""
-    if store.d != prior.d:
-        raise UserError(f"activations: {store.uri} has d = {store.d}, the prior models d = {prior.d}")
-    if layer not in store.layers:
-        raise UserError(
-            f"layer: {store.uri} has {', '.join(map(str, store.layers))}, the prior models layer {layer}; "
-            "extract that layer"
-        )
-    ours, theirs = prior.config.subject.get("weights_hash"), store.manifest.subject.weights_hash
-    if ours and ours != theirs:
-        logger.warning(
-            "activations: %s is of the model %s, the prior was trained on %s (%s, not %s)",
-            store.uri, store.manifest.subject.id, prior.config.subject.get("id"), theirs[:12], ours[:12],
-        )  # fmt: skip
-
-
 def check_rows(prior: ActivationPrior, source: StoreRows) -> None:
     """Warn if the first rows do not fit the prior's normaliser.
 
     Raises:
-        UserError: a chosen row holds a value that is not finite; the message names it.
+        UserError: a chosen row contains NaN or Inf; the message names it.
     """
     store, layer = source.store, source.layer
     for documents in suspects(store, layer):
-        check_finite(store, layer, source.rows(documents))
+        source.rows(documents)  # checks them; the rows of other documents are checked when they are read
     first = store.read(layer, store.row_groups(layer)[0], ("activation",)).activation
     finite = first[torch.isfinite(first).all(1)]
     if len(finite):

@@ -9,9 +9,10 @@ import numpy as np
 
 from dmm_ray.batch.config import JobConfig
 from dmm_ray.batch.engine import PriorActor, PriorTask
-from dmm_ray.batch.operations import Operation
+from dmm_ray.batch.operations import BatchOperation
 from dmm_ray.batch.outputs import QUANTILES
-from dmm_ray.batch.selection import Source
+from dmm_ray.batch.selection import RowSource
+from dmm_ray.config import identity_as_saved
 from dmm_ray.files import absolute, exists, join
 from dmm_ray.parallel import in_order
 from dmm_ray.precision import Precision, choose_precision
@@ -36,7 +37,9 @@ class PriorJob(Job[JobConfig]):
         operation: what is done with them.
     """
 
-    def __init__(self, config: JobConfig, manifest: Manifest, source: Source, operation: Operation) -> None:
+    def __init__(
+        self, config: JobConfig, manifest: Manifest, source: RowSource, operation: BatchOperation
+    ) -> None:
         size = PoolSize(config.actors, config.cpus_per_actor, config.gpus)
         super().__init__(absolute(config.out), manifest, size, config)
         self.source, self.operation = source, operation
@@ -71,14 +74,27 @@ class PriorJob(Job[JobConfig]):
         return {"prior_hash": self.manifest.derived and self.manifest.derived.prior_hash}
 
 
+def recorded_arguments(out: str) -> dict[str, Any] | None:
+    """What the results in a folder are made with, by option; None where it holds no results of a prior."""
+    out = absolute(out)
+    derived = read_manifest(out).derived if exists(join(out, MANIFEST)) else None
+    return derived.arguments if derived else None
+
+
+def arguments_of(config: JobConfig) -> dict[str, Any]:
+    """What decides the results of a job, beside the prior and the rows; as the folder that it resumes has it."""
+    recorded = recorded_arguments(config.out)
+    return config.identity() if recorded is None else identity_as_saved(config, recorded)
+
+
 def settle_precision(config: JobConfig) -> Precision:
     """The precision of a job: asked for, that of the folder it resumes, or by what the devices are fast in."""
     if config.precision != "auto":
         return config.precision
-    out = absolute(config.out)
-    if exists(join(out, MANIFEST)):
-        derived = read_manifest(out).derived
-        return derived.arguments["precision"] if derived else "float32"  # another store; refused later on
+    recorded = recorded_arguments(config.out)
+    if recorded is not None:
+        precision: Precision = recorded["precision"]
+        return precision
     chosen = choose_precision("auto", actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus))
     logger.info("precision: %s, which the devices are fast in (--precision to choose)", chosen)
     return chosen

@@ -13,12 +13,13 @@ import torch
 from dmm_ray.errors import UserError
 from dmm_ray.parallel import in_order
 from dmm_ray.prior import PriorConfig
+from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore, RowGroup, Rows
 from dmm_ray.store.split import PARTS, Split, hash_documents
 from dmm_ray.units.unit import Unit
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Where the rows of units come from."""
 
     def rows(self, unit: Unit) -> Rows:
@@ -80,9 +81,11 @@ class StoreRows:
             self._groups[group.shard].append(group)
 
     def rows(self, unit: Unit) -> Rows:
-        """The chosen rows of the unit's documents."""
+        """The chosen rows of the unit's documents. Raises UserError for one that contains NaN or Inf."""
         groups = self._of(unit)
-        return self.store.gather(self.layer, groups, [self._inside(group, unit) for group in groups])
+        found = self.store.gather(self.layer, groups, [self._inside(group, unit) for group in groups])
+        check_finite(self.store, self.layer, found)
+        return found
 
     def _of(self, unit: Unit) -> list[RowGroup]:
         per_shard = self.store.manifest.documents_per_unit
@@ -144,7 +147,7 @@ def expected_rows(store: ActivationStore, selection: Selection, rows: int | None
 
 
 def suspects(store: ActivationStore, layer: int) -> Iterator[Unit]:
-    """Documents of the store among whose rows there may be one with a value that is not finite."""
+    """Documents of the store among whose rows there may be one that contains NaN or Inf."""
     for record in store.records:
         if record.nonfinite.get(str(layer)):
             yield Unit(record.unit, record.first_document, record.first_document + record.documents)

@@ -19,7 +19,8 @@ from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
 from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
 from dmm_ray.extraction.extract import ExtractConfig, extract
-from dmm_ray.files import absolute, exists, join, make_folder, read_json, write_json
+from dmm_ray.files import absolute, exists, join, make_folder, read_json
+from dmm_ray.provenance import SUMMARY, write_summary
 from dmm_ray.seeds import torch_rng
 from dmm_ray.serving.config import ServeConfig
 from dmm_ray.serving.serve import running
@@ -89,7 +90,10 @@ def demo(config: DemoConfig) -> str:
     layer = _layer(config, model)
     with Steps(None if config.samples else config.minutes or MINUTES) as steps:
         path, summary = _run(config, steps, out, model, layer)
-    write_json(join(out, "summary.json"), summary | {"seconds": time.perf_counter() - started})
+    results = {
+        name: value for name, value in summary.items() if name not in ("inputs", "versions", "seconds")
+    }
+    write_summary(out, results, summary["inputs"], time.perf_counter() - started)
     logger.info("done in %.0f s", time.perf_counter() - started)
     return path
 
@@ -125,7 +129,7 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
     report = evaluate(
         EvaluateConfig(prior=prior, activations=store, model=model, out=join(out, "report"), **fields)  # type: ignore[arg-type]
     )
-    summary = read_json(join(report, "summary.json"))
+    summary = read_json(join(report, SUMMARY))
     steps.begin("serve")
     path = write_report(report, summary, scored=_score(config, prior, store, model, layer))
     figures = {"report": path, "headline": summary["fidelity"], "layer": layer}

@@ -13,21 +13,22 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.prefixes import unseen_prefixes
+from dmm_ray.extraction.identity import changed_part, warn_of_versions
 from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import DTYPES
+from dmm_ray.store.match import check_finite, check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import PARTS, TEST, TRAIN, VALIDATION, Split
 from dmm_ray.subject import SubjectModel
 from dmm_ray.text.corpus import Corpus
-from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)
 TOKENIZE_DOCUMENTS = 512
 
 
 @dataclass(frozen=True)
-class Part:
+class EvaluationRows:
     """Rows of one part of the documents in the prior's normalised space."""
 
     z: Tensor
@@ -42,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvaluationInputs:
     """Everything an evaluation needs."""
 
     prior: ActivationPrior
@@ -51,9 +52,9 @@ class Inputs:
     subject: SubjectModel
     compute_dtype: Precision
     """Of the subject."""
-    train: Part
-    validation: Part
-    test: Part
+    train: EvaluationRows
+    validation: EvaluationRows
+    test: EvaluationRows
     tokens: dict[int, list[int]]
     """Token ids of the test documents, position 0 included, by document number."""
     unseen: dict[int, np.ndarray] | None
@@ -66,7 +67,7 @@ class Inputs:
         return np.array([self.unseen[doc][position] for doc, position in ids.tolist()], dtype=bool)
 
 
-def load(config: EvaluateConfig) -> Inputs:
+def load(config: EvaluateConfig) -> EvaluationInputs:
     """Open and check everything.
 
     Raises:
@@ -76,7 +77,8 @@ def load(config: EvaluateConfig) -> Inputs:
     device = pick_device(config.device)
     prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
     store = ActivationStore.open(config.activations)
-    layer = check_match(prior, store, config)
+    layer = prior.layers[prior.layer_index(config.layer)]
+    check_fits(prior.config, store, layer, same_model=True)
     manifest = store.manifest
     compute_dtype = (
         affordable_precision(manifest.compute_dtype, device)
@@ -95,15 +97,12 @@ def load(config: EvaluateConfig) -> Inputs:
         block_path=manifest.subject.block_path,
         trust_remote_code=config.trust_remote_code,
     )
-    if subject.weights_hash != manifest.subject.weights_hash:
+    if changed := changed_part(subject.source, manifest):
         raise UserError(
-            f"model: {model} has other weights than the model that {store.uri} was extracted from "
-            f"({manifest.subject.id}); give --model that one"
+            f"model: {model}: {changed} is not what {store.uri} was extracted with ({manifest.subject.id}); "
+            "give --model that one"
         )
-    if subject.tokenizer_hash != manifest.tokenizer_hash:
-        raise UserError(
-            f"model: {model} has another tokenizer than {store.uri} was extracted with; give that model"
-        )
+    warn_of_versions(manifest.subject, store.uri)
     corpus = open_corpus(config, store)
     split = Split.model_validate(prior.config.split)
     limits = {TRAIN: config.train_rows, VALIDATION: config.validation_rows, TEST: config.max_rows}
@@ -116,7 +115,7 @@ def load(config: EvaluateConfig) -> Inputs:
     unseen = None
     if config.unseen_prefix:
         unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window, failed))
-    return Inputs(
+    return EvaluationInputs(
         prior,
         layer,
         store,
@@ -135,27 +134,6 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU is available; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def check_match(prior: ActivationPrior, store: ActivationStore, config: EvaluateConfig) -> int:
-    """The layer to evaluate. Raises UserError if the store is not one of what the prior models."""
-    if store.d != prior.d:
-        raise UserError(
-            f"activations: {store.uri} has d = {store.d}, the prior {config.prior} models d = {prior.d}"
-        )
-    trained_on = prior.config.subject.get("weights_hash")
-    if trained_on and trained_on != store.manifest.subject.weights_hash:
-        raise UserError(
-            f"activations: {store.uri} is of the model {store.manifest.subject.id}, the prior {config.prior} was "
-            f"trained on {prior.config.subject.get('id', 'another')}; give a store of that model"
-        )
-    layer = prior.layers[prior.layer_index(config.layer)]
-    if layer not in store.layers:
-        raise UserError(
-            f"layer: the prior models layer {layer}, {store.uri} has {', '.join(map(str, store.layers))}; "
-            "extract that layer"
-        )
-    return layer
 
 
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:
@@ -179,7 +157,7 @@ def read_part(
     part: int,
     max_rows: int,
     seed: int,
-) -> Part:
+) -> EvaluationRows:
     """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
 
     Raises:
@@ -195,10 +173,12 @@ def read_part(
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
-    return Part(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
+    return EvaluationRows(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
 
 
-def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:
+def test_tokens(
+    corpus: Corpus, subject: SubjectModel, window: int, test: EvaluationRows
+) -> dict[int, list[int]]:
     """Token ids of the test part's documents, position 0 included, by document number."""
     return dict(_tokenized(corpus, subject, window, np.unique(test.docs).tolist()))
 

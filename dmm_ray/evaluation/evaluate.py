@@ -12,8 +12,9 @@ from dmm_ray.evaluation.data import load
 from dmm_ray.evaluation.methods import fit
 from dmm_ray.evaluation.report import write_report
 from dmm_ray.evaluation.stages import STAGES, Figures
-from dmm_ray.evaluation.summary import finite, summarize, training_curve
+from dmm_ray.evaluation.summary import finite, sources, summarize, training_curve
 from dmm_ray.files import absolute, exists, join, make_folder, write_json
+from dmm_ray.provenance import SUMMARY, with_provenance
 
 __all__ = ["EvaluateConfig", "evaluate"]
 logger = logging.getLogger(__name__)
@@ -46,14 +47,13 @@ def evaluate(config: EvaluateConfig) -> str:
         tables[name] = stage(config, inputs, methods)
         seconds[name] = _since(begin)
         logger.info("%s measured in %.1f s", name.replace("_", " "), seconds[name])
-    summary = summarize(config, inputs, methods, tables)
-    summary["seconds"] = _since(start)
-    summary["seconds_by_stage"] = {k: round(v, 2) for k, v in seconds.items()}
-    summary = finite(summary)
+    results = summarize(config, inputs, methods, tables)
+    results["seconds_by_stage"] = {k: round(v, 2) for k, v in seconds.items()}
+    summary = with_provenance(finite(results), sources(config, inputs), _since(start))
     drawn = tables["samples"].pop("rows")
     plots.save_all(out, summary, inputs.test.z, drawn, training_curve(config.prior))
     write_report(out, summary)
-    write_json(join(out, "summary.json"), summary)
+    write_json(join(out, SUMMARY), summary)
     return out
 
 

@@ -8,29 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from dmm_ray.config import versions
 from dmm_ray.evaluation import likelihood
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import KEYS, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
+from dmm_ray.provenance import SUMMARY
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 
 
 def summarize(
-    config: EvaluateConfig, inputs: Inputs, methods: Methods, tables: dict[str, Figures]
+    config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods, tables: dict[str, Figures]
 ) -> Figures:
-    """``summary.json`` without the times."""
+    """The results, for ``summary.json``."""
     log_det = likelihood.log_determinant_per_dim(inputs)
     fidelity_all, stderr_all = _fidelity(tables, "all")
     fidelity_unseen, stderr_unseen = _fidelity(tables, "unseen")
     sampled = tables["samples"]
     for name, key in (("frechet_distance", "frechet"), ("two_sample_auc", "auc")):
         fidelity_all[name] = {k: sampled[key].get(k) for k in (*KEYS, "floor")}
-    manifest = inputs.store.manifest
     return {
         "fidelity": fidelity_all,
         "fidelity_unseen_prefix": fidelity_unseen if inputs.unseen is not None else None,
@@ -56,20 +55,23 @@ def summarize(
             "samples": config.samples,
         },
         "training": training(config.prior),
-        "inputs": {
-            "prior": absolute(config.prior) if exists(config.prior) else config.prior,
-            "activations": inputs.store.uri,
-            "model": inputs.subject.model_id,
-            "layer": inputs.layer,
-            "d": inputs.prior.d,
-            "precision": inputs.prior.precision,
-            "compute_dtype": inputs.compute_dtype,
-            "weights_hash": inputs.subject.weights_hash,
-            "store": manifest.config_hash,
-            "split": inputs.prior.config.split,
-            "config": config.model_dump(mode="json"),
-        },
-        "versions": versions(),
+    }
+
+
+def sources(config: EvaluateConfig, inputs: EvaluationInputs) -> Figures:
+    """What an evaluation is made from, for ``summary.json``."""
+    return {
+        "prior": absolute(config.prior) if exists(config.prior) else config.prior,
+        "activations": inputs.store.uri,
+        "model": inputs.subject.model_id,
+        "layer": inputs.layer,
+        "d": inputs.prior.d,
+        "precision": inputs.prior.precision,
+        "compute_dtype": inputs.compute_dtype,
+        "weights_hash": inputs.subject.weights_hash,
+        "store": inputs.store.manifest.config_hash,
+        "split": inputs.prior.config.split,
+        "config": config.model_dump(mode="json"),
     }
 
 
@@ -110,7 +112,7 @@ def training(prior: str) -> Figures | None:
 def about(config: EvaluateConfig, methods: Methods) -> Figures:
     """Size and fitting seconds by method; the prior's seconds come from its folder's summary, if it has one."""
     found: Figures = dict(methods.about())
-    path = join(absolute(config.prior), "summary.json")
+    path = join(absolute(config.prior), SUMMARY)
     trained = read_json(path).get("seconds") if exists(path) else None
     found["prior"] |= {"seconds": trained, "samples": methods.prior.prior.config.training.get("samples")}
     return found

@@ -11,7 +11,7 @@ from dmm_ray.store.manifest import DtypeName, Excluded
 from dmm_ray.store.token_selection import TokenSelection
 
 
-class Source(Config):
+class ExtractionInputs(Config):
     """What is read, and where the store goes."""
 
     model: str
@@ -37,7 +37,7 @@ class Source(Config):
         return [absolute(uri) for uri in ([self.text] if isinstance(self.text, str) else self.text)]
 
 
-class ExtractConfig(TokenSelection, Source):
+class ExtractConfig(TokenSelection, ExtractionInputs):
     """Read text, run a language model up to the highest wanted layer, store what its blocks put out."""
 
     dtype: DtypeName = "bfloat16"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import safetensors
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import join, list_files, read_bytes, write_bytes
+from dmm_ray.prior.weights import read_header
 
 SUFFIX = ".safetensors"
 TENSOR, LAYER = "direction", "layer"
@@ -83,8 +83,8 @@ def _load(path: str) -> Direction:
 
 
 def _layer(path: str, data: bytes) -> int | None:
-    """The layer that a file's metadata states. The header is JSON after its length in 8 bytes."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    """The layer that a file's metadata states."""
+    header, _ = read_header(lambda a, b: data[a:b])
     stated = header.get("__metadata__", {}).get(LAYER)
     if stated is not None and not stated.isdecimal():
         raise UserError(f"{path}: metadata {LAYER} is a block's number, got {stated!r}")

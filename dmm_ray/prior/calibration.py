@@ -17,7 +17,8 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, join, make_folder, read_bytes, write_bytes
 from dmm_ray.prior.folder import CALIBRATION
-from dmm_ray.prior.quantiles import LEVELS, Table
+from dmm_ray.prior.quantiles import QUANTILE_LEVELS, Table
+from dmm_ray.prior.weights import read_header
 
 KEY, VERSION = "calibration", 1
 ROW_SCORES = ("nats", "latent", "norm", "velocity_error", "combined")
@@ -179,7 +180,9 @@ class Calibration:
             return None
         data = read_bytes(path)
         try:
-            tensors, metadata = safetensors.torch.load(data), _metadata(data)
+            tensors = safetensors.torch.load(data)
+            header, _ = read_header(lambda start, stop: data[start:stop])
+            metadata = json.loads(header["__metadata__"][KEY])
             if metadata["version"] != VERSION:
                 raise UserError(
                     f"{path}: of version {metadata['version']}, not {VERSION}; calibrate the prior again"
@@ -210,12 +213,6 @@ def latent_norm(base: Tensor, d: int) -> Tensor:
     return -2 * base.double() - d * math.log(2 * math.pi)
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    """Our JSON in the header of a safetensors file: 8 bytes of length, then the header."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
-
-
 def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerCalibration:
     edges, none = tensors[f"{number}/edges"], torch.empty(0, dtype=torch.int64)
     widths = about.pop("widths")
@@ -227,6 +224,6 @@ def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def _table(edges: Tensor, values: Tensor) -> Table:
-    if values.shape != (1 + len(edges), LEVELS) or not (values.diff(dim=1) >= 0).all():
+    if values.shape != (1 + len(edges), QUANTILE_LEVELS) or not (values.diff(dim=1) >= 0).all():
         raise ValueError("a table of another shape, or not rising")
     return Table(edges, values)

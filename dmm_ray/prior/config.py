@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dmm_ray.config import Config
+from dmm_ray.config import RESUMABLE, Config
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -34,11 +34,11 @@ class PriorConfig(Config):
     """Number of denoiser blocks."""
     variance_floor: float = Field(gt=0)
     """Variances below this are raised to it by the normaliser, in squared activation units."""
-    subject: dict[str, Any] = Field(default={})
+    subject: dict[str, Any] = Field(default={}, json_schema_extra=RESUMABLE)
     """Which language model the activations come from: id, revision, hashes."""
     split: dict[str, Any] = Field(default={})
     """How documents were split into train, validation and test."""
-    training: dict[str, Any] = Field(default={})
+    training: dict[str, Any] = Field(default={}, json_schema_extra=RESUMABLE)
     """How the prior was trained: samples seen, seed, recipe, store."""
 
     @model_validator(mode="after")

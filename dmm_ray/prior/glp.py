@@ -110,7 +110,10 @@ def _described(path: str) -> tuple[PriorConfig, Tensor, Tensor]:
     uri = join(path, STATISTICS)
     statistics = _read_statistics(uri)
     mean, var = (_by_layer(uri, name, statistics[name], description) for name in ("mean", "var"))
-    return description.prior_config(_floor(uri, var)), mean, var
+    config = description.prior_config(_smallest(uri, var))
+    if zeros := int((var == 0).sum()):
+        logger.warning("%s: %d variances are zero; %.3g is used for them", uri, zeros, config.variance_floor)
+    return config, mean, var
 
 
 def _read_statistics(uri: str) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def _check_statistics(uri: str, found: object) -> None:
             )
         if not value.to(torch.float32).isfinite().all():
             raise UserError(
-                f"{uri}: {name} holds a value that is not finite in float32; copy the file from the source again"
+                f"{uri}: {name} contains NaN or Inf in float32; copy the file from the source again"
             )
         if name == "var" and (value < 0).any():
             raise UserError(f"{uri}: var holds a negative variance; copy the file from the source again")
@@ -173,18 +176,11 @@ def _by_block(config: PriorConfig, value: Tensor, fill: float) -> Tensor:
     return table
 
 
-def _floor(uri: str, var: Tensor) -> float:
+def _smallest(uri: str, var: Tensor) -> float:
     """The smallest variance above zero: it changes none, and keeps z finite where the variance is zero."""
     positive = var[var > 0]
     if not len(positive):
         raise UserError(f"{uri}: every variance is zero; copy the file from the source again")
-    if len(positive) < var.numel():
-        logger.warning(
-            "%s: %d variances are zero; %.3g is used for them",
-            uri,
-            var.numel() - len(positive),
-            positive.min(),
-        )
     return float(positive.min())
 
 

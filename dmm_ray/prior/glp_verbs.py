@@ -6,14 +6,16 @@ import logging
 import time
 from typing import Any
 
-from dmm_ray.config import Config, versions
+from pydantic import Field, ValidationError
+
+from dmm_ray.config import RESUMABLE, Config, refuse_other
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, exists, join, read_json, write_json
+from dmm_ray.files import absolute, exists, join, read_json
 from dmm_ray.prior import folder, glp
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.provenance import SUMMARY, write_summary
 
 logger = logging.getLogger(__name__)
-SUMMARY = "summary.json"
 TAKEN = (folder.CONFIG, folder.WEIGHTS, glp.CONFIG, "train.json", "manifest.json")
 """Files that show that a folder is in use."""
 
@@ -23,7 +25,7 @@ class ImportGlpConfig(Config):
 
     source: str
     """Local folder, URI or Hugging Face Hub id of the published prior."""
-    out: str
+    out: str = Field(json_schema_extra=RESUMABLE)
     """Folder to write."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; the newest if not given."""
@@ -34,7 +36,7 @@ class ExportGlpConfig(Config):
 
     prior: str
     """Local folder, URI or Hugging Face Hub id of the prior."""
-    out: str
+    out: str = Field(json_schema_extra=RESUMABLE)
     """Folder to write."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; the newest if not given."""
@@ -76,19 +78,17 @@ def _claim(out: str, config: Config) -> str:
     if used is None:
         return out
     summary = read_json(join(out, SUMMARY)) if exists(join(out, SUMMARY)) else {}
-    if summary.get("inputs", {}).get("config") != config.model_dump(mode="json"):
-        raise UserError(f"{out}: holds another {used}; choose another folder")
+    try:
+        saved = type(config).model_validate(summary.get("inputs", {}).get("config"))
+    except ValidationError as e:  # what another command wrote
+        raise UserError(f"out: {out} holds another {used}; choose another folder") from e
+    refuse_other(out, saved.identity(), config.identity())
     return out
 
 
 def _finish(out: str, config: Config, prior: PriorConfig, inputs: dict[str, Any], started: float) -> str:
     figures = {"d": prior.d, "layers": list(prior.layers), "n_blocks": prior.n_blocks}
-    summary = {
-        "figures": figures,
-        "inputs": {"config": config.model_dump(mode="json"), **inputs},
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-    }
-    write_json(join(out, SUMMARY), summary)
+    inputs = {"config": config.model_dump(mode="json"), **inputs}
+    write_summary(out, {"figures": figures}, inputs, time.perf_counter() - started)
     logger.info("%s: d %d, layers %s", out, prior.d, ", ".join(map(str, prior.layers)))
     return out

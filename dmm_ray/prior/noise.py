@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
-from dmm_ray.seeds import MASK64, as_seed
+from dmm_ray.seeds import MASK64, as_seed, splitmix64
 
 STREAM_PATH, STREAM_SAMPLE, STREAM_ENCODE, STREAM_PAIRS = range(4)
 """Independent noises of one row, by what they are for: see ``stream`` in :func:`normal`."""
@@ -26,11 +26,7 @@ MASK = 0xFFFFFFFF
 
 
 def _mix(x: int) -> int:
-    """The finaliser of splitmix64: spreads every bit of a 64-bit integer over all bits."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-    return x ^ (x >> 31)
+    return int(splitmix64(np.array(x, dtype=np.uint64)))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

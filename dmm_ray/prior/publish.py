@@ -15,8 +15,9 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, is_local, join, read_json
 from dmm_ray.prior import card, folder
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.provenance import SUMMARY
 
-CARD, SUMMARY = "README.md", "summary.json"
+CARD = "README.md"
 
 
 def push_to_hub(

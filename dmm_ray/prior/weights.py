@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.files import filesystem, is_local, iter_chunks
 
+HEADER_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian integer of so many bytes."""
 SAMPLED = 256
 """Numbers of each tensor that a fingerprint and a check for changes look at, at most."""
 LFS = b"version https://git-lfs"
@@ -50,7 +54,7 @@ def _as_float32(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.to(torch.float32)
     # The extremes show NaN and infinities without a mask as large as the tensor.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise UserError(f"{name} holds a value that is not finite in float32; copy or train the prior again")
+        raise UserError(f"{name} contains NaN or Inf in float32; copy or train the prior again")
     return tensor
 
 
@@ -73,6 +77,16 @@ def _local(uri: str) -> Iterator[str]:
             copy.write(chunk)
         copy.flush()
         yield copy.name
+
+
+def read_header(read: Callable[[int, int], bytes | bytearray]) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, its metadata included, and where the tensors' bytes begin.
+
+    Args:
+        read: gives the file's bytes from one place to another.
+    """
+    start = HEADER_BYTES + int.from_bytes(read(0, HEADER_BYTES), "little")
+    return json.loads(read(HEADER_BYTES, start)), start
 
 
 def sampled(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from dmm_ray.config import versions
 from dmm_ray.operations import OPERATIONS, OperationName
 from dmm_ray.protocol import LENGTH_HEADER
+from dmm_ray.provenance import versions
 from dmm_ray.serving.answers import failure
 from dmm_ray.serving.calls import array_call
 from dmm_ray.serving.context import Context

@@ -201,19 +201,21 @@ class SubjectDeployment:
     def _fitting(
         self, sources: dict[str, str], device: str, precision: PrecisionOption
     ) -> dict[str, ActivationPrior]:
-        """The priors of this model's activations, by width and layers."""
+        """The priors of this model's activations. Raises UserError where the default prior is not one of them."""
         from dmm_ray.prior import ActivationPrior
+        from dmm_ray.store.match import check_subject
 
-        m, found = self._model, {}
+        found: dict[str, ActivationPrior] = {}
         for name, source in sources.items():
             prior = ActivationPrior.from_pretrained(source, device=device, precision=precision)
-            if prior.d == m.d and max(prior.layers) < m.n_layers:
+            try:
+                check_subject(prior.config, self._model, source)
+            except UserError as e:
+                if not found:
+                    raise
+                logger.warning("prior %s has no text routes: %s", name, e)
+            else:
                 found[name] = prior
-            elif not found:
-                raise UserError(
-                    f"model: {m.model_id} (d = {m.d}, {m.n_layers} layers) is not the one that prior {source} "
-                    f"(d = {prior.d}, layers {', '.join(map(str, prior.layers))}) is of"
-                )
         return found
 
     def _check(self, direction: Direction) -> None:

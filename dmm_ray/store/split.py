@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import model_validator
 
 from dmm_ray.config import Config
+from dmm_ray.seeds import splitmix64
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 PARTS = ("train", "validation", "test")
@@ -39,15 +40,5 @@ class Split(Config):
 
 
 def hash_documents(doc: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform uint64 per document: SplitMix64 (Steele, Lea and Flood 2014) of doc xor a hashed seed."""
-    return _splitmix64(
-        np.asarray(doc).astype(np.uint64) ^ _splitmix64(np.array(seed % 2**64, dtype=np.uint64))
-    )
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = x + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """A uniform uint64 per document: SplitMix64 of doc xor a hashed seed."""
+    return splitmix64(np.asarray(doc).astype(np.uint64) ^ splitmix64(np.array(seed % 2**64, dtype=np.uint64)))

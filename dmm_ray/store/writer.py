@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tempfile
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +16,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dmm_ray.files import filesystem, is_local, make_folder, plain_errors
+from dmm_ray.files import filesystem, is_local, plain_errors, whole
 from dmm_ray.store.manifest import DTYPES, ROW_GROUP_ROWS, FileEntry
-
-TEMPORARY = ".tmp-"
 
 
 class HashingFile(io.RawIOBase):
@@ -69,17 +65,8 @@ def whole_file(uri: str) -> Iterator[HashingFile]:
             with plain_errors(uri):
                 fs.put_file(local.name, path)
         return
-    make_folder(os.path.dirname(path))
-    temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
-    try:
-        with ThreadPoolExecutor(1) as hasher, open(temporary, "wb") as f:
-            yield HashingFile(f, hasher)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with ThreadPoolExecutor(1) as hasher, whole(path) as f:
+        yield HashingFile(f, hasher)
 
 
 def write_shard(

@@ -22,9 +22,9 @@ from dmm_ray.subject.encoding import Chat, encode
 from dmm_ray.subject.generation import Continuation, Sampling, generate
 from dmm_ray.subject.intervention import Intervention, Interventions, Site, Tokens
 from dmm_ray.subject.lens import logit_lens
-from dmm_ray.subject.loading import Loaded, Placement
+from dmm_ray.subject.loading import LoadedModel, Placement
 from dmm_ray.subject.losses import batches, token_losses
-from dmm_ray.subject.reading import Piece, Prompt, Reading, pieces_of, prompt_ids, text_ids, token_text
+from dmm_ray.subject.reading import Prompt, Reading, TokenPiece, pieces_of, prompt_ids, text_ids, token_text
 from dmm_ray.subject.runner import ModelRunner, pad
 from dmm_ray.subject.source import SubjectSource
 
@@ -40,7 +40,7 @@ class SubjectModel:
     def __init__(
         self,
         source: SubjectSource,
-        loaded: Loaded,
+        loaded: LoadedModel,
         path: str,
         n_layers: int,
         head: bool,
@@ -368,7 +368,7 @@ class SubjectModel:
         captured = self.runner.forward(ids, Tokens.of(torch.ones_like(ids)), [site], **options).captured
         return Reading(pieces, captured[site][0].float().cpu())
 
-    def pieces(self, text: str) -> list[Piece]:
+    def pieces(self, text: str) -> list[TokenPiece]:
         """The tokens of ``text``, special ones included, as extraction makes them. Raises as :meth:`read`."""
         return pieces_of(self.tokenizer, text, text_ids(self.tokenizer, text, self.context))
 

@@ -22,7 +22,7 @@ class TooLongError(UserError):
     """A text has more tokens than the model was made for."""
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """A token and where it stands in its text."""
 
     id: int
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 class Reading(NamedTuple):
     """A text as a layer sees it."""
 
-    pieces: list[Piece]
+    pieces: list[TokenPiece]
     rows: Tensor
     """The layer's output at every position (t, d), float32, on the CPU."""
 
@@ -101,13 +101,13 @@ def _chat_ids(tokenizer: Any, chat: Chat, name: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def pieces_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[Piece]:
+def pieces_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[TokenPiece]:
     """The tokens ``ids`` of ``text`` with their characters. Raises UserError for a tokenizer without offsets."""
     if not tokenizer.is_fast:
         raise UserError("model: its tokenizer gives no character offsets; use another")
     spans = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     spans = spans[len(spans) - len(ids) :]  # a text that begins with the special token itself has it once
-    pieces = [Piece(token, text[a:b], a, b) for token, (a, b) in zip(ids, spans, strict=True)]
+    pieces = [TokenPiece(token, text[a:b], a, b) for token, (a, b) in zip(ids, spans, strict=True)]
     return [one if one.text else one._replace(text=token_text(tokenizer, one.id)) for one in pieces]
 
 

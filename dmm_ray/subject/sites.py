@@ -37,7 +37,7 @@ PROJECTION_PATHS = tuple(
     for projection in ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj")
 )
 """Where a block may have its attention's output projection."""
-TRIAL_TOLERANCE = 1e-2
+SITE_TOLERANCE = 1e-2
 """How far, relative to its norm, a block's output may be from the sum that a trial expects: rounding of bfloat16."""
 
 
@@ -127,13 +127,13 @@ class Sites:
             return self._block_output(layer, (Place(module), hook)).float()
 
         without = replaced(torch.zeros_like(rows))
-        if float(without.norm()) <= TRIAL_TOLERANCE * float(plain.float().norm()):
+        if float(without.norm()) <= SITE_TOLERANCE * float(plain.float().norm()):
             return False
         difference, expected = replaced(rows) - without, rows.float()
         constant = (difference * expected).sum() / expected.square().sum()
         error = (difference - constant * expected).norm()
         return (
-            float(error) <= TRIAL_TOLERANCE * abs(float(constant)) * float(expected.norm()) and constant != 0
+            float(error) <= SITE_TOLERANCE * abs(float(constant)) * float(expected.norm()) and constant != 0
         )
 
     def _find_projection(self, layer: int) -> tuple[nn.Module, int]:

@@ -16,9 +16,9 @@ from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.calibrate import WIDTHS, calibrate
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.seeds import numpy_rng
+from dmm_ray.store.match import check_finite, check_fits
 from dmm_ray.store.reader import ActivationStore, RowGroup, Rows
 from dmm_ray.store.split import VALIDATION, Split, hash_documents
-from dmm_ray.training.loader import check_finite
 
 logger = logging.getLogger(__name__)
 BLOCK = max(WIDTHS)
@@ -82,14 +82,9 @@ def calibration_of(
     The rows are of validation documents; of all documents where the prior was not trained on a split of a store.
 
     Raises:
-        UserError: another width or no layer in common, no validation documents, a value that is not finite.
+        UserError: a store that the prior does not fit, no validation documents, a row that contains NaN or Inf.
     """
-    layers = [layer for layer in prior.layers if layer in store.layers]
-    if store.d != prior.d or not layers:
-        raise UserError(
-            f"activations: {store.uri} has d = {store.d} and layers {', '.join(map(str, store.layers))}, the prior "
-            f"models d = {prior.d} and layers {', '.join(map(str, prior.layers))}; give a store of its model"
-        )
+    layers = check_fits(prior.config, store, same_model=True)
     split = Split.model_validate(prior.config.split) if prior.config.split else None
     places, weights = draw(candidates(store, layers[0], split, CANDIDATES * rows, seed), rows, seed)
     ids = np.stack([places.doc, places.position], axis=1)
@@ -154,7 +149,7 @@ def draw(places: Places, rows: int, seed: int) -> tuple[Places, np.ndarray]:
 
 
 def read(store: ActivationStore, layer: int, places: Places) -> Tensor:
-    """Activations (n, d) of one layer, in the stored dtype. Raises UserError for a value that is not finite."""
+    """Activations (n, d) of one layer, in the stored dtype. Raises UserError for a row that contains NaN or Inf."""
     parts = []
     for i, group in enumerate(places.groups):
         index = places.row[places.group == i]

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from dmm_ray.config import one_line
+from dmm_ray.config import one_line, refuse_other
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, join, read_json, write_json
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.training.config import FREE_FIELDS, TrainConfig
+from dmm_ray.provenance import SUMMARY
+from dmm_ray.training.config import TrainConfig
 from dmm_ray.units.lock import LOCK
 
-RUN, SUMMARY = "train.json", "summary.json"
+RUN = "train.json"
 
 
 class SavedRun(NamedTuple):
@@ -22,7 +23,7 @@ class SavedRun(NamedTuple):
     out: str
     config: TrainConfig
     """With the number of samples and the precision that were chosen for it."""
-    prior: dict[str, Any]
+    prior: PriorConfig
     """The configuration of the prior to be."""
 
     @property
@@ -31,20 +32,14 @@ class SavedRun(NamedTuple):
         return exists(join(self.out, SUMMARY))
 
     def check(self, asked: TrainConfig, prior_config: PriorConfig) -> None:
-        """Raises UserError naming the first field in which a resumed run would differ from this one."""
-        for field in TrainConfig.model_fields:
-            old, new = getattr(self.config, field), getattr(asked, field)
-            if field not in FREE_FIELDS and old != new:
-                raise UserError(
-                    f"{self.out}: holds a run with {field} = {old!r}, not {new!r}; choose another --out or the same "
-                    "value"
-                )
-        for field, value in prior_config.model_dump(mode="json").items():
-            if (there := self.prior.get(field)) != value:
-                raise UserError(
-                    f"{self.out}: holds a run on another store or model ({field} = {there!r}, not {value!r}); "
-                    "choose another --out"
-                )
+        """Raises UserError naming the fields in which a resumed run would differ from this one."""
+        refuse_other(self.out, _identity(self.config, self.prior), _identity(asked, prior_config))
+        refuse_other(self.out, self.prior.identity(), prior_config.identity())
+
+
+def _identity(config: TrainConfig, prior_config: PriorConfig) -> dict[str, Any]:
+    """What decides a run: its configuration, and what is in its store, wherever that lies."""
+    return {"activations": prior_config.training.get("store"), **config.identity()}
 
 
 def saved_run(out: str) -> SavedRun | None:
@@ -59,10 +54,11 @@ def saved_run(out: str) -> SavedRun | None:
         return None
     saved = read_json(marker)
     try:
-        return SavedRun(out, TrainConfig.model_validate(saved["train"]), saved["prior"])
+        train, prior = TrainConfig.model_validate(saved["train"]), PriorConfig.model_validate(saved["prior"])
     except (KeyError, ValidationError) as e:
         why = one_line(e) if isinstance(e, ValidationError) else f"no {e}"
         raise UserError(f"{marker}: not a run of this version ({why}); choose another --out") from e
+    return SavedRun(out, train, prior)
 
 
 def claim(config: TrainConfig, prior_config: PriorConfig) -> None:

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dmm_ray.config import Config
+from dmm_ray.config import RESUMABLE, Config
 from dmm_ray.precision import PrecisionOption
-from dmm_ray.prior.flow import LEVELS
+from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.store.split import Split
 
 DEFAULT_SAMPLES = 100_000_000
@@ -37,9 +37,9 @@ class Policy(NamedTuple):
 class TrainConfig(Config):
     """Train a prior on an activation store."""
 
-    activations: str
+    activations: str = Field(json_schema_extra=RESUMABLE)
     """Activation store to learn from: a folder or URI that `dmm extract` wrote."""
-    out: str
+    out: str = Field(json_schema_extra=RESUMABLE)
     """Prior folder to write. The same command on an unfinished folder resumes."""
     samples: int | None = Field(default=None, ge=1)
     """Activations to train on, repeats counted; rounded up to whole batches. Default 100,000,000."""
@@ -58,7 +58,7 @@ class TrainConfig(Config):
     """Number of blocks; default from the preset."""
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
-    levels_per_batch: int = Field(default=256, ge=1, le=LEVELS)
+    levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
     """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; default 16 / d_model^1.5."""
@@ -78,7 +78,7 @@ class TrainConfig(Config):
     compile: bool | None = None
     """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
     time, about 20 s."""
-    micro_batch: int | None = Field(default=None, ge=2)
+    micro_batch: int | None = Field(default=None, ge=2, json_schema_extra=RESUMABLE)
     """Most rows a worker puts through the network at once; a larger share is cut and its gradients summed."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""
@@ -86,29 +86,29 @@ class TrainConfig(Config):
     """How documents are divided; only the train part is trained on."""
     seed: int = 0
     """Of the initial weights, the data order and every sample's noise."""
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, json_schema_extra=RESUMABLE)
     """Ray Train workers; 0 trains in this process."""
-    min_workers: int | None = Field(default=None, ge=1)
+    min_workers: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Train on as few as this while the cluster has no room for `workers`; grows back when it has."""
-    resize_interval_s: float = Field(default=60.0, gt=0)
+    resize_interval_s: float = Field(default=60.0, gt=0, json_schema_extra=RESUMABLE)
     """With min_workers: seconds between looks at whether the cluster has room for more; growing ends the work since
     the last checkpoint."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp"] = Field(default="ddp", json_schema_extra=RESUMABLE)
     """ddp: every worker holds all weights; fsdp: weights, average and optimiser are sharded over the workers, for
     priors that do not fit."""
-    cpus_per_worker: float | None = Field(default=None, gt=0)
+    cpus_per_worker: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
     """CPUs of a worker; default all of a local machine divided by the workers, 1 on GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", json_schema_extra=RESUMABLE)
     """auto takes GPUs where the cluster has one for every worker."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: int = Field(default=3, ge=0, json_schema_extra=RESUMABLE)
     """Worker crashes after which training goes on from the last checkpoint."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Samples between checkpoints; default a tenth of the run."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=RESUMABLE)
     """Newest checkpoints kept."""
-    keep_every: int | None = Field(default=None, ge=1)
+    keep_every: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Samples; the first checkpoint in each further run of so many is kept for ever."""
-    keep_best: bool = False
+    keep_best: bool = Field(default=False, json_schema_extra=RESUMABLE)
     """Keep the checkpoint with the lowest validation loss for ever."""
     log_every: int | None = Field(default=None, ge=1)
     """Samples between lines of stats.jsonl; default a hundredth of the run."""
@@ -116,13 +116,15 @@ class TrainConfig(Config):
     """Samples between validation losses; default a tenth of the run."""
     validation_rows: int = Field(default=4096, ge=1)
     """Rows of the validation part that the validation loss is taken on, the same every time."""
-    calibration_rows: int = Field(default=4096, ge=0)
+    calibration_rows: int = Field(default=4096, ge=0, json_schema_extra=RESUMABLE)
     """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
-    peak_tflops: float | None = Field(default=None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
     """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        default="auto", json_schema_extra=RESUMABLE
+    )
     """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
-    wandb_project: str = "dmm-ray"
+    wandb_project: str = Field(default="dmm-ray", json_schema_extra=RESUMABLE)
     """Project that the run is logged to; its name is the output folder's."""
 
     @model_validator(mode="after")
@@ -185,19 +187,3 @@ def preset_shape(preset: Preset, d: int) -> Shape:
     if preset == "auto":
         return Shape(max(2 * d, min(4 * d, 512)), max(4 * d, min(8 * d, 1024)), 6)
     return Shape(2 * d, 4 * d, int(preset.removeprefix("glp-d")))
-
-
-FREE_FIELDS = frozenset(
-    {"activations", "out", "workers", "min_workers", "resize_interval_s", "cpus_per_worker", "parallel"}
-    | {
-        "micro_batch",
-        "device",
-        "max_failures",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "keep_best",
-    }
-    | {"calibration_rows", "peak_tflops", "wandb", "wandb_project"}
-)
-"""Fields that a resumed run may change: they touch no number of the run."""

@@ -25,7 +25,7 @@ from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.interval import Interval, batch_figures, means
 from dmm_ray.training.loader import Loader
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Model, Place, Team, whole
+from dmm_ray.training.parallel import Model, RankInfo, Team, whole
 from dmm_ray.training.state import check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema, FlowBatch, learning_rate
 from dmm_ray.training.tracking import Tracker
@@ -36,7 +36,7 @@ INTERVAL = "interval"
 """Of a checkpoint: the metrics of the batches since the last record."""
 
 
-class Run:
+class Trainer:
     """A training run inside one worker.
 
     Args:
@@ -50,7 +50,7 @@ class Run:
         CheckFailed: workers found different checkpoints.
     """
 
-    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: Place) -> None:
+    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: RankInfo) -> None:
         if config.precision == "auto":
             raise ValueError("precision: a run is told which one; dmm_ray.training.settle chooses it")
         self.config, self.prior_config, self.place = config, prior_config, place
@@ -173,14 +173,14 @@ class Run:
         interval.clear()
         interval.restart(self.loader.waited)
 
-    def _writer(self) -> checkpoint.Writer | None:
+    def _writer(self) -> checkpoint.CheckpointWriter | None:
         """What writes this worker's part of the checkpoints; the first one's is everything unless they are sharded."""
         if not self.model.sharded and self.place.rank > 0:
             return None
         team = self.team if self.model.sharded else None
-        return checkpoint.Writer(self.config.out, self.config.kept_checkpoints, team)
+        return checkpoint.CheckpointWriter(self.config.out, self.config.kept_checkpoints, team)
 
-    def _save(self, writer: checkpoint.Writer | None) -> None:
+    def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
         """Have a checkpoint written; the figures since the last record go into it."""
         sums = self.interval.sums()
         loss = self.validation_loss() if self.config.keep_best else None

@@ -20,8 +20,8 @@ from dmm_ray.precision import choose_precision, precision_on
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training.claim import SavedRun
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
-from dmm_ray.training.loop import Run
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.loop import Trainer
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import worker_needs
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def try_steps(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    run = Run(config, prior_config, Place(0, 1, torch.device(device)))
+    run = Trainer(config, prior_config, RankInfo(0, 1, torch.device(device)))
     seconds: list[float] = []
     with closing(run.step_seconds()) as steps:
         started = time.perf_counter()

@@ -5,7 +5,6 @@ Names are ``model.X`` (weights), ``ema.X`` (their average), ``exp_avg.X``, ``exp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import iter_chunks
+from dmm_ray.prior.weights import read_header
 from dmm_ray.training.parallel import first_row, local
 from dmm_ray.training.step import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HEADER_BYTES = 8
 """A safetensors file begins with the length of its JSON header, little-endian."""
 
 Shape = tuple[int, ...]
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors by name that can be read in part."""
 
     def shapes(self) -> dict[str, Shape]:
@@ -46,7 +45,7 @@ def snapshot(denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) ->
     }
 
 
-def restore(source: Source, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
+def restore(source: TensorSource, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
     """The inverse of :func:`snapshot`, in place; the rows may have been divided otherwise."""
     averages = ema.state()
     for name, p in denoiser.named_parameters():
@@ -73,15 +72,13 @@ def check_architecture(where: str, found: Mapping[str, Shape], denoiser: nn.Modu
             )
 
 
-class Part:
+class ShardFile:
     """A safetensors file of float32 tensors, of which single rows can be read."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        size = int.from_bytes(self._read(0, HEADER_BYTES), "little")
-        self.header = json.loads(self._read(HEADER_BYTES, HEADER_BYTES + size))
+        self.header, self.data = read_header(self._read)
         self.header.pop("__metadata__", None)
-        self.data = HEADER_BYTES + size
 
     def shape(self, name: str) -> Shape:
         """Of a tensor."""
@@ -107,11 +104,11 @@ class Part:
         return data
 
 
-class Joined:
-    """The tensors of several parts, the rows of each following those of the part before. A :class:`Source`."""
+class ShardedReader:
+    """The tensors of several parts, the rows of each following those of the part before. A :class:`TensorSource`."""
 
     def __init__(self, uris: Sequence[str]) -> None:
-        self.parts = [Part(uri) for uri in uris]
+        self.parts = [ShardFile(uri) for uri in uris]
 
     def shapes(self) -> dict[str, Shape]:
         """Of every tensor, put together."""

@@ -8,19 +8,20 @@ import time
 import torch
 
 from dmm_ray.cluster import call_on_workers, cluster_address
-from dmm_ray.config import versions
 from dmm_ray.errors import UserError
-from dmm_ray.files import absolute, join, make_folder, write_json
+from dmm_ray.failures import remove_traces
+from dmm_ray.files import absolute, make_folder
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.provenance import write_summary
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
-from dmm_ray.training.claim import SUMMARY, claim, saved_run
+from dmm_ray.training.claim import claim, saved_run
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Interrupt, Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import train_on_ray
 from dmm_ray.training.settle import (
     check_length,
@@ -102,6 +103,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     checkpoint.finish(
         config.out, config.kept_checkpoints
     )  # last: a run that is killed before goes on from them
+    remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
 
 
@@ -120,7 +122,8 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
-        subject=manifest.subject.model_dump() | {"tokenizer_hash": manifest.tokenizer_hash},
+        subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
+        | {"tokenizer_hash": manifest.tokenizer_hash},
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
         training={
@@ -134,7 +137,7 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
 
 def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run in this process."""
-    run = Run(config, prior_config, Place(0, 1, torch.device(local_device(config.device))))
+    run = Trainer(config, prior_config, RankInfo(0, 1, torch.device(local_device(config.device))))
     with Interrupt() as interrupt:
 
         def notice(_: int) -> Notice:
@@ -171,15 +174,11 @@ def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
 
 def _summarise(config: TrainConfig, prior_config: PriorConfig, seconds: float) -> None:
     records = read_stats(config.out)
-    summary = {
-        "figures": {
-            "samples": records[-1]["samples"],
-            "loss": records[-1]["loss"],
-            "validation_loss": records[-1]["validation_loss"],
-            "samples_per_s": sorted(r["samples_per_s"] for r in records)[len(records) // 2],
-        },
-        "inputs": {"config": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")},
-        "versions": versions(),
-        "seconds": seconds,
+    figures = {
+        "samples": records[-1]["samples"],
+        "loss": records[-1]["loss"],
+        "validation_loss": records[-1]["validation_loss"],
+        "samples_per_s": sorted(r["samples_per_s"] for r in records)[len(records) // 2],
     }
-    write_json(join(config.out, SUMMARY), summary)
+    inputs = {"config": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
+    write_summary(config.out, {"figures": figures}, inputs, seconds)

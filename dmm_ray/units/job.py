@@ -10,10 +10,12 @@ from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dmm_ray.cluster import ensure_ray
-from dmm_ray.config import Config, versions
+from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
-from dmm_ray.files import join, make_folder, write_json
-from dmm_ray.store.manifest import SUMMARY, Manifest
+from dmm_ray.failures import keep_trace, remove_traces
+from dmm_ray.files import make_folder
+from dmm_ray.provenance import SUMMARY, write_summary
+from dmm_ray.store.manifest import Manifest
 from dmm_ray.store.reader import file_sizes
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.lock import WriterLock, writer_lock
@@ -78,7 +80,8 @@ def run_job(job: Job[Any], started: float) -> str:
     Raises:
         UserError: the folder holds something else or another configuration's results, or is being written; a unit
             reports bad input.
-        CheckFailed: another process took the folder over; a unit failed otherwise, or its actor died again and again.
+        CheckFailed: another process took the folder over; or a unit, or the pool of actors, failed for a reason outside
+            the input. The trace is in the file that the message names, until the folder is finished.
     """
     out, manifest = job.out, job.manifest
     make_folder(out)
@@ -94,14 +97,10 @@ def run_job(job: Job[Any], started: float) -> str:
             rows_per_s = _run_units(job, done, lock)
         finally:
             remove_temporary(out)
-        summary = {
-            "figures": {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)},
-            "inputs": job.config.model_dump(mode="json"),
-            **job.provenance,
-            "versions": versions(),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_json(join(out, SUMMARY), summary)
+        figures = {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)}
+        inputs = job.config.model_dump(mode="json")
+        remove_traces(out)
+        write_summary(out, {"figures": figures, **job.provenance}, inputs, time.monotonic() - started)
     return out
 
 
@@ -119,14 +118,26 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
     with closing(work(job, todo)) as results:
         for result in results:
             lock.check()
-            if "trace" in result:
-                logger.debug("%s", result["trace"])
-                raise CheckFailed(f"{result['error']} (DMM_LOG_LEVEL=DEBUG shows where)")
             if "error" in result:
-                raise UserError(result["error"])
+                raise _failure(job.out, manifest, result)
             job.add(result)
             progress.add(result["rows"])
     return progress.rows_per_s
+
+
+def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
+    """What to raise for a result with an error."""
+    if "trace" not in result:
+        return UserError(result["error"])
+    if "unit" not in result:
+        return CheckFailed(f"{result['error']}; {keep_trace('actors', result['trace'], out)}")
+    unit = unit_at(result["unit"], manifest.corpus.documents, manifest.documents_per_unit)
+    last = unit.stop - 1
+    documents = f"document {last}" if unit.first == last else f"documents {unit.first} to {last}"
+    where = keep_trace(f"unit-{unit.unit:06d}", result["trace"], out)
+    cause = result["error"]
+    which = f", {cause}" if cause.startswith("document ") else f" ({documents}): {cause}"
+    return CheckFailed(f"unit {unit.unit}{which}; {where}")
 
 
 def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dmm_ray.config import refuse_other
 from dmm_ray.errors import UserError
-from dmm_ray.files import filesystem, join, plain_errors, write_json
+from dmm_ray.files import TEMPORARY, filesystem, join, plain_errors, write_json
 from dmm_ray.parallel import THREADS, in_order
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.store.figures import Figures
 from dmm_ray.store.manifest import (
     MANIFEST,
     STATISTICS,
-    SUMMARY,
     Manifest,
     Record,
     moments_name,
@@ -25,7 +26,6 @@ from dmm_ray.store.manifest import (
 )
 from dmm_ray.store.moments import Moments
 from dmm_ray.store.reader import file_sizes, length_problem
-from dmm_ray.store.writer import TEMPORARY
 from dmm_ray.units.lock import LOCK
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def prepare(out: str, manifest: Manifest) -> Done:
     """Write the manifest, or compare it with the one there. Left-over files and damaged units go.
 
     Raises:
-        UserError: the folder holds finished units of another configuration; the message names the option.
+        UserError: the folder holds finished units of another configuration; the message names the options.
     """
     sizes = file_sizes(out)
     there = read_manifest(out) if MANIFEST in sizes else None
@@ -80,7 +80,7 @@ def prepare(out: str, manifest: Manifest) -> Done:
             records[unit] = len(record.failed)
     same = there is not None and there.config_hash == manifest.config_hash
     if there and not same and (records or SUMMARY in sizes):
-        raise UserError(refusal(out, there, manifest))
+        _refuse_other(out, there, manifest)
     kept = set(map(record_name, records)) if same else set()
     fs, path = filesystem(out)
     for name in sizes:
@@ -111,15 +111,13 @@ def _record(out: str, unit: int, sizes: dict[str, int], manifest: Manifest | Non
     return record
 
 
-def refusal(out: str, there: Manifest, manifest: Manifest) -> str:
-    """Which option differs from what the store at ``out`` was made with."""
+def _refuse_other(out: str, there: Manifest, manifest: Manifest) -> None:
+    """Raise UserError naming the options that differ from what the store at ``out`` was made with."""
     theirs, ours = there.identity(), manifest.identity()
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    option = next((name for name in names if theirs.get(name) != ours.get(name)), MANIFEST)
-    return (
-        f"{option}: {out} was made with {_short(theirs.get(option))}, not {_short(ours.get(option))}; "
-        "choose another --out, or give the same configuration to resume"
-    )
+    # How units are cut often follows from other options: it is named only where nothing else differs.
+    cut = {"rows_per_shard": theirs.pop("rows_per_shard")}, {"rows_per_shard": ours.pop("rows_per_shard")}
+    refuse_other(out, theirs, ours)
+    refuse_other(out, *cut)
 
 
 def finish(out: str, manifest: Manifest) -> dict[str, Any]:
@@ -156,10 +154,3 @@ def remove_temporary(out: str) -> None:
         if TEMPORARY in name:
             with plain_errors(out):
                 fs.rm_file(join(path, name))
-
-
-def _short(value: object) -> str:
-    """A value for an error line; hashes cut."""
-    parts = value if isinstance(value, list) else [value]
-    shown = [p[:12] if isinstance(p, str) and len(p) == 64 else str(p) for p in parts]
-    return f"[{', '.join(shown)}]" if isinstance(value, list) else shown[0]

@@ -123,12 +123,28 @@ def test_another_configuration_is_refused(
     assert files(scores) == before
 
 
-def test_another_prior_is_refused(scores: Path, options: dict[str, Any], prior: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["weights", "statistics", "configuration", "calibration"])
+def test_another_prior_is_refused(
+    scores: Path, options: dict[str, Any], prior: str, tmp_path: Path, part: str
+) -> None:
+    """By what it holds, wherever it lies."""
+    given = {**options, **SCORE, "out": str(scores), "prior": str(tmp_path / "prior")}
     other = ActivationPrior.from_pretrained(prior)
-    other.denoiser.out_proj.bias.data.add_(1)
-    other.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"^prior: .* was made with"):
-        score(ScoreConfig(**{**options, **SCORE, "out": str(scores), "prior": str(tmp_path / "other")}))
+    other.save_pretrained(given["prior"])
+    assert score(ScoreConfig(**given)) == str(scores)
+    other.calibration = None
+    if part == "weights":
+        other.denoiser.out_proj.bias.data.add_(1)
+    elif part == "statistics":
+        other.normalizer.mean.add_(1)
+    elif part == "configuration":
+        other.config = other.config.model_copy(update={"variance_floor": 1e-5})
+    shutil.rmtree(given["prior"])
+    other.save_pretrained(given["prior"])
+    with pytest.raises(
+        UserError, match=rf"^{'calibration' if part == 'calibration' else 'prior'}: .* was made with"
+    ):
+        score(ScoreConfig(**given))
 
 
 def test_one_writer_at_a_time(options: dict[str, Any], tmp_path: Path) -> None:

@@ -153,10 +153,12 @@ def test_the_input_of_block_0_is_layer_minus_1(tmp_path):
     assert prior.log_prob(torch.randn(3, D), layer=-1, steps=2).nats.isfinite().all()
 
 
-def test_zero_variances_stay_finite_and_the_others_as_they_are(tmp_path):
+def test_zero_variances_stay_finite_and_the_others_as_they_are(tmp_path, caplog):
     stats = statistics(D)
     stats["var"][:3] = 0
-    prior = ActivationPrior.from_pretrained(str(write(tmp_path, [7], stats=stats)))
+    with caplog.at_level(logging.WARNING, logger="dmm_ray"):
+        prior = ActivationPrior.from_pretrained(str(write(tmp_path, [7], stats=stats)))
+    assert f"3 variances are zero; {prior.normalizer.floor:.3g} is used for them" in caplog.text
     smallest = stats["var"][3:].min()
     assert torch.equal(prior.normalizer.var[0], torch.cat([smallest.expand(3), stats["var"][3:]]))
     assert prior.log_prob(torch.randn(3, D), steps=2).nats.isfinite().all()
@@ -222,8 +224,8 @@ def test_the_verbs_write_a_summary_and_leave_other_folders_alone(tmp_path):
     assert summary["inputs"]["weights"] == "final.safetensors"
     assert summary["figures"]["layers"] == [7]
     other = write(tmp_path / "other", [3])
-    with pytest.raises(UserError, match=r"ours: holds another config.json; choose another folder"):
+    with pytest.raises(UserError, match=r"source: .*ours was made with .*glp, not .*other; choose another"):
         imported(other, out)
-    with pytest.raises(UserError, match=r"glp: holds another config.yaml; choose another folder"):
+    with pytest.raises(UserError, match=r"glp holds another config.yaml; choose another folder"):
         exported(str(out), source)
     assert folder.load_config(str(out)).layers == (7,)

@@ -11,9 +11,9 @@ import pytest
 from stores import extract_here
 
 from dmm_ray.errors import UserError
+from dmm_ray.provenance import SUMMARY
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.training.checkpoint import complete
-from dmm_ray.units.job import SUMMARY
 
 ODD = [
     "a[1].jsonl",

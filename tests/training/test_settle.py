@@ -15,7 +15,7 @@ from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.split import Split
 from dmm_ray.training import settle
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.train import train
 
 FIELDS: dict[str, Any] = {
@@ -58,7 +58,9 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     assert recorded(out)["precision"] == chosen
     train(this.model_copy(update={"precision": chosen}))
     other = "float32" if answer else "bfloat16"
-    with pytest.raises(UserError, match=f"precision = '{chosen}', not '{other}'"):
+    with pytest.raises(
+        UserError, match=f"^precision: .* was made with {chosen}, not {other}; choose another --out"
+    ):
         train(this.model_copy(update={"precision": other}))
 
 
@@ -77,9 +79,12 @@ def test_a_time_becomes_samples_that_a_resume_takes_instead_of_measuring(
     assert Path(train(this)) == out
     assert json.loads((out / "stats.jsonl").read_text().splitlines()[-1])["samples"] == 4 * 256
     train(this.model_copy(update={"samples": 4 * 256, "minutes": None}))
-    with pytest.raises(UserError, match=r"minutes = 0\.1, not 0\.2"):
+    with pytest.raises(UserError, match=r"^minutes: .* was made with 0\.1, not 0\.2; choose"):
         train(this.model_copy(update={"minutes": 0.2}))
-    with pytest.raises(UserError, match=f"samples = {4 * 256}, not {DEFAULT_SAMPLES}"):
+    with pytest.raises(
+        UserError,
+        match=f"^samples: .* was made with {4 * 256}, not {DEFAULT_SAMPLES}; minutes: 0.1, not None",
+    ):
         train(this.model_copy(update={"minutes": None}))
 
 
@@ -138,10 +143,10 @@ def test_several_workers_are_tried_at_once_on_their_share(
 def test_steps_of_a_trial_do_not_end_with_the_run_s_samples(train_store: str, tmp_path: Path) -> None:
     import torch
 
-    from dmm_ray.training.parallel import Place
+    from dmm_ray.training.parallel import RankInfo
 
     this = config(train_store, tmp_path / "a", samples=256, precision="float32")
-    run = Run(this, train_prior_config(this), Place(0, 1, torch.device("cpu")))
+    run = Trainer(this, train_prior_config(this), RankInfo(0, 1, torch.device("cpu")))
     steps = run.step_seconds()
     assert all(next(steps) > 0 for _ in range(3))
     steps.close()
