@@ -117,7 +117,7 @@ def test_a_finished_run_returns_at_once(finished, train_store):
 
 
 def test_another_configuration_is_refused_by_field(finished, train_store):
-    with pytest.raises(UserError, match=r"lr = 0\.003, not 0\.001"):
+    with pytest.raises(UserError, match=r"^lr: .* was made with 0\.003, not 0\.001;"):
         train(config(train_store, finished, lr=1e-3))
 
 
