@@ -183,7 +183,7 @@ def test_bad_rows_are_refused():
     prior, (x, ids) = gaussian_prior(COVARIANCE), documents(0, 2)
     with pytest.raises(UserError, match="ids: 32 pairs of document and position"):
         calibrate(prior, x, ids[:, 0])
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="contains NaN or Inf"):
         calibrate(prior, x * float("inf"), ids)
 
 

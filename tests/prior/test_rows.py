@@ -82,7 +82,7 @@ def test_all_rows_are_checked_before_any_work(prior, monkeypatch):
     x, worked = natural(100), []
     x[77, 3] = torch.inf
     prior.denoiser.in_proj.register_forward_hook(lambda *_: worked.append(1))
-    with pytest.raises(UserError, match="row 77 holds"):
+    with pytest.raises(UserError, match="row 77 contains"):
         prior.denoise(x)
     assert worked == []
     prior.denoise(x[:3])
