@@ -98,10 +98,12 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
     import ray
 
     has = ray.cluster_resources()
-    fewest = config.min_workers or config.workers
-    use_gpu = config.device == "cuda" or (config.device == "auto" and has.get("GPU", 0) >= fewest)
-    cpus = config.cpus_per_worker or (
-        1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / config.workers))
+    fewest = config.distribution.min_workers or config.distribution.workers
+    use_gpu = config.distribution.device == "cuda" or (
+        config.distribution.device == "auto" and has.get("GPU", 0) >= fewest
+    )
+    cpus = config.distribution.cpus_per_worker or (
+        1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / config.distribution.workers))
     )
     needs = {"CPU": cpus} | ({"GPU": 1.0} if use_gpu else {})
     for kind, each in needs.items():
@@ -117,7 +119,7 @@ def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
     """Say so where the workers have to wait for resources, or leave no CPU to others."""
     import ray
 
-    has, fewest = ray.cluster_resources(), config.min_workers or config.workers
+    has, fewest = ray.cluster_resources(), config.distribution.min_workers or config.distribution.workers
     free = _free({kind: each * fewest for kind, each in needs.items()})
     for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
@@ -125,7 +127,7 @@ def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
                 "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
                 fewest, each, kind, free.get(kind, 0), has[kind],
             )  # fmt: skip
-    if cluster_address() is not None and needs["CPU"] * config.workers >= has["CPU"]:
+    if cluster_address() is not None and needs["CPU"] * config.distribution.workers >= has["CPU"]:
         logger.warning(
             "workers: they take all %g CPUs of the cluster; Ray Data jobs beside them will wait (--cpus-per-worker)",
             has["CPU"],
@@ -181,20 +183,25 @@ def _trainer(config: TrainConfig, prior_config: PriorConfig, needs: dict[str, fl
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    elastic = config.min_workers is not None and config.min_workers < config.workers
+    elastic = (
+        config.distribution.min_workers is not None
+        and config.distribution.min_workers < config.distribution.workers
+    )
     return TorchTrainer(
         _worker,
         train_loop_config={"train": config, "prior": prior_config, "threads": max(1, int(needs["CPU"]))},
         scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if elastic else config.workers,
-            elastic_resize_monitor_interval_s=config.resize_interval_s,
+            num_workers=(config.distribution.min_workers, config.distribution.workers)
+            if elastic
+            else config.distribution.workers,
+            elastic_resize_monitor_interval_s=config.distribution.resize_interval_s,
             use_gpu="GPU" in needs,
             resources_per_worker=needs,
         ),
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=config.out,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=config.distribution.max_failures),
             callbacks=[_lost_workers(_path(config.out, STARTED))],
         ),
     )

@@ -184,8 +184,8 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     scores: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     config = ScoreConfig(**{**options, **SCORE, "out": str(tmp_path / "new"), "precision": "auto"})
-    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: fast)
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda pool: fast)
     assert job.settle_precision(config) == ("bfloat16" if fast else "float32")
-    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: pytest.fail("asked again"))
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda pool: pytest.fail("asked again"))
     assert job.settle_precision(config.model_copy(update={"out": str(scores)})) == "float32"
     assert job.settle_precision(config.model_copy(update={"precision": "bfloat16"})) == "bfloat16"

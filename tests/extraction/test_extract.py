@@ -14,7 +14,7 @@ from stores import units_here
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.extract import ExtractConfig, extract
 from dmm_ray.store.reader import ActivationStore
-from dmm_ray.units.resources import plan_resources
+from dmm_ray.units.resources import ActorPool, plan_resources
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -203,8 +203,8 @@ def test_bad_configuration(tiny_options: dict[str, Any], changes: dict[str, Any]
 
 def test_pool_defaults(ray_local: None) -> None:
     """4 logical CPUs, no GPU."""
-    pool = plan_resources(None, None, None, units=100)
+    pool = plan_resources(ActorPool(), units=100)
     assert (pool.actors, pool.cpus, pool.gpus, pool.device) == (2, 2.0, 0.0, "cpu")
-    assert plan_resources(None, None, None, units=1).actors == 1
-    many = plan_resources(8, 1, None, units=100)
+    assert plan_resources(ActorPool(), units=1).actors == 1
+    many = plan_resources(ActorPool(actors=8, cpus_per_actor=1), units=100)
     assert (many.actors, many.fitting) == (8, 4)

@@ -31,7 +31,7 @@ def plan(tiny_text: Path, tiny_subject: Path, tmp_path: Path) -> Plan:
     config = ExtractConfig(
         model=str(tiny_subject), text=str(tiny_text), layers=[1, 2], dtype="float32", out=str(tmp_path)
     )
-    source, corpus = SubjectSource.resolve(config.model), Corpus.scan(config.uris)
+    source, corpus = config.subject.resolve(), Corpus.scan(config.uris)
     sample = Sample.draw(corpus, 64, kept_of(config), 0, source.tokenizer)
     return Plan(make_manifest(config, "float32", source, 4, corpus, 64, sample), sample)
 

@@ -112,7 +112,7 @@ def test_a_finished_run_returns_at_once(finished, train_store):
 
 
 def test_another_configuration_is_refused_by_field(finished, train_store):
-    with pytest.raises(UserError, match=r"lr = 0\.003, not 0\.001"):
+    with pytest.raises(UserError, match=r"^lr: .* was made with 0\.003, not 0\.001; choose another --out"):
         train(config(train_store, finished, lr=1e-3))
 
 
@@ -258,7 +258,7 @@ def new_run(config: TrainConfig, store: str) -> Run:
 
 def prior_config(config: TrainConfig, store: str) -> PriorConfig:
     floor = variance_floor(torch.from_numpy(ActivationStore.open(store).statistics(2).var))
-    return PriorConfig(d=32, layers=(2,), **config.shape(32)._asdict(), variance_floor=floor)
+    return PriorConfig(d=32, layers=(2,), **config.network.shape(32)._asdict(), variance_floor=floor)
 
 
 def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
