@@ -24,6 +24,7 @@ from pydantic_settings import (
 from dmm_ray.cluster import quiet
 from dmm_ray.config import Config, load_yaml, one_line
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import Failure, keep_trace
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -37,16 +38,34 @@ class Verb(NamedTuple):
     about: str
     positional: tuple[str, ...] = ()
     """Fields that may be given in this order, without their names, before the flags."""
+    memory_options: str = ""
+    """Options that lower the need for memory, for the line of a failure."""
 
 
 VERBS = {
     "demo": Verb(
         "dmm_ray.demo.run", "DemoConfig", "demo", "text -> activations -> prior -> report -> endpoint"
     ),
-    "extract": Verb("dmm_ray.extraction.extract", "ExtractConfig", "extract", "write an activation store"),
-    "train": Verb("dmm_ray.training.train", "TrainConfig", "train", "train a prior on a store"),
+    "extract": Verb(
+        "dmm_ray.extraction.extract",
+        "ExtractConfig",
+        "extract",
+        "write an activation store",
+        memory_options="--batch-tokens or --rows-per-shard",
+    ),
+    "train": Verb(
+        "dmm_ray.training.train",
+        "TrainConfig",
+        "train",
+        "train a prior on a store",
+        memory_options="--micro-batch",
+    ),
     "evaluate": Verb(
-        "dmm_ray.evaluation.evaluate", "EvaluateConfig", "evaluate", "compare a prior with baselines"
+        "dmm_ray.evaluation.evaluate",
+        "EvaluateConfig",
+        "evaluate",
+        "compare a prior with baselines",
+        memory_options="--max-rows or --train-rows",
     ),
     "score": Verb("dmm_ray.batch.verbs", "ScoreConfig", "score", "how likely each row of a store or text is"),
     "denoise": Verb("dmm_ray.batch.verbs", "DenoiseConfig", "denoise", "move a store's rows to natural ones"),
@@ -206,6 +225,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(FAILED, args[0], str(e))
     except KeyboardInterrupt:
         _fail(INTERRUPTED, args[0], "interrupted; the same command resumes")
+    except Exception as e:  # noqa: BLE001 - the trace is kept, for those who can use it
+        failure = Failure.of(e, VERBS[args[0]].memory_options)
+        _fail(FAILED, args[0], f"{failure.cause}; {keep_trace(args[0], failure.trace)}")
     sys.exit(DONE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -9,8 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, TypeVar, cast
 
 from dmm_ray.errors import UserError
 from dmm_ray.precision import has_fast_bfloat16
@@ -20,6 +21,7 @@ QUIET = {
     "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "0",  # it would hold messages back until the end, after the last line on stdout
     "GOMP_SPINCOUNT": "10000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, which most commands never use
@@ -28,6 +30,7 @@ OBJECT_STORE_BYTES = 512 << 20
 ANSWER_S = 12.0
 """How long a cluster may take to answer before it is taken for gone: Ray itself asks again for minutes."""
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def quiet() -> None:
@@ -124,6 +127,33 @@ def _why(error: Exception, address: str | None) -> str:
         name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(n)), "RAY_TMPDIR")
         return f"{name}: too long a path for the sockets that Ray makes in it; set RAY_TMPDIR to a short one, as /tmp"
     return f"Ray cannot start on this machine: {reason}"
+
+
+class _RayMessages:
+    """Stands in for stdout: what Ray's listening thread prints there is logged, what others print passes."""
+
+    def __init__(self, stdout: TextIO) -> None:
+        self.stdout = stdout
+
+    def write(self, text: str) -> int:
+        """Log a message of Ray's: a lost process in one line, the rest at level DEBUG."""
+        if threading.current_thread().name != "ray_listen_error_messages":
+            return self.stdout.write(text)
+        if "worker died" in text:
+            logger.warning("a worker process has died; what it was doing is begun again")
+        if text.strip():
+            logger.debug("%s", text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stdout, name)
+
+
+@contextlib.contextmanager
+def ray_messages_logged() -> Iterator[None]:
+    """Inside the block Ray's messages about failed processes are logged: it prints them to stdout, page by page."""
+    with contextlib.redirect_stdout(cast(TextIO, _RayMessages(sys.stdout))):
+        yield
 
 
 def call_on_workers(

@@ -110,11 +110,14 @@ def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any
         config: what is asked for.
         saved: the identity in the folder that is resumed. A field that it lacks is left out where it has its default.
     """
-    fields = type(config).model_fields
-    added = {
-        name for name in fields.keys() - saved.keys() if getattr(config, name) == fields[name].get_default()
+    holders = [config, *(getattr(config, group) for group in config.groups())]
+    defaults = {
+        name
+        for holder in holders
+        for name, field in type(holder).model_fields.items()
+        if getattr(holder, name) == field.get_default()
     }
-    return {name: value for name, value in config.identity().items() if name not in added}
+    return {k: v for k, v in config.identity().items() if k in saved or k not in defaults}
 
 
 def refuse_other(out: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

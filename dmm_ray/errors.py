@@ -1,4 +1,4 @@
-"""The two ways a command fails by itself; everything else is a bug and shows its traceback."""
+"""The two ways a command fails by itself; of anything else it shows one line too, and keeps the traceback in a file."""
 
 
 class UserError(ValueError):

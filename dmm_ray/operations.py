@@ -22,7 +22,7 @@ LEVEL_SEARCHES = 6
 """Restorations that it takes to find the level for a distance."""
 
 
-class Result(NamedTuple):
+class ResultColumn(NamedTuple):
     """Something that an operation finds for each row."""
 
     meaning: str
@@ -40,7 +40,7 @@ class OperationArguments(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     NAME: ClassVar[OperationName]
-    RESULTS: ClassVar[dict[str, Result]]
+    RESULTS: ClassVar[dict[str, ResultColumn]]
 
     def evaluations(self) -> int:
         """Network evaluations per row."""
@@ -70,24 +70,24 @@ class LogProbArguments(FlowArguments):
     """How likely is each row, in nats?"""
 
     NAME: ClassVar[OperationName] = "log_prob"
-    RESULTS: ClassVar[dict[str, Result]] = {
-        "nats": Result("log p(x) of the raw activation, nats"),
-        "nats_per_dim": Result("nats / d"),
-        "stderr": Result(
+    RESULTS: ClassVar[dict[str, ResultColumn]] = {
+        "nats": ResultColumn("log p(x) of the raw activation, nats"),
+        "nats_per_dim": ResultColumn("nats / d"),
+        "stderr": ResultColumn(
             "standard error of nats by the trace estimate; 0 with an exact trace, null from one probe", True
         ),
-        "percentile": Result(
+        "percentile": ResultColumn(
             "per cent of natural rows that are less likely; null without a calibration", True
         ),
-        "latent_percentile": Result(
+        "latent_percentile": ResultColumn(
             "two-sided percentile of the latent norm, 0 to 100; null without a calibration", True
         ),
-        "combined_percentile": Result(
+        "combined_percentile": ResultColumn(
             "percentile of the least of the two and of the row's own norm, the one to use; null without a calibration",
             True,
         ),
-        "base": Result("log N(z_1; 0, I), nats"),
-        "divergence": Result("integral of the velocity's divergence along the path, nats"),
+        "base": ResultColumn("log N(z_1; 0, I), nats"),
+        "divergence": ResultColumn("integral of the velocity's divergence along the path, nats"),
     }
 
     steps: int = Field(default=32, ge=1)
@@ -104,9 +104,9 @@ class VelocityErrorArguments(OperationArguments):
     """How natural is each row, by a cheap proxy: the velocity's error at fixed noise levels, without derivatives?"""
 
     NAME: ClassVar[OperationName] = "velocity_error"
-    RESULTS: ClassVar[dict[str, Result]] = {
-        "velocity_error": Result("mean squared velocity error, the training loss; small is natural"),
-        "proxy_percentile": Result(
+    RESULTS: ClassVar[dict[str, ResultColumn]] = {
+        "velocity_error": ResultColumn("mean squared velocity error, the training loss; small is natural"),
+        "proxy_percentile": ResultColumn(
             "per cent of natural rows with a larger one; null without a calibration", True
         ),
     }
@@ -123,7 +123,7 @@ class DenoiseArguments(FlowArguments):
     """What is a natural activation near each row? Noise is added to level u and taken away again."""
 
     NAME: ClassVar[OperationName] = "denoise"
-    RESULTS: ClassVar[dict[str, Result]] = {"activations": Result("restored rows", per_row="d")}
+    RESULTS: ClassVar[dict[str, ResultColumn]] = {"activations": ResultColumn("restored rows", per_row="d")}
 
     u: Level = 0.5
     """Noise level to restore from: 0 gives the row back, 1 forgets it."""
@@ -145,7 +145,7 @@ class SampleArguments(FlowArguments):
     """Draw activations."""
 
     NAME: ClassVar[OperationName] = "sample"
-    RESULTS: ClassVar[dict[str, Result]] = {"activations": Result("drawn rows", per_row="d")}
+    RESULTS: ClassVar[dict[str, ResultColumn]] = {"activations": ResultColumn("drawn rows", per_row="d")}
 
     steps: int = Field(default=20, ge=1)
     """Intervals of the solver's grid from noise to data."""
@@ -155,12 +155,12 @@ class EncodeArguments(OperationArguments):
     """The denoiser's own hidden units (meta-neurons) for each row at a low noise level."""
 
     NAME: ClassVar[OperationName] = "encode"
-    RESULTS: ClassVar[dict[str, Result]] = {
-        "features": Result("hidden units; not with top", True, "features"),
-        "indices": Result(
+    RESULTS: ClassVar[dict[str, ResultColumn]] = {
+        "features": ResultColumn("hidden units; not with top", True, "features"),
+        "indices": ResultColumn(
             "with top: numbers of the units with the largest values", True, "top", integer=True
         ),
-        "values": Result("with top: their values, the largest first", True, "top"),
+        "values": ResultColumn("with top: their values, the largest first", True, "top"),
     }
 
     u: Level = 0.1

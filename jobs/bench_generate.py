@@ -11,7 +11,7 @@ import torch
 from timing import medians
 
 import dmm_ray
-from dmm_ray.subject import Intervention, LanguageModel, Site
+from dmm_ray.subject import Intervention, Site, SubjectModel
 
 Say = Callable[[str], None]
 PROMPTS = [f"Once upon a time there was a {who}" for who in ("cat", "king", "girl who liked to sing", "boy")]
@@ -22,7 +22,9 @@ KEEP = Intervention(Site(2), lambda x, _ids: x, prompt=False)
 def bench(say: Say, small: bool = False) -> None:
     """Batches of 1, 32 and 128 prompts of different lengths, 20 tokens each. ``small`` only shows that it runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LanguageModel.load(str(Path(dmm_ray.__file__).parent / "demo" / "subject"), device=device)
+    model = SubjectModel.from_pretrained(
+        str(Path(dmm_ray.__file__).parent / "demo" / "subject"), device=device, head=True
+    )
     for size in (1, 2) if small else (1, 32, 128):
         prompts = (PROMPTS * size)[:size]
         write = partial(model.generate, prompts, max_tokens=TOKENS, temperature=1.0, batch_size=size)

@@ -47,14 +47,14 @@ class Setup:
     split: Split
     texts: dict[int, str]
     """Test documents' texts by number."""
-    runs: list[shifts.Run]
+    runs: list[shifts.TokenRun]
 
-    def activations(self, runs: list[shifts.Run]) -> Tensor:
+    def activations(self, runs: list[shifts.TokenRun]) -> Tensor:
         """Rows of the runs as the store would hold them, float32."""
         found = shifts.activations(self.subject, runs, self.layer, WIDTH)
         return found.to(self.store.manifest.torch_dtype).float()
 
-    def scores(self, x: Tensor, runs: list[shifts.Run]) -> dict[str, np.ndarray]:
+    def scores(self, x: Tensor, runs: list[shifts.TokenRun]) -> dict[str, np.ndarray]:
         """Every score of rows of the runs."""
         return ood.row_scores(self.prior, x, shifts.row_ids(runs, WIDTH), self.layer)
 
@@ -96,7 +96,7 @@ def other_texts() -> dict[str, list[str]]:
     return {"standard library docstrings": list(docstrings())} | given
 
 
-def text_shifts(setup: Setup) -> dict[str, tuple[Tensor, list[shifts.Run]]]:
+def text_shifts(setup: Setup) -> dict[str, tuple[Tensor, list[shifts.TokenRun]]]:
     """Rows of shuffled and foreign text at the positions of the natural ones."""
     runs, window = setup.runs, setup.store.manifest.window
     mixed = [shifts.shuffled_words(setup.texts[run.doc], SEED + run.doc) for run in runs]
@@ -130,7 +130,7 @@ def table(say: Say, setup: Setup, natural: dict[str, np.ndarray], x: Tensor) -> 
 
 
 def one_auc(
-    a: np.ndarray, a_runs: list[shifts.Run], b: np.ndarray, b_runs: list[shifts.Run], width: int
+    a: np.ndarray, a_runs: list[shifts.TokenRun], b: np.ndarray, b_runs: list[shifts.TokenRun], width: int
 ) -> ood.Auc:
     """The AUC of one score, single rows or means over a run."""
     sides = []

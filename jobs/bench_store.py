@@ -21,9 +21,9 @@ from bench_loader import make_store
 
 from dmm_ray.batch.config import ScoreConfig
 from dmm_ray.batch.engine import hash_prior
-from dmm_ray.batch.inputs import Inputs
+from dmm_ray.batch.inputs import BatchInputs
 from dmm_ray.batch.job import PriorJob
-from dmm_ray.batch.operations import Score
+from dmm_ray.batch.operations import ScoreOperation
 from dmm_ray.batch.selection import Selection, StoreRows
 from dmm_ray.batch.verbs import store_manifest
 from dmm_ray.cluster import ensure_ray
@@ -51,8 +51,8 @@ def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, ask
     )  # fmt: skip
     rows = StoreRows(store, LAYER, Selection())
     digest = hash_prior(prior.config, prior.state_dict())
-    inputs = Inputs(config.prior, digest, LAYER, store, rows, store.rows)
-    operation = Score(config, LAYER)
+    inputs = BatchInputs(config.prior, digest, LAYER, store, rows, store.rows)
+    operation = ScoreOperation(config, LAYER)
     manifest = store_manifest("score", config, inputs, operation, {}, 4 * len(operation.columns))
     started = time.monotonic()
     run_job(PriorJob(config, manifest, rows, operation), started)
@@ -62,7 +62,7 @@ def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, ask
 def loop_seconds(prior: str, store: ActivationStore, asked: dict[str, Any]) -> float:
     """Of reading every row group and asking the prior."""
     loaded = ActivationPrior.from_pretrained(prior, device="cuda" if torch.cuda.is_available() else "cpu")
-    operation = Score(ScoreConfig(prior="", activations="", out="", **asked), LAYER)
+    operation = ScoreOperation(ScoreConfig(prior="", activations="", out="", **asked), LAYER)
     started = time.monotonic()
     for group in store.row_groups(LAYER):
         rows = store.read(LAYER, group)

@@ -18,6 +18,8 @@ POLL_S = 0.002
 LIMIT_S = 120.0
 ALONE = (str(Path(__file__).with_name("alone.py")),)
 """In place of ``-m dmm_ray``: without Ray."""
+BY_LINE = "DMM_TEST_BY_LINE"
+"""In the environment of such a command: it waits for a line before each unit."""
 
 
 @dataclass
@@ -40,6 +42,12 @@ class Run:
         """Wait for an end without error; its log."""
         assert self.end() == 0, self.log
         return self.log
+
+    def go_on(self, units: int) -> None:
+        """Let so many more units begin, where the job waits before each (``BY_LINE``)."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n" * units)
+        self.process.stdin.flush()
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Watch until ``condition`` holds, while the command is running."""
@@ -75,8 +83,8 @@ class Job:
         with log_file.open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, *self.command, "extract", *flags],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True,
-                env={**os.environ, **self.env}, process_group=0,
+                stdin=subprocess.PIPE if BY_LINE in self.env else subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=log, text=True, env={**os.environ, **self.env}, process_group=0,
             )  # fmt: skip
         return Run(process, log_file)
 

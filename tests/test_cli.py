@@ -40,10 +40,12 @@ def test_help_shows_every_field(name, capsys):
 @pytest.mark.parametrize(("name", "flag"), [line.split() for line in FLAGS.read_text().splitlines()])
 def test_a_flag_stays(name, flag):
     """Scripts use them: every flag that there ever was is known, and takes a value."""
+    said = ""
     try:
         parse(name, [f"{flag}=x"])
     except UserError as e:
-        assert "unrecognized arguments" not in str(e), flag
+        said = str(e)
+    assert "unrecognized arguments" not in said, flag
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -179,3 +181,18 @@ def test_exit_codes_and_one_line(tmp_path):
     assert bad.stderr.startswith("dmm info: ")
     assert run().returncode == 2
     assert "verify" in run("--help").stdout
+
+
+def test_a_failure_nobody_expected_is_one_line_that_names_its_trace(tmp_path, monkeypatch, capsys):
+    def broken(config):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("dmm_ray.store.info.info", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["info", "/there"])
+    assert ended.value.code == 1
+    [log] = tmp_path.iterdir()
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"dmm info: ZeroDivisionError: division by zero; full trace: {log}\n")
+    assert "in broken\n" in log.read_text()

@@ -18,7 +18,7 @@ FLOOR = 1e-4
 """Smallest variance a fitted density may have in a direction (normalised space: the data's own is about 1)."""
 
 
-class Denoiser(Protocol):
+class BaselineDenoiser(Protocol):
     """A method that restores noised rows; ``n_parameters`` and ``seconds`` are its size and fitting time."""
 
     n_parameters: int
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
         ...
 
 
-class Density(Denoiser, Protocol):
+class Density(BaselineDenoiser, Protocol):
     """A denoiser that is also a density."""
 
     def log_prob(self, z_nd: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def shrink(variance: Tensor, u: Tensor | float) -> Tensor:
     return (1 - u) * variance / ((1 - u) ** 2 * variance + u * u).clamp_min(1e-30)
 
 
-def validation_loss(method: Denoiser, z_nd: Tensor, levels: int = 50, seed: int = 0) -> float:
+def validation_loss(method: BaselineDenoiser, z_nd: Tensor, levels: int = 50, seed: int = 0) -> float:
     """Flow-matching loss per dimension on rows spread evenly over ``levels`` mid-points of [0, 1], fixed noise."""
     generator = torch_rng(seed)
     noise_nd = torch.randn(z_nd.shape, generator=generator).to(z_nd.device)

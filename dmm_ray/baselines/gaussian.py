@@ -13,14 +13,14 @@ from torch import Tensor
 from dmm_ray.baselines.base import FLOOR, gain, levels_of, shrink
 from dmm_ray.seeds import torch_rng
 
-CHUNK = 65536
+COVARIANCE_CHUNK = 65536
 
 
 def moments(z_nd: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of the rows in float64, accumulated by chunks."""
-    mean_d = torch.stack([chunk.double().sum(0) for chunk in z_nd.split(CHUNK)]).sum(0) / len(z_nd)
+    mean_d = torch.stack([chunk.double().sum(0) for chunk in z_nd.split(COVARIANCE_CHUNK)]).sum(0) / len(z_nd)
     covariance_dd = torch.zeros(len(mean_d), len(mean_d), dtype=torch.float64, device=z_nd.device)
-    for chunk in z_nd.split(CHUNK):
+    for chunk in z_nd.split(COVARIANCE_CHUNK):
         centred = chunk.double() - mean_d
         covariance_dd += centred.T @ centred
     return mean_d, covariance_dd / max(len(z_nd) - 1, 1)

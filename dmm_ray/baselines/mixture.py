@@ -21,7 +21,7 @@ from dmm_ray.baselines.base import gain, map_levels, shrink, validation_loss
 from dmm_ray.seeds import torch_rng
 
 logger = logging.getLogger(__name__)
-CHUNK = 8192
+MIXTURE_CHUNK = 8192
 VARIANCE_FLOOR = 1e-3
 """Smallest variance of a component along a dimension: below it a few repeated rows become density spikes."""
 POOLED_ROWS = 2.0
@@ -107,7 +107,7 @@ class Mixture:
             factor_kd = factor(self.variances, u)
             offset_kd = sign * self.means - factor_kd * (1 - u) * self.means
             parts = []
-            for chunk in rows.split(CHUNK):
+            for chunk in rows.split(MIXTURE_CHUNK):
                 share_nk = score(chunk).softmax(1)
                 parts.append(share_nk @ offset_kd + chunk * (share_nk @ factor_kd))
             return torch.cat(parts)
@@ -125,7 +125,7 @@ class Mixture:
     def log_prob(self, z_nd: Tensor) -> Tensor:
         """Log density (n,) in nats."""
         score = self._scorer(0.0)
-        return torch.cat([score(chunk).logsumexp(1) for chunk in z_nd.split(CHUNK)])
+        return torch.cat([score(chunk).logsumexp(1) for chunk in z_nd.split(MIXTURE_CHUNK)])
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """``n`` rows (n, d), float32."""
@@ -170,7 +170,7 @@ def gather(z_nd: Tensor, k: int, assign: Callable[[Tensor], Tensor]) -> Sums:
     rows_k = torch.zeros(k, device=z_nd.device)
     first_kd = torch.zeros(k, z_nd.shape[1], device=z_nd.device)
     second_kd = torch.zeros_like(first_kd)
-    for chunk in z_nd.split(CHUNK):
+    for chunk in z_nd.split(MIXTURE_CHUNK):
         which_n = assign(chunk)
         rows_k += torch.bincount(which_n, minlength=k)
         first_kd.index_add_(0, which_n, chunk)

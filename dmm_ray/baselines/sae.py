@@ -19,7 +19,7 @@ HIGHEST_LEVEL = 0.7
 """Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
 REVIVE_EVERY = 100
 """Batches after which, in the first half of training, latents that never fired are pointed at badly restored rows."""
-CHUNK = 16384
+SAE_CHUNK = 16384
 
 
 class SAE:
@@ -118,7 +118,7 @@ class SAE:
 
     def reconstruct(self, z_nd: Tensor) -> Tensor:
         """The plain reconstruction (n, d) of rows."""
-        return torch.cat([self._decode(*self._encode(chunk)) for chunk in z_nd.split(CHUNK)])
+        return torch.cat([self._decode(*self._encode(chunk)) for chunk in z_nd.split(SAE_CHUNK)])
 
     def posterior_mean(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
         """``SAE(z_u / (1 - u))``; the mean at u = 1."""

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.batch.operations import ACTIVATION, Found, Operation
+from dmm_ray.batch.operations import ACTIVATION, BatchOperation, Found
 from dmm_ray.batch.outputs import write_unit
-from dmm_ray.batch.selection import Source
+from dmm_ray.batch.selection import RowSource
 from dmm_ray.errors import UserError
-from dmm_ray.files import exists, hash_json, join, write_bytes
+from dmm_ray.files import exists, hash_json, join, sha256, write_bytes
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.prior.folder import CALIBRATION, resolve
 from dmm_ray.store.manifest import Manifest, read_record, record_name
 from dmm_ray.store.moments import Moments
 from dmm_ray.store.reader import Rows
@@ -34,8 +35,8 @@ class PriorTask:
 
     out: str
     manifest: Manifest
-    source: Source
-    operation: Operation
+    source: RowSource
+    operation: BatchOperation
     device: str
     threads: int
     batch_rows: int | None
@@ -48,7 +49,7 @@ class PriorActor(UnitActor):
     torch computes gets OpenMP threads; where there are more in all than cores, they hardly spin while they wait.)
     """
 
-    LESS = "--batch-rows"
+    memory_options = "--batch-rows or --rows-per-shard"
 
     def __init__(self, task: PriorTask) -> None:
         super().__init__(task.out)
@@ -66,7 +67,9 @@ class PriorActor(UnitActor):
         torch.set_num_threads(self.task.threads)
         about = self.task.manifest.derived
         prior = ActivationPrior.from_pretrained(about.prior)
-        if hash_prior(prior.config, prior.state_dict()) != about.prior_hash:
+        calibration = about.arguments.get("calibration")
+        same = hash_prior(prior.config, prior.state_dict()) == about.prior_hash
+        if not same or (calibration is not None and hash_calibration(about.prior) != calibration):
             raise UserError(
                 f"prior: {about.prior} has changed since this job started; give --out another folder"
             )
@@ -107,6 +110,12 @@ class PriorActor(UnitActor):
             for at in range(0, len(x), size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def hash_calibration(prior: str) -> str | None:
+    """SHA-256 of the calibration of the prior at ``prior``; None without one."""
+    path = join(resolve(prior), CALIBRATION)
+    return sha256(path) if exists(path) else None
 
 
 def hash_prior(config: PriorConfig, tensors: dict[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from dmm_ray.extraction.extract import extract
 from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.folder import resolve
-from dmm_ray.prior.rows import Rows as PriorRows
+from dmm_ray.prior.rows import PriorRows as PriorRows
 from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.token_selection import TokenSelection
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BatchInputs:
     """A prior and the rows of a store that it is asked about."""
 
     prior: str
@@ -50,7 +50,7 @@ def locate(prior: str) -> str:
     return absolute(prior) if resolve(prior) == prior else prior
 
 
-def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> Inputs:
+def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> BatchInputs:
     """Open and check all; extract the activations first where text is given.
 
     Raises:
@@ -69,7 +69,7 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> I
     selection = select(store, layer, prior.config, config.split, config.rows, config.seed)
     rows = StoreRows(store, layer, selection)
     check_rows(prior, rows)
-    return Inputs(
+    return BatchInputs(
         locate(config.prior),
         hash_prior(prior.config, prior.state_dict()),
         layer,

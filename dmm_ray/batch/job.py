@@ -9,9 +9,9 @@ import numpy as np
 
 from dmm_ray.batch.config import JobConfig
 from dmm_ray.batch.engine import PriorActor, PriorTask
-from dmm_ray.batch.operations import Operation
+from dmm_ray.batch.operations import BatchOperation
 from dmm_ray.batch.outputs import QUANTILES
-from dmm_ray.batch.selection import Source
+from dmm_ray.batch.selection import RowSource
 from dmm_ray.config import identity_as_saved
 from dmm_ray.files import absolute, exists, join
 from dmm_ray.parallel import in_order
@@ -37,7 +37,9 @@ class PriorJob(Job[JobConfig]):
         operation: what is done with them.
     """
 
-    def __init__(self, config: JobConfig, manifest: Manifest, source: Source, operation: Operation) -> None:
+    def __init__(
+        self, config: JobConfig, manifest: Manifest, source: RowSource, operation: BatchOperation
+    ) -> None:
         super().__init__(absolute(config.out), manifest, config.pool, config)
         self.source, self.operation = source, operation
 

@@ -40,7 +40,7 @@ WINDOWS = {
 PROXY_WINDOWS = {"window_velocity_error": "mean of velocity_error over the last {} tokens; null likewise"}
 
 
-class Operation(Protocol):
+class BatchOperation(Protocol):
     """Picklable; ``layer`` is the block number that the rows are of."""
 
     @property
@@ -63,7 +63,7 @@ class Operation(Protocol):
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreOperation:
     """Log-likelihoods, or velocity errors."""
 
     config: ScoreConfig
@@ -176,7 +176,7 @@ class _Activations(_EachByItself):
 
 
 @dataclass(frozen=True)
-class Denoise(_Activations):
+class DenoiseOperation(_Activations):
     """Restored rows."""
 
     config: DenoiseConfig
@@ -190,7 +190,7 @@ class Denoise(_Activations):
 
 
 @dataclass(frozen=True)
-class Encode(_EachByItself):
+class EncodeOperation(_EachByItself):
     """Meta-neurons."""
 
     config: EncodeConfig
@@ -233,7 +233,7 @@ class Encode(_EachByItself):
 
 
 @dataclass(frozen=True)
-class Sample(_Activations):
+class SampleOperation(_Activations):
     """Drawn rows."""
 
     config: SampleConfig

@@ -19,7 +19,7 @@ from dmm_ray.store.split import PARTS, Split, hash_documents
 from dmm_ray.units.unit import Unit
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Where the rows of units come from."""
 
     def rows(self, unit: Unit) -> Rows:

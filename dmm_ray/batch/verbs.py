@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from typing import Any, Literal, TypeVar
 
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
-from dmm_ray.batch.engine import hash_prior
-from dmm_ray.batch.inputs import Inputs, load_inputs, locate, open_prior
+from dmm_ray.batch.engine import hash_calibration, hash_prior
+from dmm_ray.batch.inputs import BatchInputs, load_inputs, locate, open_prior
 from dmm_ray.batch.job import PriorJob, arguments_of, settle_precision
-from dmm_ray.batch.operations import Denoise, Encode, Operation, Sample, Score, hidden_units
+from dmm_ray.batch.operations import (
+    BatchOperation,
+    DenoiseOperation,
+    EncodeOperation,
+    SampleOperation,
+    ScoreOperation,
+    hidden_units,
+)
 from dmm_ray.batch.selection import Draws
-from dmm_ray.files import absolute, exists, join, read_bytes
+from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.prior.folder import CALIBRATION, resolve
 from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, check_probes
 from dmm_ray.store.manifest import (
     DTYPES,
@@ -49,8 +54,8 @@ def score(config: ScoreConfig) -> str:
     inputs = load_inputs(config, prior, layer)
     _warn_of_calibration(config, prior, layer)
     config = _settled(config)
-    operation = Score(config, layer)
-    arguments = arguments_of(config) | {"calibration": _calibration_hash(config.prior)}
+    operation = ScoreOperation(config, layer)
+    arguments = arguments_of(config) | {"calibration": hash_calibration(config.prior)}
     row_bytes = 4 * len(operation.columns)
     manifest = store_manifest("score", config, inputs, operation, arguments, row_bytes)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
@@ -63,7 +68,7 @@ def denoise(config: DenoiseConfig) -> str:
     inputs = load_inputs(config, prior, layer)
     config = _settled(config)
     dtype = config.dtype or inputs.store.manifest.dtype
-    operation = Denoise(config, layer, prior.d, dtype)
+    operation = DenoiseOperation(config, layer, prior.d, dtype)
     arguments = arguments_of(config) | {"dtype": dtype}
     row_bytes = prior.d * DTYPES[dtype].itemsize
     manifest = store_manifest("denoise", config, inputs, operation, arguments, row_bytes, dtype)
@@ -77,7 +82,7 @@ def encode(config: EncodeConfig) -> str:
     there, kept = hidden_units(config, prior.config)
     inputs = load_inputs(config, prior, layer)
     config = _settled(config)
-    operation = Encode(config, layer, there, kept)
+    operation = EncodeOperation(config, layer, there, kept)
     row_bytes = kept * (2 if config.dtype == "float16" else 4)
     manifest = store_manifest("encode", config, inputs, operation, arguments_of(config), row_bytes)
     return run_job(PriorJob(config, manifest, inputs.rows, operation), started)
@@ -89,7 +94,7 @@ def sample(config: SampleConfig) -> str:
     prior, layer = open_prior(config)
     check_target(absolute(config.out))
     config = _settled(config)
-    operation = Sample(config, layer, prior.d, config.dtype)
+    operation = SampleOperation(config, layer, prior.d, config.dtype)
     manifest = sample_manifest(config, prior, layer)
     return run_job(PriorJob(config, manifest, Draws(), operation), started)
 
@@ -101,8 +106,8 @@ def _settled(config: C) -> C:
 def store_manifest(
     verb: Literal["score", "denoise", "encode"],
     config: JobConfig,
-    inputs: Inputs,
-    operation: Operation,
+    inputs: BatchInputs,
+    operation: BatchOperation,
     arguments: dict[str, Any],
     row_bytes: int,
     dtype: DtypeName | None = None,
@@ -140,6 +145,7 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
         block_path=known.get("block_path"),
         n_layers=prior.config.subject_layers,
         context=known.get("context", 0),
+        resolved=known.get("resolved"),
     )
     row_bytes = prior.d * DTYPES[config.dtype].itemsize
     per_unit = documents_per_unit(config, config.n, config.n, row_bytes + NAME_BYTES)
@@ -162,11 +168,6 @@ def documents_per_unit(config: JobConfig, rows: int, documents: int, row_bytes: 
     if most is None:
         most = min(UNIT_ROWS, UNIT_BYTES // row_bytes, max(LEAST_ROWS, rows // LEAST_UNITS))
     return max(1, min(documents, most * documents // rows))
-
-
-def _calibration_hash(prior: str) -> str | None:
-    path = join(resolve(prior), CALIBRATION)
-    return hashlib.sha256(read_bytes(path)).hexdigest() if exists(path) else None
 
 
 def _warn_of_calibration(config: ScoreConfig, prior: ActivationPrior, layer: int) -> None:

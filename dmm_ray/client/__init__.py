@@ -5,14 +5,23 @@
 
 from dmm_ray.client.client import Client
 from dmm_ray.client.errors import ClientError, UnavailableError
-from dmm_ray.client.results import Direction, Generated, LogProb, Models, Prior, Subject, TextScore, Token
+from dmm_ray.client.results import (
+    DirectionName,
+    GeneratedText,
+    LogProbArrays,
+    Models,
+    Prior,
+    Subject,
+    TextScore,
+    Token,
+)
 
 __all__ = [
     "Client",
     "ClientError",
-    "Direction",
-    "Generated",
-    "LogProb",
+    "DirectionName",
+    "GeneratedText",
+    "LogProbArrays",
     "Models",
     "Prior",
     "Subject",

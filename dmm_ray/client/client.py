@@ -14,8 +14,8 @@ import numpy as np
 
 from dmm_ray.client.errors import ClientError, UnavailableError
 from dmm_ray.client.events import events
-from dmm_ray.client.results import Generated, LogProb, Models, TextScore, Token, TopUnits
-from dmm_ray.client.rows import Rows, array_of, plain
+from dmm_ray.client.results import GeneratedText, LogProbArrays, Models, TextScore, Token, TopUnitArrays
+from dmm_ray.client.rows import RequestRows, array_of, plain
 from dmm_ray.client.transport import Transport
 from dmm_ray.operations import OPERATIONS, Grid, Method, Mode
 from dmm_ray.precision import PrecisionOption
@@ -114,14 +114,14 @@ class Client:
         method: Method = "midpoint",
         grid: Grid = "cosine",
         precision: PrecisionOption | None = None,
-    ) -> LogProb:
+    ) -> LogProbArrays:
         """Log-likelihood of raw activations x (n, d) in nats; ``probes=0``: exact trace."""
         found = self._ask(
-            "log_prob", Rows.given(x, ids), layer=layer, steps=steps, probes=probes, seed=seed, method=method,
+            "log_prob", RequestRows.given(x, ids), layer=layer, steps=steps, probes=probes, seed=seed, method=method,
             grid=grid, precision=precision,
         )  # fmt: skip
         columns = {name: found.get(name) for name in OPERATIONS["log_prob"].RESULTS}
-        return LogProb(**columns, evaluations=int(found["evaluations"][0]))  # type: ignore[arg-type]
+        return LogProbArrays(**columns, evaluations=int(found["evaluations"][0]))  # type: ignore[arg-type]
 
     def velocity_error(
         self,
@@ -133,7 +133,7 @@ class Client:
         precision: PrecisionOption | None = None,
     ) -> np.ndarray:
         """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity; lower is more natural."""
-        rows = Rows.given(x, ids)
+        rows = RequestRows.given(x, ids)
         found = self._ask("velocity_error", rows, layer=layer, pairs=pairs, seed=seed, precision=precision)
         return found["velocity_error"]
 
@@ -156,7 +156,7 @@ class Client:
         With ``distance``, each row's u is the largest level that moves it by that much at most.
         """
         several = array_of("u", u).ndim > 0
-        rows = Rows.given(x, ids, u if several else None)
+        rows = RequestRows.given(x, ids, u if several else None)
         return self._ask(
             "denoise", rows, u=None if several else u, steps=steps, mode=mode, layer=layer, seed=seed,
             method=method, grid=grid, precision=precision, distance=distance,
@@ -175,7 +175,7 @@ class Client:
     ) -> np.ndarray:
         """n raw activations (n, d), drawn."""
         return self._ask(
-            "sample", Rows.drawn(n, ids), steps=steps, layer=layer, seed=seed, method=method, grid=grid,
+            "sample", RequestRows.drawn(n, ids), steps=steps, layer=layer, seed=seed, method=method, grid=grid,
             precision=precision,
         )["activations"]  # fmt: skip
 
@@ -189,7 +189,7 @@ class Client:
     def encode(
         self, x: Any, u: float = ..., block: int | None = ..., layer: int | None = ..., ids: Any = ...,
         seed: int = ..., noises: int = ..., precision: PrecisionOption | None = ..., *, top: int,
-    ) -> TopUnits: ...  # fmt: skip
+    ) -> TopUnitArrays: ...  # fmt: skip
 
     def encode(
         self,
@@ -202,16 +202,16 @@ class Client:
         noises: int = 1,
         precision: PrecisionOption | None = None,
         top: int | None = None,
-    ) -> np.ndarray | TopUnits:
+    ) -> np.ndarray | TopUnitArrays:
         """Meta-neurons (n, features) of raw activations at level u; ``block=None``: those of all blocks.
 
         With ``top``, only the units with the largest values, by number and value.
         """
         found = self._ask(
-            "encode", Rows.given(x, ids), u=u, block=block, layer=layer, seed=seed, noises=noises,
+            "encode", RequestRows.given(x, ids), u=u, block=block, layer=layer, seed=seed, noises=noises,
             precision=precision, top=top,
         )  # fmt: skip
-        return found["features"] if top is None else TopUnits(found["indices"], found["values"])
+        return found["features"] if top is None else TopUnitArrays(found["indices"], found["values"])
 
     def score_text(
         self, text: str, layer: int | None = None, steps: int = 32, probes: int = 2, seed: int = 0
@@ -226,18 +226,18 @@ class Client:
         prompt: str,
         direction: str | Sequence[float] | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> Generated:
+    ) -> GeneratedText:
         """A text written by the language model while steered along a direction, its name or (d,) numbers."""
         body = {"prompt": prompt, "direction": direction, **options}
         answer = self._transport.post("/v1/generate", *self._json(body))
-        return self._read("/v1/generate", answer, Generated.read)
+        return self._read("/v1/generate", answer, GeneratedText.read)
 
     def generate_stream(
         self,
         prompt: str,
         direction: str | Sequence[float] | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Token | Generated]:
+    ) -> Iterator[Token | GeneratedText]:
         """``generate`` token by token; the last item is the whole answer. Closing the iterator ends the generation."""
         body = {"prompt": prompt, "direction": direction, "stream": True, **options}
         with self._transport.stream("/v1/generate", *self._json(body)) as chunks:
@@ -250,7 +250,7 @@ class Client:
                 if isinstance(item, str):
                     raise UnavailableError(item)
                 yield item
-                if isinstance(item, Generated):
+                if isinstance(item, GeneratedText):
                     return
         raise UnavailableError("/v1/generate: the stream ended before the text did; ask again")
 
@@ -264,11 +264,11 @@ class Client:
         content = json.dumps({**given, "model": self._model}).encode()
         return content, {"Content-Type": "application/json"}
 
-    def _ask(self, operation: str, rows: Rows, **arguments: Any) -> Columns:
+    def _ask(self, operation: str, rows: RequestRows, **arguments: Any) -> Columns:
         name = operation if self._model is None else f"{self._model}.{operation}"
         route = f"/v2/models/{quote(name, safe='')}/infer"
 
-        def ask(part: Rows) -> Columns:
+        def ask(part: RequestRows) -> Columns:
             try:
                 return self._infer(route, part, arguments)
             except ClientError as e:
@@ -282,7 +282,7 @@ class Client:
         self._transport.check_open()
         return _joined(list(self._pool.map(ask, rows.cut(self._chunk_rows))))
 
-    def _infer(self, route: str, part: Rows, arguments: dict[str, Any]) -> Columns:
+    def _infer(self, route: str, part: RequestRows, arguments: dict[str, Any]) -> Columns:
         given = {name: plain(name, value) for name, value in arguments.items()}
         body, head = pack(part.tensors(), given)
         headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(head)}
@@ -303,11 +303,11 @@ def answer_of(route: str, text: str) -> Iterator[None]:
         ) from e
 
 
-def _event(kind: str, value: dict[str, Any]) -> Token | Generated | str:
+def _event(kind: str, value: dict[str, Any]) -> Token | GeneratedText | str:
     """A token, the whole text, or the message of an error. Raises KeyError or TypeError for another value."""
     if kind == "error":
         return str(value["error"])
-    return Generated.read(value) if kind == "done" else Token(value["id"], value["text"])
+    return GeneratedText.read(value) if kind == "done" else Token(value["id"], value["text"])
 
 
 def _columns(body: bytes, head_bytes: int, n: int) -> Columns:

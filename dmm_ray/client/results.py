@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class LogProb:
+class LogProbArrays:
     """Log-probabilities of n raw rows; arrays are (n,) float32."""
 
     nats: np.ndarray
@@ -30,7 +30,7 @@ class LogProb:
     """Network evaluations per row."""
 
 
-class TopUnits(NamedTuple):
+class TopUnitArrays(NamedTuple):
     """The k hidden units of each row with the largest values, the largest first."""
 
     indices: np.ndarray
@@ -71,7 +71,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedText:
     """A generated text."""
 
     text: str
@@ -84,7 +84,7 @@ class Generated:
     """`stop`: the model ended its text; `length`: a limit was reached."""
 
     @classmethod
-    def read(cls, answer: dict[str, Any]) -> Generated:
+    def read(cls, answer: dict[str, Any]) -> GeneratedText:
         """From the answer of ``/v1/generate``, or the last event of its stream."""
         tokens = tuple(Token(t["id"], t["text"]) for t in answer["tokens"])
         nats = np.array([t["nats"] for t in answer["tokens"]], float)
@@ -101,7 +101,7 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Direction:
+class DirectionName:
     """A direction that ``generate`` takes by name."""
 
     name: str
@@ -120,7 +120,7 @@ class Subject:
     """Most tokens of a text."""
     priors: tuple[str, ...]
     """Names of the priors of its activations."""
-    directions: tuple[Direction, ...]
+    directions: tuple[DirectionName, ...]
 
 
 @dataclass(frozen=True)
@@ -139,5 +139,5 @@ class Models:
         s = answer["subject"]
         if s is None:
             return cls(priors, None)
-        directions = tuple(Direction(one["name"], one["layer"]) for one in s["directions"])
+        directions = tuple(DirectionName(one["name"], one["layer"]) for one in s["directions"])
         return cls(priors, Subject(s["name"], s["layers"], s["context"], tuple(s["priors"]), directions))

@@ -13,7 +13,7 @@ from dmm_ray.client.errors import ClientError
 
 
 @dataclass(frozen=True)
-class Rows:
+class RequestRows:
     """Some rows of a request.
 
     Args:
@@ -29,14 +29,14 @@ class Rows:
     levels: np.ndarray | None = None
 
     @classmethod
-    def given(cls, x: Any, ids: Any, u: Any = None) -> Rows:
+    def given(cls, x: Any, ids: Any, u: Any = None) -> RequestRows:
         """All rows of a request, with a noise level each where ``u`` is several. Raises ClientError for others."""
         array = activations_of(x)
         levels = None if u is None else _levels(u, len(array))
         return cls(0, _ids(ids, len(array)), array, levels)
 
     @classmethod
-    def drawn(cls, n: Any, ids: Any) -> Rows:
+    def drawn(cls, n: Any, ids: Any) -> RequestRows:
         """The rows of n samples. Raises ClientError for ids of another length."""
         n = integer("n", n)
         if n < 1:
@@ -46,13 +46,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> RequestRows:
         """Rows ``start`` to ``stop`` of these; no copy."""
         x = None if self.x is None else self.x[start:stop]
         levels = None if self.levels is None else self.levels[start:stop]
-        return Rows(self.start + start, self.ids[start:stop], x, levels)
+        return RequestRows(self.start + start, self.ids[start:stop], x, levels)
 
-    def cut(self, most: int) -> Iterator[Rows]:
+    def cut(self, most: int) -> Iterator[RequestRows]:
         """Parts of at most ``most`` rows."""
         return (self.part(i, min(i + most, len(self))) for i in range(0, len(self), most))
 

@@ -93,7 +93,7 @@ FIRST_PERSON = {
 }
 
 
-class Part(NamedTuple):
+class SentencePart(NamedTuple):
     """One piece of a template: ``kind`` is text, slot or verb; ``option`` stands behind the dot."""
 
     kind: str
@@ -104,7 +104,7 @@ class Part(NamedTuple):
 class Template(NamedTuple):
     """A parsed template; ``number`` is "singular", "plural" or "" for either."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SentencePart, ...]
     number: str
     slots: frozenset[str]
 
@@ -119,10 +119,10 @@ def parse(template: str) -> Template:
     parts = []
     for piece in _PIECE.split(template[2:] if number else template):
         if piece.startswith("{"):
-            parts.append(Part("slot", piece[1:-1], ""))
+            parts.append(SentencePart("slot", piece[1:-1], ""))
         elif piece.startswith("["):
             verb, _, option = piece[1:-1].partition(".")
-            parts.append(Part("verb", verb, option))
+            parts.append(SentencePart("verb", verb, option))
         elif piece:
-            parts.append(Part("text", piece, ""))
+            parts.append(SentencePart("text", piece, ""))
     return Template(tuple(parts), number, frozenset(p.value for p in parts if p.kind == "slot"))

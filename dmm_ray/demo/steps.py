@@ -10,7 +10,7 @@ from typing import Self
 logger = logging.getLogger(__name__)
 STEPS = {"extract": 25.0, "train": 205.0, "evaluate": 75.0, "serve": 25.0}
 """The demo's steps and about how many seconds each takes on two slow cores; training takes what is left of the time."""
-SHOW_EVERY_S = 15.0
+STATUS_EVERY_S = 15.0
 
 
 class Steps:
@@ -63,7 +63,7 @@ class Steps:
         return f"step {number} of {len(STEPS)}: {self.step}, {_clock(spent)} so far{left}"
 
     def _show(self) -> None:
-        while not self._ended.wait(SHOW_EVERY_S):
+        while not self._ended.wait(STATUS_EVERY_S):
             if self.step:
                 logger.info("%s", self.line())
 

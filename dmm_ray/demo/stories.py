@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from dmm_ray.demo import lexicon, scenes
 from dmm_ray.demo.plots import HARM_PLOTS, PLOTS, Plot
-from dmm_ray.demo.writer import Fact, Plan, Span, Writer
+from dmm_ray.demo.writer import Fact, Span, StoryPlan, StoryWriter
 from dmm_ray.errors import UserError
 from dmm_ray.files import write_bytes
 
@@ -91,13 +91,13 @@ def _attributes(rng: Random, fixed: Mapping[str, str]) -> dict[str, str]:
     return drawn | dict(fixed)
 
 
-def _plan(rng: Random, labels: Mapping[str, str]) -> Plan:
+def _plan(rng: Random, labels: Mapping[str, str]) -> StoryPlan:
     item, draw = rng.choice(list(lexicon.OBJECTS)), rng.random()
     first, second = rng.random(), rng.random()
     names = lexicon.FEMALE if labels["gender"] == "female" else lexicon.MALE
     one = int(first * len(names))
     two = (one + 1 + int(second * (len(names) - 1))) % len(names)
-    return Plan(
+    return StoryPlan(
         heroes=(names[one], names[two]) if labels["number"] == "plural" else (names[one],),
         gender=labels["gender"],
         tense=labels["tense"],
@@ -120,12 +120,12 @@ def _story(seed: int, index: int, fixed: Mapping[str, str]) -> Story:
     plan = _plan(rng, labels)
     ordinary = rng.choice(PLOTS)
     plot = next((p for p in HARM_PLOTS if p.harm == labels["harm"]), ordinary)
-    writer = Writer(plan, Random(f"text {seed} {index}"))
+    writer = StoryWriter(plan, Random(f"text {seed} {index}"))
     _tell(writer, plot, labels["sentiment"] == "positive")
     return Story(writer.text, _labels(labels, plan, plot, writer), sorted(writer.spans), writer.facts)
 
 
-def _tell(writer: Writer, plot: Plot, happy: bool) -> None:
+def _tell(writer: StoryWriter, plot: Plot, happy: bool) -> None:
     """Write the whole story: opening, settings and world facts in any order, the plot, the ending."""
     rng = writer.rng
     shape = rng.choices([s for _, s in _SHAPES], [w for w, _ in _SHAPES])[0]
@@ -152,7 +152,7 @@ def _tell(writer: Writer, plot: Plot, happy: bool) -> None:
             writer.sentence(scenes.BAD_CLOSINGS, "sentiment", without=plot.missing)
 
 
-def _labels(drawn: Mapping[str, str], plan: Plan, plot: Plot, writer: Writer) -> dict[str, str]:
+def _labels(drawn: Mapping[str, str], plan: StoryPlan, plot: Plot, writer: StoryWriter) -> dict[str, str]:
     """All labels; what the text never mentions is "none"."""
     seen = {span.label for span in writer.spans}
     labels = {

@@ -41,7 +41,7 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StoryPlan:
     """What a story is about, before any word is chosen. ``heroes`` holds one name or two."""
 
     heroes: tuple[str, ...]
@@ -70,10 +70,10 @@ class Plan:
 
 
 @dataclass
-class Writer:
+class StoryWriter:
     """The text written so far with its spans and facts, and what the reader has been told already."""
 
-    plan: Plan
+    plan: StoryPlan
     rng: Random
     text: str = ""
     spans: list[Span] = field(default_factory=list)

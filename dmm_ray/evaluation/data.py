@@ -13,6 +13,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.prefixes import unseen_prefixes
+from dmm_ray.extraction.identity import changed_part, warn_of_versions
 from dmm_ray.precision import Precision, affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import DTYPES
@@ -27,7 +28,7 @@ TOKENIZE_DOCUMENTS = 512
 
 
 @dataclass(frozen=True)
-class Part:
+class EvaluationRows:
     """Rows of one part of the documents in the prior's normalised space."""
 
     z: Tensor
@@ -42,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvaluationInputs:
     """Everything an evaluation needs."""
 
     prior: ActivationPrior
@@ -51,9 +52,9 @@ class Inputs:
     subject: SubjectModel
     compute_dtype: Precision
     """Of the subject."""
-    train: Part
-    validation: Part
-    test: Part
+    train: EvaluationRows
+    validation: EvaluationRows
+    test: EvaluationRows
     tokens: dict[int, list[int]]
     """Token ids of the test documents, position 0 included, by document number."""
     unseen: dict[int, np.ndarray] | None
@@ -66,7 +67,7 @@ class Inputs:
         return np.array([self.unseen[doc][position] for doc, position in ids.tolist()], dtype=bool)
 
 
-def load(config: EvaluateConfig) -> Inputs:
+def load(config: EvaluateConfig) -> EvaluationInputs:
     """Open and check everything.
 
     Raises:
@@ -97,15 +98,12 @@ def load(config: EvaluateConfig) -> Inputs:
         block_path=asked.block_path,
         trust_remote_code=asked.trust_remote_code,
     )
-    if subject.weights_hash != manifest.subject.weights_hash:
+    if changed := changed_part(subject.source, manifest):
         raise UserError(
-            f"model: {model} has other weights than the model that {store.uri} was extracted from "
-            f"({manifest.subject.id}); give --model that one"
+            f"model: {model}: {changed} is not what {store.uri} was extracted with ({manifest.subject.id}); "
+            "give --model that one"
         )
-    if subject.tokenizer_hash != manifest.tokenizer_hash:
-        raise UserError(
-            f"model: {model} has another tokenizer than {store.uri} was extracted with; give that model"
-        )
+    warn_of_versions(manifest.subject, store.uri)
     corpus = open_corpus(config, store)
     split = Split.model_validate(prior.config.split)
     limits = {TRAIN: config.train_rows, VALIDATION: config.validation_rows, TEST: config.max_rows}
@@ -118,7 +116,7 @@ def load(config: EvaluateConfig) -> Inputs:
     unseen = None
     if config.unseen_prefix:
         unseen = unseen_prefixes(tokens, training_tokens(corpus, subject, split, manifest.window, failed))
-    return Inputs(
+    return EvaluationInputs(
         prior,
         layer,
         store,
@@ -160,7 +158,7 @@ def read_part(
     part: int,
     max_rows: int,
     seed: int,
-) -> Part:
+) -> EvaluationRows:
     """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
 
     Raises:
@@ -176,10 +174,12 @@ def read_part(
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
-    return Part(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
+    return EvaluationRows(prior.normalizer.normalize(x, prior.layer_index(layer)), ids.to(prior.device))
 
 
-def test_tokens(corpus: Corpus, subject: SubjectModel, window: int, test: Part) -> dict[int, list[int]]:
+def test_tokens(
+    corpus: Corpus, subject: SubjectModel, window: int, test: EvaluationRows
+) -> dict[int, list[int]]:
     """Token ids of the test part's documents, position 0 included, by document number."""
     return dict(_tokenized(corpus, subject, window, np.unique(test.docs).tolist()))
 

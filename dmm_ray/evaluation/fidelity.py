@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.baselines import Denoiser
-from dmm_ray.evaluation.data import Part
+from dmm_ray.baselines import BaselineDenoiser
+from dmm_ray.evaluation.data import EvaluationRows
 from dmm_ray.evaluation.statistics import DECILES, Estimate, by_decile, over_levels
-from dmm_ray.prior.flow import LEVELS, interpolate
+from dmm_ray.prior.flow import NOISE_LEVELS, interpolate
 from dmm_ray.prior.noise import normal
 from dmm_ray.seeds import numpy_rng
 
-CHUNK = 16384
+NOISED_CHUNK = 16384
 STREAM = 16
 """First noise stream used here, apart from those of the prior's own methods; a row's r-th use has stream 16 + r."""
 
@@ -30,31 +30,31 @@ class NoisedRows:
     use: Tensor
     """(m,) how often the row was used before."""
     level: Tensor
-    """(m,) 1..LEVELS; u = level / LEVELS."""
+    """(m,) 1..NOISE_LEVELS; u = level / NOISE_LEVELS."""
 
     @property
     def decile(self) -> np.ndarray:
         """Which tenth of [0, 1] each level is in, (m,)."""
-        return (self.level.numpy(force=True) - 1) * DECILES // LEVELS
+        return (self.level.numpy(force=True) - 1) * DECILES // NOISE_LEVELS
 
     @classmethod
     def assign(cls, n: int, seed: int) -> NoisedRows:
         """Use n rows in turn until every level has as many, n / LEVELS rounded up; which gets which is drawn."""
-        m = -(-n // LEVELS) * LEVELS
-        level = torch.arange(m) // (m // LEVELS) + 1
+        m = -(-n // NOISE_LEVELS) * NOISE_LEVELS
+        level = torch.arange(m) // (m // NOISE_LEVELS) + 1
         place = torch.from_numpy(numpy_rng(seed).permutation(m))
         return cls(place % n, place // n, level)
 
 
 def squared_errors(
-    methods: Mapping[str, Denoiser], part: Part, noised: NoisedRows, seed: int
+    methods: Mapping[str, BaselineDenoiser], part: EvaluationRows, noised: NoisedRows, seed: int
 ) -> dict[str, np.ndarray]:
     """``mean over dimensions of (v(z_u, u) - (noise - z))^2``, (m,) float64 for each method."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in methods}
     device = part.z.device
     with torch.inference_mode():
-        for at in torch.arange(len(noised.row)).split(CHUNK):
-            row, u = noised.row[at].to(device), noised.level[at].to(device, torch.float32) / LEVELS
+        for at in torch.arange(len(noised.row)).split(NOISED_CHUNK):
+            row, u = noised.row[at].to(device), noised.level[at].to(device, torch.float32) / NOISE_LEVELS
             z = part.z[row]
             noise = _noise(seed, part.ids[row], noised.use[at].to(device), z.shape[1])
             z_u = interpolate(z, noise, u)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs, Part
+from dmm_ray.evaluation.data import EvaluationInputs, EvaluationRows
 from dmm_ray.evaluation.methods import Methods
 
 
-def nll(config: EvaluateConfig, inputs: Inputs, methods: Methods, part: Part) -> dict[str, np.ndarray]:
+def nll(
+    config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods, part: EvaluationRows
+) -> dict[str, np.ndarray]:
     """``-log p(x) / d`` of raw activations (n,) float64 for the prior and every baseline that has a density.
 
     Adding :func:`log_determinant_per_dim` gives that of normalised rows.
@@ -30,6 +32,6 @@ def nll(config: EvaluateConfig, inputs: Inputs, methods: Methods, part: Part) ->
     return found
 
 
-def log_determinant_per_dim(inputs: Inputs) -> float:
+def log_determinant_per_dim(inputs: EvaluationInputs) -> float:
     """The normaliser's ``log |dz/dx| / d``: the log-density per dimension that a row gains from z to x."""
     return inputs.prior.normalizer.log_determinant(inputs.prior.layer_index(inputs.layer)) / inputs.prior.d

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import Methods
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.noise import STREAM_PATH, normal
 from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject import Intervention, Site, SubjectModel
 
-BATCH_TOKENS = 4096
+LM_BATCH_TOKENS = 4096
 
 
 class Documents:
@@ -71,7 +71,7 @@ class Documents:
         """Documents of like lengths with their padded tokens and mask."""
         batch: list[int] = []
         for doc in sorted(self.tokens, key=lambda doc: -len(self.tokens[doc])):
-            if batch and (len(batch) + 1) * len(self.tokens[batch[0]]) > BATCH_TOKENS:
+            if batch and (len(batch) + 1) * len(self.tokens[batch[0]]) > LM_BATCH_TOKENS:
                 yield batch, *self.subject.pad([self.tokens[d] for d in batch])
                 batch = []
             batch.append(doc)
@@ -86,7 +86,7 @@ def draw(tokens: Mapping[int, Sequence[int]], n: int, seed: int) -> dict[int, Se
 
 
 def restorations(
-    inputs: Inputs, methods: Methods, rows: Tensor, ids: Tensor, u: float, seed: int
+    inputs: EvaluationInputs, methods: Methods, rows: Tensor, ids: Tensor, u: float, seed: int
 ) -> Iterator:
     """(name, restored raw rows (n, d)) of every method from the same rows noised to level u.
 
@@ -100,12 +100,12 @@ def restorations(
         yield "prior_mean" if name == "prior" else name, restored
 
 
-def sampled(inputs: Inputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> Tensor:
+def sampled(inputs: EvaluationInputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> Tensor:
     """Raw rows (n, d) restored by the prior's default ``denoise``, which adds the noise of :func:`restorations`."""
     return inputs.prior.denoise(rows, u=u, layer=inputs.layer, ids=ids, seed=seed).cpu()
 
 
-def plain(inputs: Inputs, methods: Methods, rows: Tensor) -> Iterator:
+def plain(inputs: EvaluationInputs, methods: Methods, rows: Tensor) -> Iterator:
     """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
     prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dmm_ray.baselines import PCA, SAE, Denoiser, Density, Gaussian, Mixture, fit_best
+from dmm_ray.baselines import PCA, SAE, BaselineDenoiser, Density, Gaussian, Mixture, fit_best
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs, Part
+from dmm_ray.evaluation.data import EvaluationInputs, EvaluationRows
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.flow import posterior_mean
 
@@ -20,7 +20,7 @@ KEYS = ("prior", "gaussian", "pca", "mixture", "sae", "untrained")
 """The methods of the report. The autoencoder is the better of two, ``sae_plain`` and ``sae_noised``."""
 SAE_VARIANTS = ("sae_plain", "sae_noised")
 LATENTS_PER_DIM = 16
-CHUNK = 8192
+METHOD_CHUNK = 8192
 
 
 class PriorDenoiser:
@@ -36,9 +36,10 @@ class PriorDenoiser:
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
         """The network's velocity (n, d), by chunks of rows."""
         u = torch.as_tensor(u_n, dtype=torch.float32, device=z_nd.device)
-        levels = u.split(CHUNK) if u.ndim else [u] * -(-len(z_nd) // CHUNK)
+        levels = u.split(METHOD_CHUNK) if u.ndim else [u] * -(-len(z_nd) // METHOD_CHUNK)
         parts = [
-            self.prior.velocity(z, v, self.layer) for z, v in zip(z_nd.split(CHUNK), levels, strict=True)
+            self.prior.velocity(z, v, self.layer)
+            for z, v in zip(z_nd.split(METHOD_CHUNK), levels, strict=True)
         ]
         return torch.cat(parts)
 
@@ -61,7 +62,7 @@ class Methods:
     mixture_losses: dict[int, float] = field(default_factory=dict)
 
     @property
-    def denoisers(self) -> dict[str, Denoiser]:
+    def denoisers(self) -> dict[str, BaselineDenoiser]:
         """Every method."""
         return {
             **self.priors,
@@ -102,7 +103,7 @@ class Methods:
         }
 
 
-def fit(config: EvaluateConfig, inputs: Inputs) -> Methods:
+def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
     """Fit every baseline on the training rows; the mixture's size is chosen on the validation rows."""
     train, d = inputs.train.z, inputs.prior.d
     start = time.perf_counter()
@@ -141,7 +142,7 @@ def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
     return twin.to(prior.device)
 
 
-def subset(part: Part, n: int) -> Part:
+def subset(part: EvaluationRows, n: int) -> EvaluationRows:
     """``n`` rows of a part, evenly spaced over it, or all."""
     at = torch.linspace(0, len(part.z) - 1, min(n, len(part.z)), device=part.z.device).round().long()
-    return Part(part.z[at], part.ids[at])
+    return EvaluationRows(part.z[at], part.ids[at])

@@ -13,7 +13,7 @@ from dmm_ray.evaluation.plots import NAMES, PICTURES
 from dmm_ray.files import exists, join, read_bytes, write_bytes
 
 REPORT = "report.html"
-COLUMNS = {
+REPORT_COLUMNS = {
     "flow_matching_loss": "flow-matching loss",
     "delta_lm_loss": "delta LM loss",
     "nll_nats_per_dim": "NLL, nats/dim",
@@ -148,8 +148,8 @@ def _tables(summary: Mapping[str, Any]) -> str:
 def _table(
     summary: Mapping[str, Any], figures: Mapping[str, Any], errors: Mapping[str, Any], with_size: bool
 ) -> str:
-    columns = [k for k in COLUMNS if any(v is not None for v in (figures.get(k) or {}).values())]
-    heads = [COLUMNS[k] for k in columns]
+    columns = [k for k in REPORT_COLUMNS if any(v is not None for v in (figures.get(k) or {}).values())]
+    heads = [REPORT_COLUMNS[k] for k in columns]
     if with_size:
         heads[1:1] = ["at u = 0.4 to 0.6"]
         heads += ["parameters", "fit, s"]

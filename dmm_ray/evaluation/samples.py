@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import Methods
 from dmm_ray.seeds import numpy_rng
 
 FOLDS = 2
 
 
-def draw(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> dict[str, Tensor]:
+def draw(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> dict[str, Tensor]:
     """``config.samples`` normalised rows (n, d) of every method that has samples, and as ``floor`` training rows."""
     n, seed, row = config.samples, config.seed, inputs.prior.layer_index(inputs.layer)
     found = {

@@ -14,7 +14,7 @@ from dmm_ray.subject import SubjectModel
 SCALES = (0.5, 0.8, 1.2)
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Consecutive tokens of a document: its number, their first position, and all tokens of the document."""
 
     doc: int
@@ -22,26 +22,26 @@ class Run(NamedTuple):
     tokens: list[int]
 
 
-def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) -> list[Run]:
+def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) -> list[TokenRun]:
     """At most ``runs`` runs of ``width`` tokens, one of a document, at seeded places after position 0."""
     rng = numpy_rng(seed)
     long_enough = [doc for doc in tokens if len(tokens[doc]) > width]
     chosen = rng.permutation(long_enough)[:runs].tolist()
-    return [Run(doc, int(rng.integers(1, len(tokens[doc]) - width + 1)), tokens[doc]) for doc in chosen]
+    return [TokenRun(doc, int(rng.integers(1, len(tokens[doc]) - width + 1)), tokens[doc]) for doc in chosen]
 
 
-def matched(runs: Sequence[Run], others: Iterator[list[int]], width: int) -> list[Run]:
+def matched(runs: Sequence[TokenRun], others: Iterator[list[int]], width: int) -> list[TokenRun]:
     """Runs at the same positions in other documents, each the next that is long enough, numbered after the first."""
     found = []
     for run in runs:
         long_enough = (ids for ids in others if len(ids) >= run.start + width)
         if (ids := next(long_enough, None)) is None:
             break
-        found.append(Run(run.doc, run.start, ids))
+        found.append(TokenRun(run.doc, run.start, ids))
     return found
 
 
-def shuffled_tokens(runs: Sequence[Run], seed: int) -> list[Run]:
+def shuffled_tokens(runs: Sequence[TokenRun], seed: int) -> list[TokenRun]:
     """The same documents with all tokens after the first in random order."""
     rng = numpy_rng(seed)
     return [run._replace(tokens=[run.tokens[0], *rng.permutation(run.tokens[1:]).tolist()]) for run in runs]
@@ -52,7 +52,7 @@ def shuffled_words(text: str, seed: int) -> str:
     return " ".join(numpy_rng(seed).permutation(text.split()).tolist())
 
 
-def activations(subject: SubjectModel, runs: Sequence[Run], layer: int, width: int) -> Tensor:
+def activations(subject: SubjectModel, runs: Sequence[TokenRun], layer: int, width: int) -> Tensor:
     """The rows of the runs, one after the other, (runs * width, d) in the subject's dtype."""
     found = []
     for run in runs:
@@ -61,7 +61,7 @@ def activations(subject: SubjectModel, runs: Sequence[Run], layer: int, width: i
     return torch.cat(found)
 
 
-def row_ids(runs: Sequence[Run], width: int) -> Tensor:
+def row_ids(runs: Sequence[TokenRun], width: int) -> Tensor:
     """Document and position of each row, (runs * width, 2) int64."""
     return torch.tensor([(run.doc, run.start + i) for run in runs for i in range(width)])
 

@@ -11,7 +11,7 @@ import torch
 
 from dmm_ray.evaluation import fidelity, likelihood, lm, samples
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.fidelity import FlowLoss
 from dmm_ray.evaluation.methods import SAE_VARIANTS, Methods, subset
 from dmm_ray.evaluation.statistics import Estimate, clustered
@@ -21,7 +21,7 @@ HEADLINE_LEVEL = 0.5
 Figures = dict[str, Any]
 
 
-def measure_flow(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+def measure_flow(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
     """Flow-matching losses on all test rows, and on those with unseen prefixes."""
     noised = fidelity.NoisedRows.assign(len(inputs.test.z), config.seed)
     errors = fidelity.squared_errors(methods.denoisers, inputs.test, noised, config.seed)
@@ -39,7 +39,7 @@ def measure_flow(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Fi
     return found
 
 
-def measure_lm(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+def measure_lm(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
     """Delta LM losses by level and method, of all tokens and of those after a row with an unseen prefix.
 
     Empty for an encoder, which predicts no next token.
@@ -79,7 +79,7 @@ def measure_lm(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figu
     return found
 
 
-def measure_nll(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+def measure_nll(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
     """Negative log-likelihoods in nats per dimension of raw rows."""
     if not config.nll_rows:
         return {}
@@ -92,7 +92,7 @@ def measure_nll(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Fig
     return tables
 
 
-def measure_samples(config: EvaluateConfig, inputs: Inputs, methods: Methods) -> Figures:
+def measure_samples(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
     """Frechet distance to the test rows and two-sample AUC of every method's samples; ``floor``: of training rows."""
     if not config.samples:
         return {"rows": {}, "frechet": {}, "auc": {}}

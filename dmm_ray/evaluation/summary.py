@@ -10,7 +10,7 @@ import numpy as np
 
 from dmm_ray.evaluation import likelihood
 from dmm_ray.evaluation.config import EvaluateConfig
-from dmm_ray.evaluation.data import Inputs
+from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import KEYS, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
@@ -22,7 +22,7 @@ DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 
 
 def summarize(
-    config: EvaluateConfig, inputs: Inputs, methods: Methods, tables: dict[str, Figures]
+    config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods, tables: dict[str, Figures]
 ) -> Figures:
     """The results, for ``summary.json``."""
     log_det = likelihood.log_determinant_per_dim(inputs)
@@ -59,7 +59,7 @@ def summarize(
     }
 
 
-def sources(config: EvaluateConfig, inputs: Inputs) -> Figures:
+def sources(config: EvaluateConfig, inputs: EvaluationInputs) -> Figures:
     """What an evaluation is made from, for ``summary.json``."""
     return {
         "prior": absolute(config.prior) if exists(config.prior) else config.prior,

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.forward import Forward, Outputs
-from dmm_ray.extraction.pieces import Piece, RowTable, pieces
+from dmm_ray.extraction.identity import changed_part
+from dmm_ray.extraction.pieces import DocumentPiece, RowTable, pieces
+from dmm_ray.failures import concerning
 from dmm_ray.files import exists, join, write_bytes
 from dmm_ray.store.manifest import (
     DTYPES,
@@ -34,7 +36,7 @@ from dmm_ray.store.moments import Moments
 from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.store.writer import write_shard
 from dmm_ray.subject import SubjectModel
-from dmm_ray.subject.encoding import ChatRefusedError, encode, render_chat
+from dmm_ray.subject.encoding import ChatRefusedError, Encoded, encode, render_chat
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.text.documents import Document
 from dmm_ray.units.actor import UnitActor
@@ -125,11 +127,11 @@ class Engine:
             write_bytes(name, record.model_dump_json(indent=2).encode() + b"\n")
         return record
 
-    def _run(self, pieces: Sequence[Piece]) -> tuple[Outputs, Result]:
+    def _run(self, pieces: Sequence[DocumentPiece]) -> tuple[Outputs, UnitResult]:
         outputs = self.forward(pieces)
-        return outputs, Result.of(self.task.manifest, pieces, outputs)
+        return outputs, UnitResult.of(self.task.manifest, pieces, outputs)
 
-    def _write(self, unit: int, result: Result) -> dict[str, FileEntry]:
+    def _write(self, unit: int, result: UnitResult) -> dict[str, FileEntry]:
         files: dict[str, FileEntry] = {}
         table = result.table
         for layer in self.task.manifest.layers:
@@ -145,7 +147,7 @@ class Engine:
 class Extractor(UnitActor):
     """Holds an engine."""
 
-    LESS = "--batch-tokens"
+    memory_options = "--batch-tokens or --rows-per-shard"
 
     def __init__(self, task: ExtractionTask, corpus: Corpus) -> None:
         super().__init__(task.out)
@@ -175,13 +177,19 @@ def load_forward(manifest: Manifest, loading: Loading) -> Forward:
         max_memory=loading.max_memory,
         offload_folder=loading.offload_folder,
     )
+    # A node may have fetched other code than the one where the job was started, or have other versions.
+    if changed := changed_part(subject.source, manifest, files=False):
+        raise UserError(
+            f"model: {manifest.subject.id}: {changed} is another where the actor runs than where the job was started; "
+            "give every node the same model and the same versions of the libraries"
+        )
     return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens, manifest.window)
 
 
 class Read(NamedTuple):
     """Documents as pieces."""
 
-    pieces: list[Piece]
+    pieces: list[DocumentPiece]
     """In the order of the documents."""
     long: int
     """Documents longer than the window."""
@@ -197,13 +205,26 @@ def read_pieces(
     without = {doc for doc, _ in failed}
     filled = [d for d in documents if d.doc not in without]
     split = kept.long_documents == "split"
-    encoded = encode(tokenizer, [d.content for d in filled], None if split else window)
+    encoded = _encode(tokenizer, filled, None if split else window)
     bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    found: list[Piece] = []
+    found: list[DocumentPiece] = []
     for document, tokens in zip(filled, encoded, strict=True):
         if tokens.ids:
             found += pieces(tokens, document.doc, window, kept, seed, bos)
     return Read(found, sum(tokens.length > window for tokens in encoded), failed)
+
+
+def _encode(tokenizer: Any, documents: Sequence[Document], window: int | None) -> list[Encoded]:
+    """The tokens of each document. What a tokenizer raises is marked with the document that it is about."""
+    try:
+        return encode(tokenizer, [d.content for d in documents], window)
+    except UserError:
+        raise
+    except Exception:
+        for document in documents:
+            with concerning(f"document {document.doc}"):
+                encode(tokenizer, [document.content], window)
+        raise  # it is about all of them together
 
 
 def _refused(document: Document, tokenizer: Any) -> str | None:
@@ -211,14 +232,15 @@ def _refused(document: Document, tokenizer: Any) -> str | None:
     if document.messages is None:
         return None
     try:
-        render_chat(tokenizer, document.messages)
+        with concerning(f"document {document.doc}"):
+            render_chat(tokenizer, document.messages)
     except ChatRefusedError as e:
         return f"document {document.doc}: {e}"
     return None
 
 
 @dataclass
-class Result:
+class UnitResult:
     """A unit's rows, ready to be written."""
 
     table: RowTable
@@ -230,7 +252,7 @@ class Result:
     excluded: int
 
     @classmethod
-    def of(cls, manifest: Manifest, found: Sequence[Piece], outputs: Outputs) -> Result:
+    def of(cls, manifest: Manifest, found: Sequence[DocumentPiece], outputs: Outputs) -> UnitResult:
         """Leave out the rows that are to be excluded; moments of the others."""
         table, rows = RowTable.of(found), dict(outputs.rows)
         good = np.array([piece.doc not in outputs.failed for piece in found], dtype=bool)

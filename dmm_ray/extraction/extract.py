@@ -8,8 +8,9 @@ import time
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import too_many_failed
+from dmm_ray.extraction.identity import comparable, subject_entry
 from dmm_ray.extraction.job import Extraction
-from dmm_ray.extraction.plan import Plan, Sample, choose_documents_per_unit
+from dmm_ray.extraction.plan import CorpusSample, ExtractionPlan, choose_documents_per_unit
 from dmm_ray.files import absolute, exists, join
 from dmm_ray.precision import Precision, choose_precision
 from dmm_ray.store.manifest import (
@@ -17,7 +18,6 @@ from dmm_ray.store.manifest import (
     MANIFEST,
     CorpusEntry,
     Manifest,
-    SubjectEntry,
     read_manifest,
 )
 from dmm_ray.store.reader import file_sizes
@@ -48,10 +48,11 @@ def extract(config: ExtractConfig) -> str:
     if len(corpus.problems) > config.max_failed_documents:
         errors = [problem.error or "" for problem in corpus.problems]
         raise UserError(too_many_failed(errors, config.max_failed_documents))
-    sample = Sample.draw(corpus, window, config.kept, config.seed, source.tokenizer)
+    sample = CorpusSample.draw(corpus, window, config.kept, config.seed, source.tokenizer)
     compute_dtype = choose_compute_dtype(config, out)
     manifest = make_manifest(config, compute_dtype, source, n_layers, corpus, window, sample)
-    plan = Plan(manifest, sample)
+    manifest = comparable(manifest, out)
+    plan = ExtractionPlan(manifest, sample)
     plan.check_room(out, sum(file_sizes(out).values()))
     logger.info("%s", plan.line())
     return run_job(Extraction(config, out, plan, corpus), started)
@@ -85,7 +86,7 @@ def make_manifest(
     n_layers: int,
     corpus: Corpus,
     window: int,
-    sample: Sample,
+    sample: CorpusSample,
 ) -> Manifest:
     """The manifest of this extraction."""
     kept = config.kept
@@ -94,15 +95,7 @@ def make_manifest(
         config.rows_per_shard, sample, kept.most_rows(window), row_bytes, len(config.layers)
     )
     return Manifest(
-        subject=SubjectEntry(
-            id=source.model_id,
-            revision=source.revision,
-            weights_hash=source.weights_hash,
-            files=source.file_hashes,
-            block_path=config.subject.block_path,
-            n_layers=n_layers,
-            context=source.context,
-        ),
+        subject=subject_entry(source, config.subject.block_path, n_layers),
         tokenizer_hash=source.tokenizer_hash,
         layers=tuple(config.layers),
         dtype=config.dtype,

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.batches import packs, padded_batches
-from dmm_ray.extraction.pieces import Piece
+from dmm_ray.extraction.pieces import DocumentPiece
+from dmm_ray.failures import cause_of
 from dmm_ray.subject import SubjectModel
 
 logger = logging.getLogger(__name__)
+DOCUMENT_ERRORS = (RuntimeError, IndexError, ValueError)
+"""What a forward pass raises about the tokens that it is given, lack of memory for so many included; anything else is a
+fault in the model's code."""
 HOW = {
     "packed": "packed without padding",
     "padded": "padded by length",
@@ -61,7 +65,7 @@ class Forward:
         self.batching = subject.batching(longest)
         logger.info("sequences are %s", HOW[self.batching])
 
-    def __call__(self, found: Sequence[Piece]) -> Outputs:
+    def __call__(self, found: Sequence[DocumentPiece]) -> Outputs:
         """Every kept row of every piece."""
         counts = np.array([len(piece.kept) for piece in found], dtype=np.int64)
         starts = np.cumsum(counts) - counts
@@ -76,28 +80,47 @@ class Forward:
             self._run(found, starts, batch, outputs)
         return outputs
 
-    def _run(self, found: Sequence[Piece], starts: np.ndarray, batch: list[int], outputs: Outputs) -> None:
-        """One batch; where it fails its halves, down to the document that is at fault."""
+    def _run(
+        self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
+    ) -> None:
+        """One batch; where it fails its halves, down to the document that is at fault.
+
+        Raises:
+            UserError: the model cannot be read at all.
+            Exception: a fault in the model's code; a note names the document that it showed with.
+        """
         try:
-            hidden, offsets, padding = self._hidden([found[i].ids for i in batch])
-        except UserError:  # the model cannot be read at all
+            self._scatter(found, starts, batch, outputs)
+        except UserError:
             raise
-        except (RuntimeError, IndexError, ValueError) as e:  # out of memory is a RuntimeError
-            if len(batch) > 1:
-                half = len(batch) // 2
-                self._run(found, starts, batch[:half], outputs)
-                self._run(found, starts, batch[half:], outputs)
-                return
-            doc, first = found[batch[0]].doc, " ".join(str(e).split())[:200]
-            outputs.failed[doc] = f"document {doc}: its forward pass failed: {type(e).__name__}: {first}"
+        except Exception as e:
+            doc = found[batch[0]].doc
+            if len(batch) == 1 and not isinstance(e, DOCUMENT_ERRORS):
+                e.add_note(f"document {doc}")
+                raise
+            reason = f"document {doc}: its forward pass failed: {cause_of(e, '--window')}"
+        else:
             return
+        # Not inside the handler: the exception keeps the frames, and so the tensors, of the pass that failed.
+        if len(batch) == 1:
+            outputs.failed[doc] = reason
+            return
+        half = len(batch) // 2
+        self._run(found, starts, batch[:half], outputs)
+        self._run(found, starts, batch[half:], outputs)
+
+    def _scatter(
+        self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
+    ) -> None:
+        """The rows of one batch, each to its place."""
+        hidden, offsets, padding = self._hidden([found[i].ids for i in batch])
         source = np.concatenate([found[i].kept + at for i, at in zip(batch, offsets, strict=True)])
         target = np.concatenate([starts[i] + np.arange(len(found[i].kept)) for i in batch])
-        outputs.padding += padding
         for layer, x in hidden.items():
             rows = x[torch.from_numpy(source).to(x.device)].to(self.dtype)
             out = outputs.rows[layer]
             out[torch.from_numpy(target).to(out.device)] = rows.to(out.device)
+        outputs.padding += padding
 
     def _hidden(self, ids: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], list[int], int]:
         """Outputs by layer as (tokens, d), where each sequence begins in them, and the padding among them."""

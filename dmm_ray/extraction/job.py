@@ -9,7 +9,7 @@ from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import ExtractionTask, Extractor, Loading
-from dmm_ray.extraction.plan import Plan, calibrate, worth_calibrating
+from dmm_ray.extraction.plan import ExtractionPlan, calibrate, worth_calibrating
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.job import Job
@@ -30,7 +30,7 @@ class Extraction(Job[ExtractConfig]):
         corpus: the text.
     """
 
-    def __init__(self, config: ExtractConfig, out: str, plan: Plan, corpus: Corpus) -> None:
+    def __init__(self, config: ExtractConfig, out: str, plan: ExtractionPlan, corpus: Corpus) -> None:
         super().__init__(out, plan.manifest, config.pool, config)
         self.plan, self.corpus = plan, corpus
 
@@ -70,7 +70,7 @@ class Extraction(Job[ExtractConfig]):
         return finish(self.out, self.manifest)
 
 
-def expected_time(plan: Plan, loading: Loading, resources: Resources, todo: int) -> str:
+def expected_time(plan: ExtractionPlan, loading: Loading, resources: Resources, todo: int) -> str:
     """How long the units to do will take, by a short calibration; empty for a job not much longer than that."""
     if not worth_calibrating(plan.sample, loading.batch_tokens):
         return ""

@@ -13,7 +13,7 @@ from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.subject.encoding import Encoded
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """Tokens that go through the model by themselves, and the rows that are kept of them."""
 
     doc: int
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 def pieces(
     encoded: Encoded, doc: int, window: int, kept: TokenSelection, seed: int, bos: int | None
-) -> list[Piece]:
+) -> list[DocumentPiece]:
     """The pieces of a document of which at least one row is kept, in order.
 
     Args:
@@ -44,13 +44,15 @@ def pieces(
     return [piece for piece in inside if len(piece.kept)]
 
 
-def _windows(encoded: Encoded, doc: int, window: int, kept: TokenSelection, bos: int | None) -> list[Piece]:
+def _windows(
+    encoded: Encoded, doc: int, window: int, kept: TokenSelection, bos: int | None
+) -> list[DocumentPiece]:
     """The document, whole or in windows, with every row but what ``keep_first`` and ``keep_special`` leave out."""
     ids, suffix = encoded.ids, encoded.suffix
     first, last = 0 if kept.keep_first else 1, 0 if kept.keep_special else suffix
     if len(ids) <= window:
         index = np.arange(first, max(first, len(ids) - last))
-        return [Piece(doc, ids, index, index)]
+        return [DocumentPiece(doc, ids, index, index)]
     prefix = int(ids[0] == bos)
     body, tail = ids[prefix : len(ids) - suffix], ids[len(ids) - suffix :]
     step = window - prefix - suffix
@@ -60,17 +62,17 @@ def _windows(encoded: Encoded, doc: int, window: int, kept: TokenSelection, bos:
         ends = low + step >= len(body)
         skip = first if low == 0 else max(first, prefix)
         index = np.arange(skip, max(skip, len(tokens) - (last if ends else suffix)))
-        found.append(Piece(doc, tokens, index, index + low))
+        found.append(DocumentPiece(doc, tokens, index, index + low))
     return found
 
 
-def _filtered(piece: Piece, kept: TokenSelection) -> Piece:
+def _filtered(piece: DocumentPiece, kept: TokenSelection) -> DocumentPiece:
     high = np.inf if kept.max_position is None else kept.max_position
     inside = (piece.position >= kept.min_position) & (piece.position <= high)
     return piece._replace(kept=piece.kept[inside], position=piece.position[inside])
 
 
-def _drawn(found: list[Piece], tokens: int | str, seed: int) -> list[Piece]:
+def _drawn(found: list[DocumentPiece], tokens: int | str, seed: int) -> list[DocumentPiece]:
     """The last row of the document, or those whose hash of (seed, document, position) is least."""
     position = np.concatenate([piece.position for piece in found])
     if tokens == "last":
@@ -100,7 +102,7 @@ class RowTable:
     """(rows,) int32."""
 
     @classmethod
-    def of(cls, found: Sequence[Piece]) -> RowTable:
+    def of(cls, found: Sequence[DocumentPiece]) -> RowTable:
         """Rows in the order of the pieces."""
         counts = np.array([len(piece.kept) for piece in found], dtype=np.int64)
         doc = np.repeat(np.array([piece.doc for piece in found], dtype=np.int64), counts)

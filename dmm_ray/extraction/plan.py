@@ -16,7 +16,7 @@ import torch
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.engine import Loading, load_forward, read_pieces
 from dmm_ray.extraction.forward import Forward
-from dmm_ray.extraction.pieces import Piece
+from dmm_ray.extraction.pieces import DocumentPiece
 from dmm_ray.files import filesystem, is_local
 from dmm_ray.seeds import numpy_rng
 from dmm_ray.store.manifest import Manifest
@@ -42,17 +42,19 @@ CALIBRATION_BATCHES = 3
 
 
 @dataclass(frozen=True)
-class Sample:
+class CorpusSample:
     """Some documents, drawn by seed, as the engine will see them."""
 
     documents: int
     """Of the whole corpus."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DocumentPiece, ...]
     rows_per_document: float
     tokens_per_document: float
 
     @classmethod
-    def draw(cls, corpus: Corpus, window: int, kept: TokenSelection, seed: int, tokenizer: Any) -> Sample:
+    def draw(
+        cls, corpus: Corpus, window: int, kept: TokenSelection, seed: int, tokenizer: Any
+    ) -> CorpusSample:
         """Read and tokenise at most 256 documents: all of a smaller corpus."""
         drawn = _draw(corpus, seed)
         found = read_pieces(drawn, window, kept, seed, tokenizer).pieces
@@ -84,7 +86,7 @@ def _draw(corpus: Corpus, seed: int) -> list[Document]:
 
 
 def choose_documents_per_unit(
-    rows_per_shard: int | None, sample: Sample, most_rows: int, row_bytes: int, layers: int
+    rows_per_shard: int | None, sample: CorpusSample, most_rows: int, row_bytes: int, layers: int
 ) -> int:
     """How many documents make a unit: no shard over ``rows_per_shard``, or shards of about 256 MB.
 
@@ -104,11 +106,11 @@ def choose_documents_per_unit(
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtractionPlan:
     """What an extraction will write."""
 
     manifest: Manifest
-    sample: Sample
+    sample: CorpusSample
 
     @property
     def bytes(self) -> int:
@@ -143,7 +145,7 @@ class Plan:
             )
 
 
-def calibrate(manifest: Manifest, loading: Loading, found: Sequence[Piece]) -> float:
+def calibrate(manifest: Manifest, loading: Loading, found: Sequence[DocumentPiece]) -> float:
     """Tokens per second of one actor, from a few batches after one that warms up."""
     threads = torch.get_num_threads()
     try:
@@ -152,8 +154,8 @@ def calibrate(manifest: Manifest, loading: Loading, found: Sequence[Piece]) -> f
         torch.set_num_threads(threads)
 
 
-def _rate(forward: Forward, batch_tokens: int, found: Sequence[Piece]) -> float:
-    wanted, chosen = (CALIBRATION_BATCHES + 1) * batch_tokens, list[Piece]()
+def _rate(forward: Forward, batch_tokens: int, found: Sequence[DocumentPiece]) -> float:
+    wanted, chosen = (CALIBRATION_BATCHES + 1) * batch_tokens, list[DocumentPiece]()
     for piece in found:
         chosen.append(piece)
         wanted -= len(piece.ids)
@@ -167,6 +169,6 @@ def _rate(forward: Forward, batch_tokens: int, found: Sequence[Piece]) -> float:
     return sum(len(piece.ids) for piece in chosen) / (time.perf_counter() - started)
 
 
-def worth_calibrating(sample: Sample, batch_tokens: int) -> bool:
+def worth_calibrating(sample: CorpusSample, batch_tokens: int) -> bool:
     """Whether the job is much longer than its calibration."""
     return sample.tokens > 8 * (CALIBRATION_BATCHES + 1) * batch_tokens

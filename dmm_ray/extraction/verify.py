@@ -13,7 +13,9 @@ from torch import Tensor
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.engine import read_pieces
+from dmm_ray.extraction.identity import changed_part, warn_of_versions
 from dmm_ray.extraction.pieces import RowTable
+from dmm_ray.failures import ERRORS
 from dmm_ray.files import absolute, join, sha256
 from dmm_ray.parallel import in_order
 from dmm_ray.precision import affordable_precision
@@ -35,7 +37,7 @@ from dmm_ray.store.manifest import (
 )
 from dmm_ray.store.moments import Moments
 from dmm_ray.store.reader import ActivationStore, file_sizes, length_problem
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import SubjectModel
 from dmm_ray.subject.config import ModelSource
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.text.documents import Document
@@ -91,7 +93,8 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
     """What is wrong with the files: missing, foreign, of another length or hash, units without a record."""
     sizes = file_sizes(uri)
     whole = {SUMMARY} if manifest.is_table else {SUMMARY, STATISTICS}
-    problems, expected = [], {MANIFEST, LOCK, *whole}
+    traces = {name for name in sizes if name.startswith(f"{ERRORS}/")}  # of an unfinished run
+    problems, expected = [], {MANIFEST, LOCK, *whole, *traces}
     if manifest.sealed().config_hash != manifest.config_hash:
         problems.append(f"{MANIFEST}: its configuration does not match its config_hash: it was edited")
     problems += [
@@ -181,7 +184,8 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     except UserError as e:
         logger.warning("no rows computed again: %s", e)
         return []
-    if changed := _changed_files(source, m):
+    warn_of_versions(m.subject, store.uri)
+    if changed := changed_part(source, m):
         return [f"{source.model_id}: {changed} is no longer what the store was extracted with"]
     if corpus.hash != m.corpus.hash:
         return [f"{', '.join(m.corpus.uris)}: the text is no longer what the store was extracted from"]
@@ -198,15 +202,6 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
         problems += check_document(store, subject, next(corpus.read(doc, doc + 1)))
     logger.info("computed %d documents again: %d findings", len(documents), len(problems))
     return problems
-
-
-def _changed_files(source: SubjectSource, m: Manifest) -> str | None:
-    """The first file of the model that is missing or another; None where all are the same."""
-    found = source.file_hashes
-    for name in sorted(found.keys() | m.subject.files.keys()):
-        if found.get(name) != m.subject.files.get(name):
-            return name
-    return "the tokenizer" if source.tokenizer_hash != m.tokenizer_hash else None
 
 
 def check_document(store: ActivationStore, subject: SubjectModel, document: Document) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dmm_ray.errors import UserError
 from dmm_ray.files import exists, join, make_folder, read_bytes, write_bytes
 from dmm_ray.prior.folder import CALIBRATION
-from dmm_ray.prior.quantiles import LEVELS, Table
+from dmm_ray.prior.quantiles import QUANTILE_LEVELS, Table
 from dmm_ray.prior.weights import read_header
 
 KEY, VERSION = "calibration", 1
@@ -224,6 +224,6 @@ def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def _table(edges: Tensor, values: Tensor) -> Table:
-    if values.shape != (1 + len(edges), LEVELS) or not (values.diff(dim=1) >= 0).all():
+    if values.shape != (1 + len(edges), QUANTILE_LEVELS) or not (values.diff(dim=1) >= 0).all():
         raise ValueError("a table of another shape, or not rising")
     return Table(edges, values)

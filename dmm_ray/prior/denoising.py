@@ -15,7 +15,7 @@ from dmm_ray.prior.flow import interpolate, posterior_mean
 from dmm_ray.prior.solver import Solver
 from dmm_ray.prior.velocities import VelocityField
 
-LEVELS = 32
+DISTANCE_LEVELS = 32
 """Levels for a distance are the multiples of 1 / LEVELS."""
 
 
@@ -96,10 +96,10 @@ def largest_levels(restore: Callable[[Tensor], Tensor], z: Tensor, distance: flo
     """
     allowed = distance * z.norm(dim=1)
     low = np.zeros(len(z), dtype=np.int64)
-    high = np.full(len(z), LEVELS + 1)
+    high = np.full(len(z), DISTANCE_LEVELS + 1)
     while (high - low).max() > 1:
         middle = (low + high) // 2
-        moved = (restore(torch.from_numpy(middle / LEVELS)) - z).norm(dim=1)
+        moved = (restore(torch.from_numpy(middle / DISTANCE_LEVELS)) - z).norm(dim=1)
         within = (moved <= allowed).numpy(force=True)
         low, high = np.where(within, middle, low), np.where(within, high, middle)
-    return torch.from_numpy(low / LEVELS)
+    return torch.from_numpy(low / DISTANCE_LEVELS)

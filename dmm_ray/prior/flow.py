@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVELS = 1000
-"""Noise levels are the integers 1..LEVELS over LEVELS in training; between them the network is smooth."""
+NOISE_LEVELS = 1000
+"""Noise levels are the integers 1..NOISE_LEVELS over NOISE_LEVELS in training; between them the network is smooth."""
 
 
 def interpolate(z: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
@@ -29,7 +29,7 @@ def posterior_mean(z_u: Tensor, velocity: Tensor, u: Tensor | float) -> Tensor:
 
 
 def batch_levels(seed: int, batch: int, distinct: int) -> Tensor:
-    """The noise levels of one global batch: stratified over 1..LEVELS, uniform for every sample.
+    """The noise levels of one global batch: stratified over 1..NOISE_LEVELS, uniform for every sample.
 
     One level is drawn in each of ``distinct`` equal strata and shared by an equal run of samples (which are rows in
     random order), so that the network's time path, a quarter of its cost, runs once per distinct level.
@@ -43,5 +43,5 @@ def batch_levels(seed: int, batch: int, distinct: int) -> Tensor:
         u (distinct,) float32 in (0, 1], rising.
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, batch], dtype=np.uint64)))
-    strata = (np.arange(distinct) + rng.random(distinct)) * (LEVELS / distinct)
-    return torch.from_numpy(((np.floor(strata) + 1) / LEVELS).astype(np.float32))
+    strata = (np.arange(distinct) + rng.random(distinct)) * (NOISE_LEVELS / distinct)
+    return torch.from_numpy(((np.floor(strata) + 1) / NOISE_LEVELS).astype(np.float32))

@@ -142,7 +142,7 @@ def _check_statistics(uri: str, found: object) -> None:
             )
         if not value.to(torch.float32).isfinite().all():
             raise UserError(
-                f"{uri}: {name} holds a value that is not finite in float32; copy the file from the source again"
+                f"{uri}: {name} contains NaN or Inf in float32; copy the file from the source again"
             )
         if name == "var" and (value < 0).any():
             raise UserError(f"{uri}: var holds a negative variance; copy the file from the source again")

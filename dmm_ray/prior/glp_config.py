@@ -26,7 +26,7 @@ KNOWN = {
     NORMALIZER: {"rep_statistic", "d_input"},
 }
 """Keys that decide what is computed; with others it would be another model than this one."""
-OURS = "dmm_ray"
+OUR_SECTION = "dmm_ray"
 """Section that :func:`write` adds, for what the published format has no place for; its readers pass over it."""
 OUR_FIELDS = ("subject_layers", "variance_floor", "subject", "split", "training")
 HOOKS = ("output", "input")
@@ -92,9 +92,9 @@ def read(uri: str) -> Description:
     if retain not in HOOKS:
         raise UserError(f"{uri}: {TRACED}.retain is 'input' or 'output' (got {retain!r}); correct it")
     blocks, prefix = _blocks(settings)
-    ours = settings.find(OURS) or {}
+    ours = settings.find(OUR_SECTION) or {}
     if not isinstance(ours, dict) or set(ours) - set(OUR_FIELDS):
-        raise UserError(f"{uri}: {OURS} holds {', '.join(OUR_FIELDS)} and no more; remove the section")
+        raise UserError(f"{uri}: {OUR_SECTION} holds {', '.join(OUR_FIELDS)} and no more; remove the section")
     return Description(
         uri=uri,
         d=_size(settings, f"{DENOISER}.d_input"),
@@ -136,7 +136,7 @@ def write(uri: str, config: PriorConfig) -> None:
                 "retain": HOOKS[config.depth_offset],
             },
         },
-        OURS: _escaped({name: config.model_dump(mode="json")[name] for name in OUR_FIELDS}),
+        OUR_SECTION: _escaped({name: config.model_dump(mode="json")[name] for name in OUR_FIELDS}),
     }
     write_bytes(uri, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
 

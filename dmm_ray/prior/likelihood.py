@@ -14,7 +14,7 @@ from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
 from dmm_ray.prior.calibration import Calibration, Percentiles
 from dmm_ray.prior.precision import as_asked
-from dmm_ray.prior.rows import Piece
+from dmm_ray.prior.rows import RowChunk
 from dmm_ray.prior.solver import Solver
 from dmm_ray.prior.trace import exact_trace, hutchinson_trace
 from dmm_ray.prior.velocities import VelocityField
@@ -25,7 +25,7 @@ TANGENTS = 8
 """Tangents taken at once where memory allows."""
 
 
-class Scale(NamedTuple):
+class PercentileContext(NamedTuple):
     """What percentiles are read from: a calibration, the rows' layer and their positions (n,), where known."""
 
     calibration: Calibration | None
@@ -84,7 +84,13 @@ class LogProb:
 
     @classmethod
     def of(
-        cls, path: Path, log_determinant: float, d: int, probes: int, evaluations: int, scale: Scale
+        cls,
+        path: Path,
+        log_determinant: float,
+        d: int,
+        probes: int,
+        evaluations: int,
+        scale: PercentileContext,
     ) -> LogProb:
         """From what was found along the path."""
         nats = path.base + path.divergence + log_determinant
@@ -121,8 +127,8 @@ def tangents_at_once(probes: int, d: int) -> int:
     return min(probes or d, TANGENTS)
 
 
-def follow(
-    field: VelocityField, piece: Piece, solver: Solver, points: list[float], seed: int, probes: int
+def integrate_log_prob(
+    field: VelocityField, piece: RowChunk, solver: Solver, points: list[float], seed: int, probes: int
 ) -> Path:
     """What is found when rows are led along ``points``.
 

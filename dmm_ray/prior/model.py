@@ -18,14 +18,14 @@ from dmm_ray.prior.likelihood import (
     EXACT_TRACE_MAX_D,
     LogProb,
     Path,
-    Scale,
+    PercentileContext,
     check_probes,
-    follow,
+    integrate_log_prob,
     tangents_at_once,
 )
 from dmm_ray.prior.module import PriorModule
 from dmm_ray.prior.noise import DRAW, STREAM_ENCODE, STREAM_PAIRS, STREAM_PATH, STREAM_SAMPLE, normal, row_ids
-from dmm_ray.prior.rows import Ids, Piece, Rows, chunk_rows
+from dmm_ray.prior.rows import Ids, PriorRows, RowChunk, chunk_rows
 from dmm_ray.prior.solver import Solver, check_level
 from dmm_ray.prior.top import TopUnits
 from dmm_ray.prior.velocities import VelocityField
@@ -88,9 +88,11 @@ class ActivationPrior(PriorModule):
         points, field = solver.points(0.0, 1.0, steps), self._field(index, precision)
         rows = self._rows(x, ids, index)
         pieces = rows.pieces(1 + tangents_at_once(probes, self.d))
-        path = Path.joined([follow(field, piece, solver, points, seed, probes) for piece in pieces])
+        path = Path.joined(
+            [integrate_log_prob(field, piece, solver, points, seed, probes) for piece in pieces]
+        )
         log_det = self.normalizer.log_determinant(index)
-        scale = Scale(self.calibration, rows.layer, rows.positions)
+        scale = PercentileContext(self.calibration, rows.layer, rows.positions)
         return LogProb.of(path, log_det, self.d, probes, solver.stages * steps, scale)
 
     @torch.no_grad()
@@ -294,7 +296,7 @@ class ActivationPrior(PriorModule):
         if top is not None and not 1 <= (top := as_integer("top", top)) <= units:
             raise UserError(f"top: 1 to {units} of this prior's hidden units can be asked for (got {top})")
 
-        def encoded(piece: Piece) -> Tensor:
+        def encoded(piece: RowChunk) -> Tensor:
             total = torch.zeros(len(piece.z), units, device=self.device)
             for k in range(noises):
                 noise = normal(seed, piece.ids, self.d, STREAM_ENCODE + k * DRAW)
@@ -314,5 +316,5 @@ class ActivationPrior(PriorModule):
         chosen = self.precision if precision is None else precision_on(precision, self.device)
         return self.velocities.field(self.denoiser, layer_index, chosen)
 
-    def _rows(self, x: Any, ids: Ids, layer_index: int) -> Rows:
-        return Rows(x, ids, self.config, self.normalizer, layer_index)
+    def _rows(self, x: Any, ids: Ids, layer_index: int) -> PriorRows:
+        return PriorRows(x, ids, self.config, self.normalizer, layer_index)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmm_ray.prior.flow import LEVELS
+from dmm_ray.prior.flow import NOISE_LEVELS
 
 
 def sinusoid(t_M: Tensor, width: int) -> Tensor:
@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
             depth_M: layer / (n_layers - 1) of the subject; multi-layer priors only.
         """
         dtype = self.in_proj.weight.dtype
-        e_MH = self.time_embed(sinusoid(u_M * LEVELS, self.d_model).to(dtype))
+        e_MH = self.time_embed(sinusoid(u_M * NOISE_LEVELS, self.d_model).to(dtype))
         if self.layer_embed is not None:
             assert depth_M is not None
             e_MH = e_MH + self.layer_embed(sinusoid(depth_M, self.d_model).to(dtype))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVELS = 257
+QUANTILE_LEVELS = 257
 """Quantiles kept of a score, at the levels (k + 1/2) / 257."""
 TAIL = 12
 """The tails' slope is taken between the outermost quantile and the one so many further in (about 5 % of the rows)."""
@@ -82,7 +82,9 @@ def quantiles(score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(score, kind="stable")
     mass = weights[order].astype(np.float64)
     level = (np.cumsum(mass) - mass / 2) / mass.sum()
-    return np.interp((np.arange(LEVELS) + 0.5) / LEVELS, level, score[order].astype(np.float64))
+    return np.interp(
+        (np.arange(QUANTILE_LEVELS) + 0.5) / QUANTILE_LEVELS, level, score[order].astype(np.float64)
+    )
 
 
 def bucket_edges(position: np.ndarray, min_rows: int = MIN_ROWS) -> Tensor:
@@ -102,7 +104,7 @@ def bucket_edges(position: np.ndarray, min_rows: int = MIN_ROWS) -> Tensor:
 
 def _shares(values_Q: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
     """Shares below and above by one row of a table."""
-    last = LEVELS - 1
+    last = QUANTILE_LEVELS - 1
     # Where natural rows are all alike, their own like, a rounding away, is one of them and not beyond them all.
     for edge in (values_Q[0], values_Q[last]):
         score_N = torch.where((score_N - edge).abs() <= ROUNDING * edge.abs(), edge, score_N)
@@ -111,7 +113,7 @@ def _shares(values_Q: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
     left, right = values_Q[(first - 1).clamp(0, last)], values_Q[first.clamp(max=last)]
     between = torch.where(right > left, (score_N - left) / (right - left), 0.5)
     rank = torch.where(after > first, (first + after) / 2, first - 0.5 + between)
-    below = rank / LEVELS
+    below = rank / QUANTILE_LEVELS
     above = 1 - below
     low, high = (
         _tail(values_Q[0] - score_N, values_Q[TAIL] - values_Q[0]),
@@ -126,5 +128,5 @@ def _shares(values_Q: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tail(distance: Tensor, width: Tensor) -> Tensor:
     """``p exp(-distance / s)`` beyond the outermost level p, with s such that the last ``width`` has the same slope."""
-    outermost, scale = 0.5 / LEVELS, width / np.log(2 * TAIL + 1)
+    outermost, scale = 0.5 / QUANTILE_LEVELS, width / np.log(2 * TAIL + 1)
     return outermost * torch.exp(-distance.clamp(min=0) / scale.clamp(min=torch.finfo(torch.float64).tiny))

@@ -31,7 +31,7 @@ def chunk_rows(config: PriorConfig, width: int, device: torch.device) -> int:
     return max(1, floats // (width * max(config.d_mlp, config.d)))
 
 
-class Piece(NamedTuple):
+class RowChunk(NamedTuple):
     """Consecutive rows: which ones, raw and normalised (m, d) float32, and their ids (m, 2), on the prior's device."""
 
     at: slice
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     ids: Tensor
 
 
-class Rows:
+class PriorRows:
     """Activations of the layer at index ``layer_index``, checked as a whole before any work is done.
 
     Args:
@@ -86,7 +86,7 @@ class Rows:
         """Room (n, width) for a result."""
         return torch.empty(len(self), width, device=self.device)
 
-    def pieces(self, width: int) -> Iterator[Piece]:
+    def pieces(self, width: int) -> Iterator[RowChunk]:
         """All rows in turn, as many at once as memory allows where each takes ``width`` network widths.
 
         At the end, logs a warning, once for a prior's layer, if they do not fit the normaliser.
@@ -97,7 +97,7 @@ class Rows:
             x = self.x[at].to(self.device, torch.float32)
             z = self.normalizer.normalize(x, self.layer_index)
             squares.append(z.square().mean(1))
-            yield Piece(at, x, z, self.ids[at])
+            yield RowChunk(at, x, z, self.ids[at])
         self._warn(float(torch.cat(squares).median()))
 
     def _check_finite(self, named: bool) -> None:
@@ -107,9 +107,7 @@ class Rows:
             if not finite.all():
                 bad = start + int(finite.logical_not().nonzero()[0])
                 name = f" (id {', '.join(map(str, self.ids[bad].tolist()))})" if named else ""
-                raise UserError(
-                    f"activations: row {bad}{name} holds a value that is not finite; drop or fix it"
-                )
+                raise UserError(f"activations: row {bad}{name} contains NaN or Inf; drop or fix it")
 
     def _warn(self, square: float) -> None:
         if not 1 / TOO_WIDE <= square <= TOO_WIDE and self.layer_index not in self.normalizer.warned:

@@ -54,7 +54,7 @@ def _as_float32(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.to(torch.float32)
     # The extremes show NaN and infinities without a mask as large as the tensor.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise UserError(f"{name} holds a value that is not finite in float32; copy or train the prior again")
+        raise UserError(f"{name} contains NaN or Inf in float32; copy or train the prior again")
     return tensor
 
 

@@ -9,9 +9,9 @@ from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.provenance import versions
 from dmm_ray.serving import docs_page, json_routes, oip_routes, page, text_api
 from dmm_ray.serving.answers import install_handlers
-from dmm_ray.serving.auth import Tokens
+from dmm_ray.serving.auth import AccessTokens
 from dmm_ray.serving.context import Context
-from dmm_ray.serving.gate import Answered, Gate, log_access
+from dmm_ray.serving.gate import AccessMiddleware, Answered, log_access
 from dmm_ray.serving.metrics import HttpMetrics
 
 DESCRIPTION = """Log-probabilities, denoising, samples and meta-neurons of language-model activations.
@@ -21,7 +21,7 @@ Limits of a request: {max_rows} rows, {max_body_bytes} bytes, {max_steps} steps,
 Priors: {names}; the first is the default."""
 
 
-def build_api(context: Context, tokens: Tokens | None, cors_origins: tuple[str, ...]) -> FastAPI:
+def build_api(context: Context, tokens: AccessTokens | None, cors_origins: tuple[str, ...]) -> FastAPI:
     """The ASGI application that Serve runs.
 
     Args:
@@ -44,7 +44,7 @@ def build_api(context: Context, tokens: Tokens | None, cors_origins: tuple[str, 
         metrics.record(answered)
         log_access(answered)
 
-    api.add_middleware(Gate, tokens=tokens, record=record)
+    api.add_middleware(AccessMiddleware, tokens=tokens, record=record)
     if cors_origins:  # outside the gate: a browser asks for permission without a token
         api.add_middleware(
             CORSMiddleware,

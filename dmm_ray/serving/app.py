@@ -11,8 +11,8 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from dmm_ray.serving.api import build_api
-from dmm_ray.serving.auth import Tokens, tokens_of
-from dmm_ray.serving.backends import Backend, Priors
+from dmm_ray.serving.auth import AccessTokens, tokens_of
+from dmm_ray.serving.backends import DeploymentClient, Priors
 from dmm_ray.serving.config import AppConfig
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.replica import PriorDeployment
@@ -32,7 +32,7 @@ class Ingress:
         priors: a handle to the deployment of each prior, by name; the first is the default.
         subject: a handle to the language model's deployment, if there is one.
         config: the application's configuration.
-        tokens: the arguments of ``Tokens``; None: everybody is let in.
+        tokens: the arguments of ``AccessTokens``; None: everybody is let in.
 
     Raises:
         UserError: the token file is not there or empty.
@@ -46,7 +46,7 @@ class Ingress:
         tokens: tuple[tuple[bytes, ...], str | None] | None,
     ) -> None:
         self._config = config
-        self._tokens = None if tokens is None else Tokens(*tokens)
+        self._tokens = None if tokens is None else AccessTokens(*tokens)
         self._context = Context(
             Priors({name: self._backend(handle, "prior") for name, handle in priors.items()}),
             None if subject is None else self._backend(subject, "language model"),
@@ -59,8 +59,8 @@ class Ingress:
         """The ASGI application; Serve looks for this name."""
         return build_api(self._context, self._tokens, self._config.cors_origins)
 
-    def _backend(self, handle: DeploymentHandle, what: str) -> Backend:
-        return Backend(handle, what, self._config.timeout_s, self._config.retry_after_s)
+    def _backend(self, handle: DeploymentHandle, what: str) -> DeploymentClient:
+        return DeploymentClient(handle, what, self._config.timeout_s, self._config.retry_after_s)
 
 
 def build(config: AppConfig) -> Application:

@@ -14,12 +14,12 @@ from dmm_ray.serving.config import AppConfig, ServeConfig
 
 logger = logging.getLogger("ray.serve.dmm")
 VARIABLE = "DMM_SERVE_TOKENS"
-REMEDY = f"set {VARIABLE} in the environment or give a token file"
+TOKEN_REMEDY = f"set {VARIABLE} in the environment or give a token file"
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 """What needs no token: health, the page itself and the description of the routes."""
 
 
-class Tokens:
+class AccessTokens:
     """The tokens that requests are checked against; only their SHA-256 is kept.
 
     Args:
@@ -40,7 +40,7 @@ class Tokens:
         if file is not None and not os.path.isfile(file):
             raise UserError(f"token_file: {file}: no such file; write one token a line into it")
         if not self._hashes():
-            raise UserError(f"tokens: none given; {REMEDY}")
+            raise UserError(f"tokens: none given; {TOKEN_REMEDY}")
         self._started = True
 
     def admit(self, authorization: str | None) -> bool:
@@ -87,7 +87,7 @@ def hashes(text: str) -> tuple[bytes, ...]:
 
 
 def tokens_of(config: AppConfig) -> tuple[tuple[bytes, ...], str | None] | None:
-    """The arguments of ``Tokens`` that ``config`` and this process's environment give; None for ``auth: none``.
+    """The arguments of ``AccessTokens`` that ``config`` and this process's environment give; None for ``auth: none``.
 
     Raises:
         UserError: neither tokens nor ``auth: none``.
@@ -97,7 +97,7 @@ def tokens_of(config: AppConfig) -> tuple[tuple[bytes, ...], str | None] | None:
     found = hashes(os.environ.get(VARIABLE, ""))
     if not found and config.token_file is None:
         raise UserError(
-            f"auth: no tokens; {REMEDY}, or say `auth: none` where nobody else reaches the address"
+            f"auth: no tokens; {TOKEN_REMEDY}, or say `auth: none` where nobody else reaches the address"
         )
     return found, config.token_file
 
@@ -110,13 +110,13 @@ def settled(config: ServeConfig) -> ServeConfig:
     """
     given = config.token_file is not None or bool(hashes(os.environ.get(VARIABLE, "")))
     if not is_loopback(config.host) and (config.auth == "none" or not given):
-        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {REMEDY}")
+        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {TOKEN_REMEDY}")
     if config.auth is None and not given:
         return config.model_copy(update={"auth": "none"})
     if config.auth != "none":
         arguments = tokens_of(config)
         assert arguments
-        Tokens(*arguments)
+        AccessTokens(*arguments)
     return config
 
 

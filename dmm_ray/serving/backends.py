@@ -24,7 +24,7 @@ INFO_LIFE_S = 1.0
 """How long a prior's shape is believed: an update may have put another in its place."""
 
 
-class Backend:
+class DeploymentClient:
     """One deployment.
 
     Args:
@@ -113,7 +113,7 @@ class Backend:
 class Priors:
     """The priors by name; the first is the default."""
 
-    def __init__(self, backends: dict[str, Backend]) -> None:
+    def __init__(self, backends: dict[str, DeploymentClient]) -> None:
         self._backends = backends
         self._known: dict[str, tuple[PriorInfo, float]] = {}
 

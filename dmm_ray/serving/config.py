@@ -14,7 +14,7 @@ from dmm_ray.precision import PrecisionOption
 MOST_ROWS = 1 << 16
 """No configuration allows more rows, or numbers in a row, than this."""
 DEFAULT_NAME = "default"
-NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
+NAMED_PRIOR = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
 
 
 def _listed(value: object) -> object:
@@ -127,7 +127,7 @@ class AppConfig(Config):
         return self
 
     def _pairs(self) -> list[tuple[str, str]]:
-        found = ((NAMED.fullmatch(text), text) for text in self.prior)
+        found = ((NAMED_PRIOR.fullmatch(text), text) for text in self.prior)
         return [(match[1], match[2]) if match else (DEFAULT_NAME, text) for match, text in found]
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from dmm_ray.serving.backends import Backend, Priors
+from dmm_ray.serving.backends import DeploymentClient, Priors
 from dmm_ray.serving.bodies import BodyT, parse, read_body
 from dmm_ray.serving.config import Limits
 
@@ -24,7 +24,7 @@ class Context:
     """
 
     priors: Priors
-    subject: Backend | None
+    subject: DeploymentClient | None
     limits: Limits
     body_timeout_s: float
     retry_after_s: float

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+DOCS_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}: routes</title><style>
@@ -27,7 +27,7 @@ def install(api: FastAPI) -> None:
     """Add the page to ``api``; it shows the routes that ``api`` has when first asked."""
 
     async def docs() -> HTMLResponse:
-        return HTMLResponse(render(api.openapi()), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(render(api.openapi()), headers={"Content-Security-Policy": DOCS_CSP})
 
     api.get("/docs", include_in_schema=False)(docs)
 

@@ -22,7 +22,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 }
 
 
-ROWS = (("activations",), ("ids",), ("u",))
+ROW_FIELDS = (("activations",), ("ids",), ("u",))
 """Fields with one entry per row."""
 
 
@@ -52,5 +52,5 @@ def body_error(error: ValidationError, within: str = "") -> RequestError:
         return RequestError(422, ".".join([*path, first["msg"]]))
     field = ".".join(path) or "body"
     # 413 says that fewer rows would be taken; a client then halves its request.
-    too_many = first["type"] == "too_long" and first["loc"] in ROWS
+    too_many = first["type"] == "too_long" and first["loc"] in ROW_FIELDS
     return RequestError(413 if too_many else 422, f"{field}: {first['msg']}")

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmm_ray.serving.answers import failure
-from dmm_ray.serving.auth import OPEN_PATHS, Tokens
+from dmm_ray.serving.auth import OPEN_PATHS, AccessTokens
 
 logger = logging.getLogger("ray.serve.dmm")
 SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -30,7 +30,7 @@ class Answered(NamedTuple):
     request_id: str
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware around the whole application.
 
     Serve's proxy takes or makes ``X-Request-ID`` and puts it on the answer; here it goes into the log.
@@ -41,7 +41,7 @@ class Gate:
         record: called once for each request when its answer has gone.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Tokens | None, record: Callable[[Answered], None]) -> None:
+    def __init__(self, app: ASGIApp, tokens: AccessTokens | None, record: Callable[[Answered], None]) -> None:
         self._app = app
         self._tokens = tokens
         self._record = record

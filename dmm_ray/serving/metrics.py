@@ -7,7 +7,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from dmm_ray.serving.gate import Answered
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
-ROWS = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0]
+ROW_BUCKETS = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0]
 
 
 class HttpMetrics:
@@ -38,7 +38,7 @@ class SolverMetrics:
     def __init__(self) -> None:
         self._rows = Counter("dmm_solved_rows", "Rows computed.", ("operation",))
         self._failures = Counter("dmm_solver_failures", "Solver calls that raised.", ("operation",))
-        self._batch = Histogram("dmm_batch_rows", "Rows of a solver call.", ROWS, ("operation",))
+        self._batch = Histogram("dmm_batch_rows", "Rows of a solver call.", ROW_BUCKETS, ("operation",))
         self._seconds = Histogram(
             "dmm_solver_seconds", "Time of a solver call, seconds.", SECONDS, ("operation",)
         )

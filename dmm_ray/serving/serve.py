@@ -14,8 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from dmm_ray.cluster import cluster_address, ensure_ray
+from dmm_ray.cluster import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import cause_of, keep_trace, last_error
 from dmm_ray.serving.auth import settled
 from dmm_ray.serving.config import ServeConfig
 
@@ -75,13 +76,12 @@ def running(config: ServeConfig) -> Iterator[str]:
             "host, port: this cluster runs Serve already; use `serve deploy`, or end it by `serve shutdown`"
         )
     url = f"http://{_reachable(config.host)}:{port}"
-    try:
-        _deploy(config, port)
-        wait_ready(url)
-        yield url
-    finally:
-        # Ray reports the end of Serve's controller as a failed task, on stdout, which belongs to results.
-        with contextlib.redirect_stdout(sys.stderr):
+    with ray_messages_logged():
+        try:
+            _deploy(config, port)
+            wait_ready(url)
+            yield url
+        finally:
             if APPLICATION in ray_serve.status().applications:
                 ray_serve.delete(APPLICATION)  # lets running requests end, which a shutdown alone does not
             ray_serve.shutdown()
@@ -98,7 +98,12 @@ def _use_haproxy(late: bool) -> None:
 
 
 def _deploy(config: ServeConfig, port: int) -> None:
-    """Start Serve and the application; returns when its processes are up. Raises CheckFailed otherwise."""
+    """Start Serve and the application; returns when its processes are up.
+
+    Raises:
+        UserError: a replica refused what it was told to load.
+        CheckFailed: a replica failed for another reason.
+    """
     from ray import serve as ray_serve
 
     from dmm_ray.serving.app import build
@@ -110,14 +115,23 @@ def _deploy(config: ServeConfig, port: int) -> None:
         ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as e:
         found = ray_serve.status().applications[APPLICATION].deployments.values()
-        reason = _reason([deployment.message for deployment in found]) or str(e)
-        raise CheckFailed(f"the application did not start: {reason}") from e
+        raise _failure([deployment.message for deployment in found], e) from e
 
 
-def _reason(messages: list[str]) -> str:
-    """The last error that Serve's deployment messages, which hold tracebacks, name."""
-    errors = [line.strip() for message in messages for line in message.splitlines() if "Error: " in line]
-    return errors[-1] if errors else ""
+def _failure(messages: list[str], error: RuntimeError) -> UserError | CheckFailed:
+    """What to raise when the application did not start.
+
+    Args:
+        messages: Serve's, on the deployments; those of replicas that failed hold tracebacks.
+        error: what Serve raised.
+    """
+    reasons = [reason for message in messages if (reason := last_error(message))]
+    refused = [reason for reason in reasons if reason.startswith("UserError: ")]
+    if refused:
+        return UserError(refused[0].removeprefix("UserError: "))
+    reason = reasons[-1] if reasons else cause_of(error)
+    where = keep_trace("serve", "\n\n".join([*messages, str(error)]))
+    return CheckFailed(f"the application did not start: {reason}; {where}")
 
 
 def _check_prior(source: str) -> None:

@@ -72,17 +72,18 @@ class SubjectDeployment:
         import torch
 
         from dmm_ray.interventions import load_directions
-        from dmm_ray.subject import LanguageModel
+        from dmm_ray.subject import SubjectModel
 
         torch.set_num_threads(threads)
         # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
         self._compute = ThreadPoolExecutor(1)
         precision, compute_dtype = formats[0], precision_on(formats[1], device)
         load = partial(
-            LanguageModel.load,
+            SubjectModel.from_pretrained,
             model,
-            device,
-            getattr(torch, compute_dtype),
+            head=True,
+            device=device,
+            dtype=getattr(torch, compute_dtype),
             trust_remote_code=trust_remote_code,
         )
         self._model = self._compute.submit(load).result()

@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from ray.exceptions import RayTaskError
 
 from dmm_ray.errors import UserError
-from dmm_ray.serving.backends import Backend
+from dmm_ray.serving.backends import DeploymentClient
 from dmm_ray.serving.calls import array_call
 from dmm_ray.serving.context import Context
 from dmm_ray.serving.errors import DOCUMENTED, RequestError
@@ -133,7 +133,7 @@ class TextRoutes:
             ModelsAnswer(models=models, subject=None if subject is None else await subject.ask("describe"))
         )
 
-    def _subject(self) -> Backend:
+    def _subject(self) -> DeploymentClient:
         if self._context.subject is None:
             raise RequestError(404, NO_SUBJECT)
         return self._context.subject

@@ -48,6 +48,7 @@ def describe(uri: str) -> list[str]:
         *(_derived_lines(m)),
         f"model      {m.subject.id}" + (f" at {m.subject.revision}" if m.subject.revision else ""),
         f"hashes     weights {m.subject.weights_hash[:16]}, tokenizer {m.tokenizer_hash[:16]}",
+        *_resolved_lines(m),
         f"layers     {', '.join(map(str, m.layers))} of {m.subject.n_layers} ({m.hook}), d {m.d}",
         f"numbers    {m.dtype}, computed in {m.compute_dtype}",
         f"text       {', '.join(m.corpus.uris)}: {m.corpus.documents:,} documents",
@@ -59,6 +60,17 @@ def describe(uri: str) -> list[str]:
         f"tokens     {figures.tokens:,} through the model, {figures.padding:,} of padding beside them",
         *(_strange_line(figures, layer) for layer in m.layers),
         *state,
+    ]
+
+
+def _resolved_lines(m: Manifest) -> list[str]:
+    """Code that came with the model, and the versions that it ran with."""
+    resolved = m.subject.resolved
+    if resolved is None:
+        return []
+    return [
+        *(f"code       {name} {digest[:16]}" for name, digest in resolved.code.items()),
+        f"versions   {', '.join(f'{name} {version}' for name, version in resolved.versions.items())}",
     ]
 
 

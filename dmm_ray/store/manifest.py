@@ -6,7 +6,7 @@ import hashlib
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -30,6 +30,30 @@ norm over ``OUTLIER_NORM`` times the median of their unit."""
 OUTLIER_NORM = 10.0
 
 
+class ResolvedEntry(Config):
+    """What else decides a row, as it was once the model was loaded."""
+
+    chat_template: str | None
+    """SHA-256; None for a tokenizer without one."""
+    code: dict[str, str]
+    """SHA-256 of each Python file that came with the model and ran (``trust_remote_code``), by name."""
+    rope: dict[str, Any]
+    """Settings of the rotary position embedding, defaults included."""
+    tokenizer_files: dict[str, str]
+    """SHA-256 of the files of a tokenizer that is written in Python, by name."""
+    versions: dict[str, str] = Field(default={})
+    """Of the libraries that computed the rows: said where they differ, not refused."""
+
+    def identity(self) -> dict[str, object]:
+        """What a resume must have alike, by part."""
+        return {
+            "chat template": self.chat_template,
+            **{f"code, {name}": digest for name, digest in self.code.items()},
+            **{f"setting {name}": value for name, value in self.rope.items()},
+            **{f"tokenizer, {name}": digest for name, digest in self.tokenizer_files.items()},
+        }
+
+
 class SubjectEntry(Config):
     """The model whose activations these are."""
 
@@ -37,10 +61,32 @@ class SubjectEntry(Config):
     revision: str | None
     weights_hash: str
     files: dict[str, str]
-    """SHA-256 of config.json, the weight files and the model's own code, which ``weights_hash`` is made of."""
+    """SHA-256 of config.json and the weight files, which ``weights_hash`` is made of."""
     block_path: str | None
     n_layers: int
     context: int
+    resolved: ResolvedEntry | None = None
+    """None in a store that was begun before this was recorded."""
+
+    @model_serializer(mode="wrap")
+    def _as_recorded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``resolved`` where it is not known: such an entry, and all that holds it, stays as it was."""
+        found: dict[str, Any] = handler(self)
+        if self.resolved is None:
+            found.pop("resolved", None)
+        return found
+
+    def parts(self, tokenizer_hash: str) -> dict[str, object]:
+        """What a resume must have alike, by part of the model, the most particular part first.
+
+        Args:
+            tokenizer_hash: of its tokenizer and chat template together.
+        """
+        if self.resolved is None:
+            return {"model": [self.weights_hash, tokenizer_hash]}
+        files = self.files or {"weights": self.weights_hash}
+        parts = {**files, **self.resolved.identity(), "tokenizer": tokenizer_hash}
+        return {f"model ({part})": value for part, value in parts.items()}
 
 
 class CorpusEntry(Config):
@@ -112,7 +158,7 @@ class Manifest(Config):
         """What a resume must have alike, by option; where the model and the text lie is not part of it."""
         extracted = {
             "version": self.version,
-            "model": [self.subject.weights_hash, self.tokenizer_hash],
+            **self.subject.parts(self.tokenizer_hash),
             "block_path": self.subject.block_path,
             "text": self.corpus.hash,
             "text_field": self.corpus.text_field,

@@ -49,7 +49,7 @@ class Modelled(Protocol):
         """The language model: ``id``, ``revision``, ``weights_hash``, as far as they are known."""
 
 
-class Subject(Protocol):
+class AnySubject(Protocol):
     """A language model; a ``SubjectModel`` is one."""
 
     @property
@@ -104,7 +104,13 @@ def check_fits(
             "extract that layer"
         )
     entry = store.manifest.subject
-    if other := _other_model(prior.subject, entry.id, entry.revision, lambda: entry.weights_hash):
+    other = _other_model(prior.subject, entry.id, entry.revision, lambda: entry.weights_hash)
+    code = (prior.subject.get("resolved") or {}).get("code")
+    if other is None and code is not None and entry.resolved and entry.resolved.code != code:
+        other = (
+            f"the model {entry.id}, the prior was trained on {prior.subject.get('id')} (other Python code)"
+        )
+    if other:
         message = f"activations: {store.uri} is of {other}"
         if same_model and prior.subject.get("weights_hash"):
             raise UserError(f"{message}; give a store of that model")
@@ -112,7 +118,7 @@ def check_fits(
     return shared
 
 
-def check_subject(prior: Modelled, subject: Subject, source: str) -> None:
+def check_subject(prior: Modelled, subject: AnySubject, source: str) -> None:
     """Check that a prior goes with a language model whose activations it is to be used on; warns of another model.
 
     Args:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
+from dmm_ray.failures import concerning
 from dmm_ray.files import absolute, filesystem, is_local, join, plain_errors
 from dmm_ray.store.manifest import (
     STATISTICS,
@@ -107,9 +108,11 @@ class ActivationStore:
         """The rows of a group; columns left out of ``columns`` come back empty."""
         self._check(layer)
         uri = join(self.uri, shard_name(layer, group.shard))
-        table = (
-            _open(uri).read_row_group(group.index, columns=list(columns), use_threads=False).combine_chunks()
-        )
+        with concerning(uri):
+            file = _open(uri)
+            table = file.read_row_group(
+                group.index, columns=list(columns), use_threads=False
+            ).combine_chunks()
         return to_rows(table, self.d, self.manifest.torch_dtype)
 
     def documents(self, layer: int, group: RowGroup) -> np.ndarray:

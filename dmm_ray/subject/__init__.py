@@ -2,7 +2,6 @@
 
 from dmm_ray.subject.generation import Continuation, Generated, Generation
 from dmm_ray.subject.intervention import Intervention, Site
-from dmm_ray.subject.language import LanguageModel
 from dmm_ray.subject.model import SubjectModel
 from dmm_ray.subject.reading import TooLongError
 from dmm_ray.subject.source import SubjectSource
@@ -12,7 +11,6 @@ __all__ = [
     "Generated",
     "Generation",
     "Intervention",
-    "LanguageModel",
     "Site",
     "SubjectModel",
     "SubjectSource",

@@ -52,7 +52,7 @@ def find_blocks(model: Any, block_path: str | None = None) -> str:
     if block_path:
         return _named_blocks(model, text, block_path)
     for name in BLOCK_NAMES:
-        blocks = _descend(text, name)
+        blocks = descend(text, name)
         if isinstance(blocks, nn.ModuleList) and len(blocks) and stated in (None, len(blocks)):
             return name
     lists = _module_lists(model)
@@ -65,7 +65,7 @@ def find_blocks(model: Any, block_path: str | None = None) -> str:
 
 def _named_blocks(model: nn.Module, text: nn.Module, block_path: str) -> str:
     """``block_path`` of ``model`` as a path inside ``text``."""
-    blocks = _descend(model, block_path)
+    blocks = descend(model, block_path)
     if isinstance(blocks, nn.ModuleList) and len(blocks):
         for path, module in text.named_modules():
             if module is blocks:
@@ -77,11 +77,12 @@ def _named_blocks(model: nn.Module, text: nn.Module, block_path: str) -> str:
     )
 
 
-def _descend(model: nn.Module, path: str) -> nn.Module | None:
+def descend(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path of ``model``; None where there is none."""
     module: nn.Module | None = model
     for part in path.split("."):
         module = getattr(module, part, None)
-    return module
+    return module if isinstance(module, nn.Module) else None
 
 
 def _module_lists(model: nn.Module) -> list[str]:

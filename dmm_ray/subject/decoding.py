@@ -1,22 +1,27 @@
-"""Sequences that a language model goes on with, token by token, side by side."""
+"""Sequences that a language model continues token by token, side by side.
+
+Shapes: b sequences, t tokens, v the vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from dmm_ray.errors import UserError
 from dmm_ray.subject.intervention import Interventions, Tokens
+from dmm_ray.subject.runner import TRIAL_TOLERANCE, ModelRunner, pad
 
-if TYPE_CHECKING:
-    from dmm_ray.subject.model import SubjectModel
+TRIAL_LENGTH = 4
+"""Tokens with which generation is tried out."""
 
 
 class NoCacheError(Exception):
-    """A model's output holds nothing that it could go on from."""
+    """A model's output holds no cache to continue from."""
 
 
 class Cached(NamedTuple):
@@ -37,13 +42,13 @@ class Cached(NamedTuple):
 
 
 class Decoding:
-    """A batch of b sequences under way.
+    """A batch of b sequences that are being continued.
 
-    Prompts of different lengths are padded on the left, so that all of them end, and go on, at the same column; each
+    Prompts of different lengths are padded on the left, so that all of them are continued at the same column; each
     keeps the positions that it has alone.
 
     Args:
-        model: with its head.
+        runner: a model with its head.
         prompts: token ids of each, at least one.
         sequences: their ids, for interventions; by default 0 .. b - 1.
         active: edits in force.
@@ -51,15 +56,15 @@ class Decoding:
 
     def __init__(
         self,
-        model: SubjectModel,
+        runner: ModelRunner,
         prompts: Sequence[Sequence[int]],
         sequences: Sequence[int] | None = None,
         active: Interventions | None = None,
     ) -> None:
-        self._model = model
-        self._sequences = sequences
+        self._runner = runner
+        self._sequences = list(range(len(prompts))) if sequences is None else sequences
         self._active = active
-        input_ids, mask = model.pad(prompts)
+        input_ids, mask = pad(prompts, runner.device)
         shift = mask.sum(1, keepdim=True)  # roll each row so that its padding comes first
         order = (torch.arange(mask.shape[1], device=mask.device) + shift) % mask.shape[1]
         self._next, self._mask = input_ids.gather(1, order), mask.gather(1, order)
@@ -67,28 +72,75 @@ class Decoding:
         self._cached: Cached | None = None
 
     @torch.no_grad()
-    def advance(self, tokens: Sequence[int] | None = None) -> Tensor:
-        """Logits (b, v), float32 on the CPU, of what comes next.
+    def advance(self, tokens: Sequence[int | None] | None = None) -> Tensor:
+        """Logits (b, v), float32, of the next token of each sequence.
 
         Args:
-            tokens: one more for each sequence; None at the start.
+            tokens: one more for each sequence, None for one that has ended, whose logits mean nothing; no list at the
+                start.
 
         Raises:
             NoCacheError: the model gives no cache.
+            UserError: an edit fails, or the model gives NaN or Inf for a sequence that goes on.
         """
+        going = torch.ones_like(self._mask[:, :1])
         if tokens is not None:
-            self._next = torch.tensor(tokens, device=self._mask.device)[:, None]
-            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        who = Tokens.of(self._mask, self._sequences, self._seen)
-        predicting = torch.zeros_like(who.real)
+            device = self._mask.device
+            self._next = torch.tensor([[token or 0] for token in tokens], device=device)
+            # A sequence that has ended is padding from now on: no edit sees it, and its position stays in range.
+            going = torch.tensor([[int(token is not None)] for token in tokens], device=device)
+            self._mask = torch.cat([self._mask, going], dim=1)
+        these = Tokens.of(self._mask, self._sequences, self._seen)
+        predicting = torch.zeros_like(these.real)
         predicting[:, -1] = True
-        options = self._model.last_logits(1) | self._model.padding_options(self._mask, self._seen)
+        options = self._runner.last_logits(1) | self._runner.padding_options(self._mask, self._seen)
         if self._cached is not None:
             options[self._cached.name] = self._cached.content
         later = self._cached is not None
-        output = self._model.forward(
-            self._next, who, (), self._active, later=later, predicting=predicting, use_cache=True, **options
+        output = self._runner.forward(
+            self._next, these, (), self._active, later=later, predicting=predicting, use_cache=True, **options
         ).output
         self._cached = Cached.of(output)
         self._seen = self._mask.shape[1]
-        return output.logits[:, -1].float().cpu()
+        logits = output.logits[:, -1].float()
+        self._check(logits, these.ids[:, -1], going[:, 0])
+        return logits
+
+    def _check(self, logits: Tensor, ids: Tensor, going: Tensor) -> None:
+        # -inf is how a model rules a token out; NaN and +inf show in the maximum.
+        broken = ~logits.amax(1).isfinite() & going.bool()
+        if broken.any():
+            sequence, position = ids[broken.nonzero()[0, 0]].tolist()
+            raise UserError(
+                f"model: {self._runner.name} gives NaN or Inf for the token after sequence {sequence}, position "
+                f"{position}; are its weights finite, and the interventions not too strong?"
+            )
+
+
+def can_continue(runner: ModelRunner) -> bool:
+    """Whether a model predicts from a cache as it does from the whole text: tried with a few tokens.
+
+    Raises:
+        NoCacheError, TypeError: it gives no cache, or takes none.
+    """
+    ids = runner.trial_ids(min(TRIAL_LENGTH, runner.context))
+    return _continues_as_alone(runner, [ids[:-1]], [ids[-1]])
+
+
+def can_continue_together(runner: ModelRunner) -> bool:
+    """Whether prompts of different lengths can share passes: tried with a few tokens."""
+    ids = runner.trial_ids(min(2 * TRIAL_LENGTH, runner.context))
+    return len(ids) >= 4 and _continues_as_alone(runner, [ids[:-1], ids[: len(ids) // 2]], [ids[-1], ids[0]])
+
+
+def _continues_as_alone(runner: ModelRunner, prompts: list[list[int]], tokens: list[int]) -> bool:
+    """Whether prompts that share a pass, and then their last tokens, give the logits of each text alone."""
+    together = Decoding(runner, prompts)
+    together.advance()
+    found = together.advance(tokens)
+    dtype = next(runner.model.parameters()).dtype
+    for one, prompt, token in zip(found, prompts, tokens, strict=True):
+        [whole] = Decoding(runner, [[*prompt, token]]).advance()
+        if float((one - whole).norm() / whole.norm().clamp_min(1e-12)) > TRIAL_TOLERANCE.get(dtype, 0.05):
+            return False
+    return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple
 
 from dmm_ray.errors import UserError
@@ -10,6 +12,10 @@ from dmm_ray.subject.quiet import first_line, quiet
 
 EXAMPLES = 1000
 """Tokens of a vocabulary that are tried as examples, at most."""
+TODAY = datetime(2024, 7, 26)
+"""What a chat template is told when it asks for the day, as Llama's do to write it into the system message: a row must
+not depend on when it was computed. It is the day that Llama 3.1's template has by itself."""
+DATE_CODES = ("%-d", "%-m", "%-H", "%-I", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMnpSTuUVwWxXyY"))
 Chat = Sequence[Mapping[str, str]]
 """Messages: {"role": ..., "content": ...} each."""
 
@@ -141,8 +147,22 @@ def render_chat(tokenizer: Any, messages: Any, *, reply: bool = False) -> str:
             "give documents with text, or a model made for chat"
         )
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _fixed_date() + template
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
+            [dict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=reply,
         )
-    except (TemplateError, ValueError) as e:
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise ChatRefusedError(f"the chat template of {name} refuses these messages ({first_line(e)})") from e
+
+
+@cache
+def _fixed_date() -> str:
+    """A Jinja macro in the place of transformers' function of the same name: it formats TODAY."""
+    codes = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
+    # The empty expression keeps the template's first line as it is: after a block, Jinja drops a newline.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}{{{{ '' }}}}"

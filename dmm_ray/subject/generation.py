@@ -1,4 +1,7 @@
-"""Text that a language model writes: a token at a time for one prompt, whole for many."""
+"""Text that a language model writes: token by token for one prompt, whole continuations for many.
+
+Shapes: b sequences, v the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
 from dmm_ray.seeds import numpy_rng
 from dmm_ray.subject.decoding import Decoding
 from dmm_ray.subject.intervention import Intervention, Interventions
-from dmm_ray.subject.reading import REPLACEMENT
+from dmm_ray.subject.reading import REPLACEMENT, Prompt
 
 if TYPE_CHECKING:
-    from dmm_ray.subject.language import LanguageModel
+    from dmm_ray.subject.model import SubjectModel
 
 Finish = Literal["stop", "length"]
 """``stop``: the model ended its text; ``length``: a limit was reached."""
@@ -47,35 +51,41 @@ class Generation:
     """An iterator over new tokens after a prompt, until the model ends its text, its context or ``max_tokens``.
 
     Args:
-        model: a language model.
-        prompt: not blank.
+        model: with its head.
+        prompt: a text, a chat or token ids, not blank.
         interventions: edits; ids of their rows are (0, position).
         max_tokens: most new tokens.
         temperature: 0 takes the likeliest token, 1 draws from the model's own distribution.
         seed: of the draws.
+        require_effect: raise an error at the end if an intervention has changed nothing.
 
     Raises:
         UserError: a blank prompt, or one that fills the context; a model that cannot generate; an edit that fails.
+
+    Example:
+        >>> for token in Generation(subject, "Once upon a time", max_tokens=8):  # doctest: +SKIP
+        ...     show(token.text)
     """
 
     def __init__(
         self,
-        model: LanguageModel,
-        prompt: str,
+        model: SubjectModel,
+        prompt: Prompt,
         interventions: Sequence[Intervention] = (),
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
+        require_effect: bool = False,
     ) -> None:
-        model.require_causal()
+        model.require_generation()
         self._model = model
-        self._prompt = model.ids_of(prompt)
-        self._most = min(max_tokens, model.context - len(self._prompt))
-        self._choose = _Chooser(temperature, seed, 0)
-        self._active = Interventions(interventions)
-        self._batch = Decoding(model, [self._prompt], [0], self._active)
-        self._steps = self._run()
+        self._prompt = model.prompt_ids(prompt)
+        self._most = min(as_integer("max_tokens", max_tokens, least=1), model.context - len(self._prompt))
+        self._active = Interventions(interventions, require_effect)
+        decoding = Decoding(model.runner, [self._prompt], [0], self._active)
+        sampler = _Sampler([as_number("temperature", temperature)], seed, [0])
+        self._steps = self._run(_decode(decoding, sampler, [self._most], model.stop_ids))
         self.tokens: list[Generated] = []
 
     def __iter__(self) -> Iterator[Generated]:
@@ -100,94 +110,147 @@ class Generation:
         [found] = self._model.continuation_nats([self._prompt], [[token.id for token in self.tokens]])
         return found
 
-    def _run(self) -> Iterator[Generated]:
-        said = _Text(self._model.tokenizer, self._prompt)
-        held: list[
-            int
-        ] = []  # tokens of a character that has only begun: the last one may have to show what there is
-        logits = self._batch.advance()
-        for n in range(1, self._most + 1):
-            token = self._choose(logits[0])
-            if token in self._model.stop_ids:
+    def _run(self, steps: Iterator[list[int | None]]) -> Iterator[Generated]:
+        written = _Text(self._model.tokenizer, self._prompt)
+        # A token that leaves a character unfinished waits for the next: the last of all has to show what there is.
+        unfinished: int | None = None
+        for [token] in steps:
+            if token is None:
                 break
-            text, whole = said.add(token)
-            held.append(token)
-            if whole:
-                yield from (Generated(one, "") for one in held[:-1])
+            if unfinished is not None:
+                yield Generated(unfinished, "")
+            text = written.add(token)
+            unfinished = token if text is None else None
+            if text is not None:
                 yield Generated(token, text)
-                held = []
-            if n < self._most:
-                logits = self._batch.advance([token])
-        yield from (Generated(one, "") for one in held[:-1])
-        yield from (Generated(one, said.rest()) for one in held[-1:])
+        if unfinished is not None:
+            yield Generated(unfinished, written.rest())
         self._active.check_effect()
 
 
-def continue_all(
-    model: LanguageModel,
+class Sampling(NamedTuple):
+    """How tokens of several prompts are chosen."""
+
+    ids: list[int]
+    """Of the prompts, for draws and edits."""
+    temperatures: list[float]
+    """Of each prompt."""
+    max_tokens: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        n: int,
+        max_tokens: int,
+        temperature: float | Sequence[float],
+        seed: int,
+        ids: Sequence[int] | None,
+    ) -> Sampling:
+        """For ``n`` prompts. Raises UserError for arguments that do not fit."""
+        names = list(range(n)) if ids is None else [as_integer("ids", i) for i in ids]
+        each = temperature if isinstance(temperature, Sequence | np.ndarray) else [temperature] * n
+        temperatures = [as_number("temperature", one) for one in each]
+        for name, values in (("ids", names), ("temperature", temperatures)):
+            if len(values) != n:
+                raise UserError(f"{name}: one for each of the {n} prompts is needed (got {len(values)})")
+        return cls(names, temperatures, as_integer("max_tokens", max_tokens, least=1), seed)
+
+
+def generate(
+    model: SubjectModel,
     prompts: Sequence[list[int]],
-    names: Sequence[int],
+    sampling: Sampling,
     active: Interventions,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
     batch_size: int,
 ) -> list[Continuation]:
-    """Continuations of the prompts, in their order; ``batch_size`` of alike length at a time."""
+    """Continuations of the prompts, in their order; see ``SubjectModel.generate``."""
+    ids, limits = sampling.ids, [min(sampling.max_tokens, model.context - len(one)) for one in prompts]
+    longest = max((len(one) + limit for one, limit in zip(prompts, limits, strict=True)), default=0)
+    together = batch_size > 1 and model.generates_together and model.batching(longest) != "alone"
     found: dict[int, Continuation] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        room = [min(max_tokens, model.context - len(prompts[i])) for i in batch]
-        choosers = [_Chooser(temperature, seed, names[i]) for i in batch]
-        decoding = Decoding(model, [prompts[i] for i in batch], [names[i] for i in batch], active)
-        written, finish = _decode(decoding, choosers, room, model.stop_ids)
-        for i, ids, why in zip(batch, written, finish, strict=True):
-            said = _Text(model.tokenizer, prompts[i])
-            found[i] = Continuation(prompts[i], ids, said.after(ids), why)
+    for batch in _batches(prompts, limits, model.context, batch_size if together else 1):
+        decoding = Decoding(model.runner, [prompts[i] for i in batch], [ids[i] for i in batch], active)
+        temperatures = [sampling.temperatures[i] for i in batch]
+        sampler = _Sampler(temperatures, sampling.seed, [ids[i] for i in batch])
+        new: list[list[int]] = [[] for _ in batch]
+        for step in _decode(decoding, sampler, [limits[i] for i in batch], model.stop_ids):
+            for tokens, token in zip(new, step, strict=True):
+                if token is not None:
+                    tokens.append(token)
+        for i, tokens in zip(batch, new, strict=True):
+            text = _Text(model.tokenizer, prompts[i]).after(tokens)
+            finish: Finish = "length" if len(tokens) == limits[i] else "stop"
+            found[i] = Continuation(prompts[i], tokens, text, finish)
     return [found[i] for i in range(len(prompts))]
 
 
+def _batches(
+    prompts: Sequence[list[int]], limits: Sequence[int], context: int, size: int
+) -> Iterator[list[int]]:
+    """Indices of prompts of similar lengths that share passes.
+
+    They are padded to the longest and continued to the farthest limit, and even that stays within the context: a model
+    may have no bias or mask for more columns (MPT).
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        columns = len(prompts[i]) + max(limits[j] for j in (*batch, i))
+        if len(batch) == size or (batch and columns > context):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def _decode(
-    decoding: Decoding, choosers: Sequence[_Chooser], room: Sequence[int], stop: frozenset[int]
-) -> tuple[list[list[int]], list[Finish]]:
-    """New tokens of each sequence, and why it ended. One that has ended stays in the batch, unread, until all have."""
-    ids: list[list[int]] = [[] for _ in room]
-    finish: list[Finish | None] = [None] * len(room)
+    decoding: Decoding, sampler: _Sampler, limits: Sequence[int], stop: frozenset[int]
+) -> Iterator[list[int | None]]:
+    """New tokens of the sequences, step by step; None for one that has ended, by a token of ``stop`` or its limit.
+
+    Sequences that have ended stay in the batch, unread: dropping them from the cache was not faster (see
+    docs/benchmarks.md), and not every cache can do it.
+    """
+    left = list(limits)
     logits = decoding.advance()
     while True:
-        tokens = [0] * len(room)
-        for i, choose in enumerate(choosers):
-            if finish[i] is None:
-                tokens[i] = choose(logits[i])
-                if tokens[i] in stop:
-                    finish[i] = "stop"
-                    continue
-                ids[i].append(tokens[i])
-                if len(ids[i]) == room[i]:
-                    finish[i] = "length"
-        ended = [why for why in finish if why is not None]
-        if len(ended) == len(finish):
-            return ids, ended
-        logits = decoding.advance(tokens)
+        step: list[int | None] = [None] * len(left)
+        for i, token in enumerate(sampler.draw(logits)):
+            if left[i] and token in stop:
+                left[i] = 0
+            elif left[i]:
+                left[i] -= 1
+                step[i] = token
+        yield step
+        if not any(left):
+            return
+        logits = decoding.advance([token if n else None for token, n in zip(step, left, strict=True)])
 
 
-class _Chooser:
-    """Picks tokens of one sequence by temperature; its draws depend on the seed and the sequence's id alone."""
+class _Sampler:
+    """Draws the next tokens of a batch; a sequence's draws depend on the seed and its id alone."""
 
-    def __init__(self, temperature: float, seed: int, sequence: int) -> None:
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature: 0 or more is needed (got {temperature})")
-        self._temperature = temperature
-        self._random = numpy_rng(seed, sequence)
+    def __init__(self, temperatures: Sequence[float], seed: int, ids: Sequence[int]) -> None:
+        for temperature in temperatures:
+            if not 0 <= temperature < math.inf:
+                raise UserError(f"temperature: 0 or more is needed (got {temperature})")
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float64)[:, None]
+        self._random = [numpy_rng(seed, i) for i in ids]
 
-    def __call__(self, logits: Tensor) -> int:
-        if self._temperature == 0:
-            return int(logits.argmax())
-        logits = logits.double()
+    def draw(self, logits: Tensor) -> list[int]:
+        """Tokens (b) by logits (b, v): drawn from softmax(logits / temperature), the likeliest at temperature 0."""
+        greedy = logits.argmax(1)
+        if not self._temperatures.any():
+            return greedy.tolist()
+        temperatures = self._temperatures.to(logits.device)
+        uniform = torch.tensor([[one.random()] for one in self._random], dtype=torch.float64)
         # Less the largest first: over a temperature near 0 the others then become -inf, and none becomes inf / inf.
-        p = torch.softmax((logits - logits.max()) / self._temperature, dim=0).cumsum(0).numpy()
-        return int(np.searchsorted(p, self._random.random() * p[-1], side="right"))
+        scaled = (logits.double() - logits.amax(1, keepdim=True)) / temperatures.where(temperatures > 0, 1)
+        sums = torch.softmax(scaled, dim=1).cumsum(1)
+        drawn = torch.searchsorted(sums, uniform.to(logits.device) * sums[:, -1:], right=True)
+        drawn = drawn.clamp(max=logits.shape[1] - 1)[:, 0]
+        return drawn.where(temperatures[:, 0] > 0, greedy).tolist()
 
 
 class _Text:
@@ -198,14 +261,14 @@ class _Text:
         self._ids = list(prompt)
         self._shown = len(self._decode(self._ids))
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """The characters that ``token`` completes, and whether no character is left that has only begun."""
+    def add(self, token: int) -> str | None:
+        """The characters that ``token`` completes; None while a character has only begun."""
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(REPLACEMENT):
-            return "", False
+            return None
         new, self._shown = text[self._shown :], len(text)
-        return new, True
+        return new
 
     def rest(self) -> str:
         """What is left to show, characters that have only begun included."""

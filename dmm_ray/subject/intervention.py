@@ -60,8 +60,6 @@ class Intervention:
     """When generating: edit the prompt's tokens too, not only the activations that predict new tokens."""
     first: bool = False
     """Edit position 0 too."""
-    require_effect: bool = False
-    """Raise an error if a whole call changed no activation here."""
 
 
 class Tokens(NamedTuple):
@@ -87,20 +85,28 @@ class Tokens(NamedTuple):
         ids = torch.stack([names.to(positions)[:, None].expand_as(positions), positions], dim=2)
         return cls(ids[:, seen:], real[:, seen:])
 
+    def alone(self, row: int) -> Tokens:
+        """The real tokens of one sequence, as a batch of one."""
+        real = self.real[row]
+        return Tokens(self.ids[row, real][None], real[real][None])
+
 
 class Interventions:
     """Interventions in force during a call, which may take several forward passes, in the order in which they apply.
 
     Args:
-        given: those asked for. At one site they apply one after the other.
+        given: the interventions. At one site they apply one after the other.
+        require_effect: each of them must change an activation.
     """
 
-    def __init__(self, given: Iterable[Intervention] = ()) -> None:
+    def __init__(self, given: Iterable[Intervention] = (), require_effect: bool = False) -> None:
         self.given = tuple(given)
+        self.require_effect = require_effect
+        self._seen = [0] * len(self.given)
         self._changed = [False] * len(self.given)
 
     def apply(self, index: int, hidden: Tensor, tokens: Tokens, predicting: Tensor | None) -> Tensor:
-        """What is there after intervention ``index``.
+        """The activations at its site after intervention ``index``.
 
         Args:
             index: into ``given``.
@@ -116,26 +122,49 @@ class Interventions:
         if predicting is not None and not one.prompt:
             chosen = chosen & predicting
         ids, at = tokens.ids[chosen], chosen.to(hidden.device)
-        before = hidden[at].float().to(ids.device)  # of several devices, the one that the tokens came to
-        if not len(before):
+        rows = hidden[at]
+        if not len(rows):
             return hidden
-        after = one.edit(before.clone(), ids)
-        if after.shape != before.shape:
-            raise UserError(
-                f"intervention at {one.site}: the edit gave {tuple(after.shape)} for {tuple(before.shape)}"
-            )
-        if not after.isfinite().all():
-            sequence, position = ids[(~after.isfinite()).any(1)][0].tolist()
-            raise UserError(
-                f"intervention at {one.site}: the edit gave NaN or Inf at sequence {sequence}, position {position}"
-            )
+        # With a device map a block may be elsewhere than the token ids; the edit gets both on one device.
+        new = one.edit(rows.to(ids.device, torch.float32, copy=True), ids)
+        _check(one.site, rows, new, ids)
         edited = hidden.clone()
-        edited[at] = after.to(hidden)
+        edited[at] = new.to(hidden)
+        self._seen[index] += len(rows)
         self._changed[index] |= not torch.equal(edited, hidden)
         return edited
 
     def check_effect(self) -> None:
-        """Raises UserError if an intervention that must change something changed nothing."""
-        for one, changed in zip(self.given, self._changed, strict=True):
-            if one.require_effect and not changed:
-                raise UserError(f"intervention at {one.site}: it changed no activation; check the edit")
+        """Raises UserError if an intervention changed nothing and every one of them had to."""
+        for one, seen, changed in zip(self.given, self._seen, self._changed, strict=True):
+            if self.require_effect and not changed:
+                raise UserError(
+                    f"intervention at {one.site}: it changed none of the {seen} activations that it saw"
+                )
+
+
+def _check(site: Site, rows: Tensor, new: object, ids: Tensor) -> None:
+    """Raises UserError unless ``new`` can take the place of ``rows`` (n, w)."""
+
+    def where(row: int) -> str:
+        sequence, position = ids[row].tolist()
+        return f"sequence {sequence}, position {position}"
+
+    if not isinstance(new, Tensor) or new.shape != rows.shape:
+        returned = f"shape {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise UserError(
+            f"intervention at {site}: the edit returned {returned} for {len(rows)} activations of shape "
+            f"{tuple(rows.shape)}, the first at {where(0)}; return a tensor of the same shape"
+        )
+    # In the model's own format, whose range may be smaller; and a norm makes zeros of a row whose squares overflow.
+    finite = new.to(rows).float().square().sum(1).isfinite()
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        if not rows[row].isfinite().all():
+            raise UserError(
+                f"intervention at {site}: the model's own activation is NaN or Inf at {where(row)}, before the edit"
+            )
+        raise UserError(
+            f"intervention at {site}: the edit returned NaN, Inf or numbers too large for the model "
+            f"({str(rows.dtype).removeprefix('torch.')}) at {where(row)}"
+        )

@@ -61,7 +61,7 @@ class Placement:
         }
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model with its weights."""
 
     model: Any
@@ -149,12 +149,12 @@ def cut_config(config: Any, n_blocks: int) -> Any:
     return config
 
 
-def load_head(folder: Path, skeleton: Any, **options: Any) -> Loaded:
+def load_head(folder: Path, skeleton: Any, **options: Any) -> LoadedModel:
     """The whole model with its head."""
     return _load(type(skeleton), folder, skeleton.config, **options)
 
 
-def load_blocks(folder: Path, skeleton: Any, path: str, n_blocks: int, **options: Any) -> Loaded:
+def load_blocks(folder: Path, skeleton: Any, path: str, n_blocks: int, **options: Any) -> LoadedModel:
     """The text model with its first ``n_blocks`` blocks and no head.
 
     Only those blocks' weights are read where a configuration cut to them builds the same blocks; else, as for
@@ -172,15 +172,15 @@ def load_blocks(folder: Path, skeleton: Any, path: str, n_blocks: int, **options
     model, missing, placed = _load(type(base), folder, config, **options)
     text = text_model(model)
     del text.get_submodule(path)[n_blocks:]
-    return Loaded(text, missing, placed)
+    return LoadedModel(text, missing, placed)
 
 
-def _load(cls: Any, folder: Path, config: Any, **options: Any) -> Loaded:
+def _load(cls: Any, folder: Path, config: Any, **options: Any) -> LoadedModel:
     model, report = cls.from_pretrained(
         folder, config=copy.deepcopy(config), output_loading_info=True, **_no_pooler(cls), **options
     )
     placed = getattr(model, "hf_device_map", {})
-    return Loaded(model.eval().requires_grad_(False), sorted(report["missing_keys"]), placed)
+    return LoadedModel(model.eval().requires_grad_(False), sorted(report["missing_keys"]), placed)
 
 
 def _no_pooler(cls: Any) -> dict[str, bool]:

@@ -1,53 +1,40 @@
-"""A frozen language model with its block outputs open to reading and editing.
+"""A frozen language model whose states can be read and edited, and which writes.
 
 Layer k is the output of block k counted from 0, before any final norm. Shapes: b sequences, t tokens, d the
-residual width.
+residual width, w the width of a site, v the vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
-from dmm_ray.seeds import numpy_rng
-from dmm_ray.subject.blocks import find_blocks, text_model
+from dmm_ray.subject.batching import Batching, BatchingTrials, capture_packed
+from dmm_ray.subject.blocks import find_blocks
+from dmm_ray.subject.decoding import NoCacheError, can_continue, can_continue_together
 from dmm_ray.subject.encoding import Chat, encode
+from dmm_ray.subject.generation import Continuation, Sampling, generate
 from dmm_ray.subject.intervention import Intervention, Interventions, Site, Tokens
-from dmm_ray.subject.loading import Loaded, Placement, is_causal, position_offset
-from dmm_ray.subject.packing import CannotPackError, changing_lengths, may_pack, packing
-from dmm_ray.subject.reading import Piece, Reading, TooLongError, pieces_of, token_text
-from dmm_ray.subject.sites import Hook, Place, Sites, hooked
+from dmm_ray.subject.lens import logit_lens
+from dmm_ray.subject.loading import LoadedModel, Placement
+from dmm_ray.subject.losses import batches, token_losses
+from dmm_ray.subject.reading import Prompt, Reading, TokenPiece, pieces_of, prompt_ids, text_ids, token_text
+from dmm_ray.subject.runner import ModelRunner, pad
 from dmm_ray.subject.source import SubjectSource
-from dmm_ray.subject.state import ModuleState
 
-LOGITS_TO_KEEP = "logits_to_keep"
+logger = logging.getLogger(__name__)
 Where = TypeVar("Where", int, Site)
-TRIAL_TOKENS, TRIAL_IDS, TRIAL_SHORT = 24, 200, 4
-"""Length of the sequences that a model is tried out with, most token ids in them, and the length where any will do."""
-TRIAL_TOLERANCE = {torch.float32: 1e-4}
-"""Mean difference of a sequence's rows relative to their norms that is still rounding, by dtype (others: 0.05);
-sequences that see each other differ by many times that."""
-Batching = Literal["packed", "padded", "alone"]
-"""How sequences share a forward pass: laid end to end, padded to alike lengths, or not at all."""
-
-
-class Pass(NamedTuple):
-    """A forward pass."""
-
-    output: Any
-    """The model's own output."""
-    captured: dict[Site, Tensor]
-    """What is at each site that was to be read (b, t, w), in the compute dtype."""
 
 
 class SubjectModel:
-    """A language model in evaluation mode, without gradients: causal, or an encoder such as BERT.
+    """A language model in evaluation mode, without gradients: causal, or an encoder such as BERT. One call at a time.
 
     Loaded without a head, only its text model up to the highest wanted layer is read, kept and run.
     """
@@ -55,7 +42,7 @@ class SubjectModel:
     def __init__(
         self,
         source: SubjectSource,
-        loaded: Loaded,
+        loaded: LoadedModel,
         path: str,
         n_layers: int,
         head: bool,
@@ -66,16 +53,9 @@ class SubjectModel:
         self.n_layers = n_layers
         self.head = head
         self.device = device
-        self._model = loaded.model
-        self._blocks: nn.ModuleList = text_model(loaded.model).get_submodule(path)
-        self._causal = is_causal(loaded.model) is True
-        for config in (loaded.model.config, loaded.model.config.get_text_config()):
-            config.use_cache = False  # nothing reads a cache, unless it is asked for
-        self._first_position = position_offset(loaded.model)
-        self._state = ModuleState(loaded.model)
-        self._sites = Sites(source.model_id, self._blocks, source.config.get_text_config(), self._try)
-        self._changing = changing_lengths(loaded.model.config.get_text_config())
-        self._batching: dict[tuple[int, ...], Batching] = {}
+        vocabulary = getattr(source.config.get_text_config(), "vocab_size", None) or len(source.tokenizer)
+        self.runner = ModelRunner(loaded.model, path, source.model_id, source.context, vocabulary, device)
+        self._trials = BatchingTrials(self.runner)
 
     @classmethod
     def from_pretrained(
@@ -99,8 +79,8 @@ class SubjectModel:
             model: a folder that holds config.json, or a hub id.
             layers: the layers that will be captured; without a head, blocks above the highest are not read
                 (None keeps all).
-            head: keep the whole language model, for ``token_losses``. An encoder has no head that predicts
-                tokens; it is loaded without.
+            head: keep the whole language model, for ``token_losses``, ``generate`` and ``lens``. An encoder has no
+                head that predicts tokens; it is loaded without.
             device: a torch device, for a model that fits on one.
             dtype: of the weights and the computation.
             revision: hub branch, tag or commit.
@@ -168,13 +148,7 @@ class SubjectModel:
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on its device."""
-        width = max(map(len, ids))
-        input_ids = torch.zeros(len(ids), width, dtype=torch.long)
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)] = torch.as_tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return input_ids.to(self.device), mask.to(self.device)
+        return pad(ids, self.device)
 
     @torch.no_grad()
     def capture(
@@ -183,6 +157,8 @@ class SubjectModel:
         attention_mask: Tensor,
         sites: Sequence[Where],
         interventions: Sequence[Intervention] = (),
+        *,
+        require_effect: bool = False,
     ) -> dict[Where, Tensor]:
         """Activations at ``sites``: ``{site: (b, t, w)}`` in the compute dtype, on ``device``.
 
@@ -191,22 +167,24 @@ class SubjectModel:
             attention_mask: int64 (b, t), 0 at padding, which may be on either side.
             sites: places to read; a number stands for the output of that block, ``Site(k)``. What is read at a site
                 is what interventions have made of it.
-            interventions: edits; ids of their rows are (index in the batch, position).
+            interventions: edits, applied in this order where they are at one site; the ids of their rows are (index
+                in the batch, position).
+            require_effect: raise an error if an intervention changes no activation.
 
         Raises:
             UserError: a layer that is not loaded, a site that the model does not have or whose activations are not
-                (b, t, w), or an intervention without the effect that it requires.
+                (b, t, w), an edit that fails, or one without the effect that is required.
 
         Example:
             >>> rows = subject.capture(*subject.pad([[0, 5, 6]]), [2])[2]  # doctest: +SKIP
         """
         asked = {where: Site(where) if isinstance(where, int) else where for where in sites}
-        active, tokens = Interventions(interventions), Tokens.of(attention_mask)
-        if len(input_ids) == 1 or self.batching(input_ids.shape[1]) != "alone":
-            options = self.padding_options(attention_mask)
-            found = self.forward(input_ids, tokens, list(asked.values()), active, **options).captured
-        else:
+        active, tokens = Interventions(interventions, require_effect), Tokens.of(attention_mask)
+        if self._alone(input_ids):
             found = self._capture_alone(input_ids, tokens, list(asked.values()), active)
+        else:
+            options = self.runner.padding_options(attention_mask)
+            found = self.runner.forward(input_ids, tokens, list(asked.values()), active, **options).captured
         active.check_effect()
         return {where: found[site] for where, site in asked.items()}
 
@@ -216,78 +194,13 @@ class SubjectModel:
         """As :meth:`capture`, a pass for each sequence."""
         captured: dict[Site, Tensor] = {}
         for row, real in enumerate(tokens.real):
-            one = Tokens(tokens.ids[row, real][None], real[real][None])
-            for site, hidden in self.forward(input_ids[row, real][None], one, sites, active).captured.items():
+            alone = tokens.alone(row)
+            found = self.runner.forward(input_ids[row, real][None], alone, sites, active).captured
+            for site, hidden in found.items():
                 shape = (*input_ids.shape, hidden.shape[-1])
                 captured.setdefault(site, hidden.new_zeros(shape))[row, real] = hidden[0]
         return captured
 
-    @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor,
-        tokens: Tokens,
-        sites: Sequence[Site] = (),
-        interventions: Interventions | None = None,
-        *,
-        later: bool = False,
-        predicting: Tensor | None = None,
-        **options: Any,
-    ) -> Pass:
-        """One forward pass that is read and edited at sites: what all other methods are made of.
-
-        Args:
-            input_ids: int64 (b, t).
-            tokens: whose they are.
-            sites: places to read.
-            interventions: edits in force.
-            later: go on from earlier passes of a generation; else the model is as it was loaded.
-            predicting: (b, t), True where a token predicts a new one, while generating.
-            options: for the model's own forward.
-
-        Raises:
-            UserError: as :meth:`capture`.
-        """
-        active = interventions or Interventions()
-        captured: dict[Site, Tensor] = {}
-
-        def by_token(site: Site, hidden: Tensor) -> Tensor:
-            # OPT's MLP runs on all tokens in one dimension.
-            if hidden.shape[:-1] not in (input_ids.shape, (input_ids.numel(),)):
-                raise UserError(
-                    f"model: {site} of {self.model_id} puts out {tuple(hidden.shape)} for "
-                    f"{tuple(input_ids.shape)} tokens; such models cannot be read"
-                )
-            return hidden.reshape(*input_ids.shape, hidden.shape[-1])
-
-        def editing(index: int) -> Hook:
-            def hook(hidden: Tensor) -> Tensor:
-                there = by_token(active.given[index].site, hidden)
-                return active.apply(index, there, tokens, predicting).reshape(hidden.shape)
-
-            return hook
-
-        def reading(site: Site) -> Hook:
-            def hook(hidden: Tensor) -> None:
-                captured[site] = by_token(site, hidden).to(self.device)
-
-            return hook
-
-        hooks: list[tuple[Place, Hook]] = []
-        for index, one in enumerate(active.given):
-            hooks.append((self._sites.place(one.site), editing(index)))
-        hooks += [(self._sites.place(site), reading(site)) for site in sites]  # after the edits
-        run = self._model if later else self._run
-        with hooked(hooks):
-            output = run(input_ids=input_ids, **options)
-        return Pass(output, captured)
-
-    def _run(self, **options: Any) -> Any:
-        """A forward pass of the model as it was loaded, whatever it has seen since."""
-        self._state.restore()
-        return self._model(**options)
-
-    @torch.no_grad()
     def capture_packed(self, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, Tensor]:
         """Outputs of blocks ``layers`` for sequences that do not see each other, without padding.
 
@@ -302,148 +215,154 @@ class SubjectModel:
             CannotPackError: the model's attention is of another kind; ``batching`` says so beforehand.
             UserError: a layer that is not loaded, or a block whose output is not (1, t, d).
         """
-        tokens = torch.tensor([[token for sequence in ids for token in sequence]], device=self.device)
-        lengths = [len(sequence) for sequence in ids]
-        with packing(self._model, lengths, self.device) as pack:
-            positions = pack.positions() + self._first_position
-            nobody = Tokens.of(torch.ones_like(tokens))
-            sites = [Site(layer) for layer in layers]
-            captured = self.forward(tokens, nobody, sites, position_ids=positions).captured
-        if pack.calls < max(layers) + 1:
-            raise CannotPackError(f"{type(self._model).__name__} has attention of its own")
-        return {site.layer: hidden[0] for site, hidden in captured.items()}
+        return capture_packed(self.runner, ids, layers)
 
-    @torch.no_grad()
     def batching(self, longest: int) -> Batching:
-        """How sequences of at most ``longest`` tokens can share a pass so that each gives the rows it gives alone.
+        """How sequences of at most ``longest`` tokens can share a pass so that each gives the rows it gives alone:
+        tried, once for each set of lengths that matter."""
+        return self._trials.batching(longest)
 
-        Tried with a few sequences: short ones, and ones on either side of every length below ``longest`` at which the
-        configuration says that the model changes (LongRoPE's other factors, attention to a choice of tokens).
-        """
-        lengths = tuple(n for n in self._changing if n < longest)
-        if lengths not in self._batching:
-            self._batching[lengths] = self._try_batching(lengths, longest)
-        return self._batching[lengths]
-
-    def _try_batching(self, changing: Sequence[int], longest: int) -> Batching:
-        layer, short = len(self._blocks) - 1, min(TRIAL_TOKENS, self.context)
-        around = [
-            n for at in changing for n in (min(3 * at, longest), min(2 * at, longest), at + 1, max(at - 3, 2))
-        ]
-        trial = [self.trial_ids(n) for n in sorted([short, max(short - 3, 2), 2, *around], reverse=True)]
-        alone = [self._block_output([ids], layer)[0] for ids in trial]
-        limit = TRIAL_TOLERANCE.get(alone[0].dtype, 0.05)
-
-        def same(found: Sequence[Tensor]) -> bool:
-            """Whether no sequence has other rows than alone, but for rounding."""
-            pairs = [(x.float(), y.float()) for x, y in zip(found, alone, strict=True)]
-            return all(
-                float(((x - y).norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).mean()) <= limit
-                for x, y in pairs
-            )
-
-        if self._causal and may_pack(self.source.config.get_text_config()):
-            try:
-                packed = self.capture_packed(trial, [layer])[layer]
-            # TypeError: its forward takes no positions; RuntimeError: masks of its own for so many tokens at most
-            except (CannotPackError, TypeError, RuntimeError):
-                packed = None
-            if packed is not None and same(packed.split([len(ids) for ids in trial])):
-                return "packed"
-        padded = self._block_output(trial, layer)
-        return "padded" if same([x[: len(ids)] for x, ids in zip(padded, trial, strict=True)]) else "alone"
-
-    def _block_output(self, ids: Sequence[Sequence[int]], layer: int) -> Tensor:
-        """A block's output (b, t, d) for sequences that share a pass."""
-        input_ids, mask = self.pad(ids)
-        options = self.padding_options(mask)
-        return self.forward(input_ids, Tokens.of(mask), [Site(layer)], **options).captured[Site(layer)]
-
-    @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, attention_mask: Tensor, interventions: Sequence[Intervention] = ()
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        interventions: Sequence[Intervention] = (),
+        *,
+        require_effect: bool = False,
     ) -> Tensor:
         """Cross-entropy of each next token in nats, (b, t - 1): column i is token i + 1; NaN at padding.
 
         Args:
             input_ids: int64 (b, t).
             attention_mask: int64 (b, t), 0 at padding, which may be on either side.
-            interventions: edits; ids of their rows are (index in the batch, position).
+            interventions: as of :meth:`capture`.
+            require_effect: as of :meth:`capture`.
 
         Raises:
             UserError: an encoder, which predicts no next token; as :meth:`capture`.
             ValueError: loaded without ``head=True``.
+
+        Example:
+            >>> halve = Intervention(Site(2), lambda x, ids: x / 2)
+            >>> subject.token_losses(*subject.pad([[0, 5, 6]]), [halve])  # doctest: +SKIP
         """
-        if self.bidirectional:
-            raise UserError(
-                f"model: {self.model_id} is an encoder, which predicts no next token; give a causal model"
-            )
-        if not self.head:
-            raise ValueError("token_losses needs SubjectModel.from_pretrained(..., head=True)")
-        active, tokens = Interventions(interventions), Tokens.of(attention_mask)
-        if len(input_ids) > 1 and self.batching(input_ids.shape[1]) == "alone":
-            losses = torch.full(input_ids[:, 1:].shape, float("nan"), device=self.device)
-            for row, real in enumerate(tokens.real):
-                one = Tokens(tokens.ids[row, real][None], real[real][None])
-                found = self._losses(input_ids[row, real][None], one, active)
-                losses[row, real[1:] & real[:-1]] = found[0]
-        else:
-            losses = self._losses(input_ids, tokens, active, **self.padding_options(attention_mask))
+        self._require_head("token_losses")
+        active = Interventions(interventions, require_effect)
+        losses = token_losses(self.runner, input_ids, attention_mask, active, self._alone(input_ids))
         active.check_effect()
-        return losses.masked_fill(attention_mask[:, 1:] == 0, float("nan"))
+        return losses
 
-    def _losses(self, input_ids: Tensor, tokens: Tokens, active: Interventions, **options: Any) -> Tensor:
-        logits = self.forward(input_ids, tokens, (), active, **options).output.logits
-        # Sequence by sequence: float32 logits of all of them would take b times the memory.
-        pairs = zip(logits, input_ids, strict=True)
-        return torch.stack(
-            [F.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in pairs]
-        )
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        interventions: Sequence[Intervention] = (),
+        *,
+        max_tokens: int = 64,
+        temperature: float | Sequence[float] = 0.0,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        batch_size: int = 64,
+        require_effect: bool = False,
+    ) -> list[Continuation]:
+        """What follows each prompt, until the model ends the text, its context is full, or ``max_tokens``.
 
-    def padding_options(self, attention_mask: Tensor, seen: int = 0) -> dict[str, Any]:
-        """What a forward pass over padded sequences is told beside the tokens.
-
-        Call it outside of hooks: it may try the model out.
-
-        Under causal attention nothing sees padding on the right: no mask is needed then, which leaves the attention
-        kernels their fast path. Other padding moves the tokens' positions.
+        A prompt's text depends on the prompt, its id, the arguments and the seed alone, not on its batch mates (to
+        rounding).
 
         Args:
-            attention_mask: (b, seen + t), 0 at padding.
-            seen: how many of the columns a cache holds already.
-        """
-        options: dict[str, Any] = {"attention_mask": attention_mask}
-        if bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
-            if self._causal:
-                options["attention_mask"] = None
-        elif self._uses_positions:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + self._first_position
-            options["position_ids"] = positions[:, seen:]
-        return options
+            prompts: texts, chats or token ids, none of them empty.
+            interventions: as of :meth:`capture`; the ids of their rows are (id of the prompt, position).
+            max_tokens: most new tokens of each.
+            temperature: 0 takes the likeliest token, 1 draws from the model's own distribution; one for all or one
+                for each prompt.
+            seed: of the draws.
+            ids: of the prompts, for draws and edits; by default 0, 1, ...
+            batch_size: prompts that share a pass, at most; 1 for a model whose sequences cannot share one.
+            require_effect: as of :meth:`capture`.
 
-    def last_logits(self, n: int) -> dict[str, Any]:
-        """The argument that has logits computed for the last ``n`` tokens only, where the model has one. Call it
-        outside of hooks: it may try the model out."""
-        return {LOGITS_TO_KEEP: n} if self._keeps_logits else {}
+        Raises:
+            UserError: a blank prompt, or one that fills the context; a model that cannot generate; as :meth:`capture`.
+
+        Example:
+            >>> [one] = subject.generate(["Once upon a time"], max_tokens=8)  # doctest: +SKIP
+            >>> one.text  # doctest: +SKIP
+            ', there was a little girl'
+        """
+        self.require_generation()
+        active = Interventions(interventions, require_effect)
+        known = prompt_ids(self.tokenizer, prompts, self.context, self.runner.vocabulary)
+        sampling = Sampling.of(len(known), max_tokens, temperature, seed, ids)
+        found = generate(self, known, sampling, active, as_integer("batch_size", batch_size, least=1))
+        active.check_effect()
+        return found
+
+    def require_generation(self) -> None:
+        """Check that it can generate.
+
+        Raises:
+            UserError: it predicts no next token, or does so without a key-value cache.
+            ValueError: loaded without ``head=True``.
+        """
+        self._require_head("generation")
+        if not self.generates:
+            raise UserError(f"model: {self.model_id} gives no cache to continue from, which generation needs")
 
     @cached_property
-    @torch.no_grad()
-    def _keeps_logits(self) -> bool:
-        """Whether it can be told to give the last logits only: tried."""
-        ids = torch.tensor([self.trial_ids(2)], device=self.device)
-        try:
-            logits = self._run(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
-        except (TypeError, AttributeError):  # no such argument; no logits
+    def generates(self) -> bool:
+        """Whether it predicts the next token from a cache as it does from the whole text: tried with a few tokens."""
+        if self.bidirectional or not self.head:
             return False
-        return logits.shape[1] == 1
+        try:
+            return can_continue(self.runner)
+        except (TypeError, NoCacheError) as e:
+            logger.info("%s cannot generate: %s", self.model_id, e)
+            return False
 
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens there are."""
-        text = self.source.config.get_text_config()
-        return getattr(text, "vocab_size", None) or len(self.tokenizer)
+    @cached_property
+    def generates_together(self) -> bool:
+        """Whether prompts of different lengths can share its passes: tried with a few tokens."""
+        return self.generates and can_continue_together(self.runner)
 
-    @torch.no_grad()
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        stated = [self.runner.model.generation_config, self.source.config.get_text_config(), self.tokenizer]
+        found = [getattr(where, "eos_token_id", None) for where in stated]
+        return frozenset(
+            i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if i is not None
+        )
+
+    def continuation_nats(
+        self, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """``-log p`` of each of the tokens ``new`` after each prompt, under the model without interventions.
+
+        Example:
+            >>> found = subject.generate(["Once", "The king"])  # doctest: +SKIP
+            >>> subject.continuation_nats([c.prompt for c in found], [c.ids for c in found])  # doctest: +SKIP
+        """
+        whole = [[*before, *ids] for before, ids in zip(prompts, new, strict=True)]
+        found: list[list[float]] = [[] for _ in whole]
+        some = [i for i in range(len(whole)) if new[i]]
+        for batch in batches([len(whole[i]) for i in some], self.runner.vocabulary):
+            chosen = [some[k] for k in batch]
+            losses = self.token_losses(*self.pad([whole[i] for i in chosen]))
+            for i, row in zip(chosen, losses.tolist(), strict=True):
+                found[i] = row[len(prompts[i]) - 1 : len(whole[i]) - 1]
+        return found
+
+    def lens(self, rows: Tensor) -> Tensor:
+        """Logits (n, v), float32 on the CPU, of activations (n, d): the logit lens.
+
+        The rows take the place of the last block's output; final norm and unembedding are the model's own.
+
+        Raises:
+            UserError: an encoder; rows so large that the model gives no finite logits for them.
+            ValueError: loaded without ``head=True``.
+        """
+        self._require_head("the logit lens")
+        return logit_lens(self.runner, rows)
+
     def read(self, text: str, layer: int) -> Reading:
         """The tokens of ``text`` and the layer's output at each.
 
@@ -457,58 +376,35 @@ class SubjectModel:
         """
         pieces = self.pieces(text)
         ids, site = torch.tensor([[piece.id for piece in pieces]], device=self.device), Site(layer)
-        options = self.last_logits(1) if self.head else {}
-        captured = self.forward(ids, Tokens.of(torch.ones_like(ids)), [site], **options).captured
+        options = self.runner.last_logits(1) if self.head else {}
+        captured = self.runner.forward(ids, Tokens.of(torch.ones_like(ids)), [site], **options).captured
         return Reading(pieces, captured[site][0].float().cpu())
 
-    def pieces(self, text: str) -> list[Piece]:
+    def pieces(self, text: str) -> list[TokenPiece]:
         """The tokens of ``text``, special ones included, as extraction makes them. Raises as :meth:`read`."""
-        return pieces_of(self.tokenizer, text, self.prompt_ids(text))
+        return pieces_of(self.tokenizer, text, text_ids(self.tokenizer, text, self.context))
 
-    def prompt_ids(self, text: str, field: str = "text") -> list[int]:
-        """Token ids of ``text``, special ones included, not cut.
-
-        Args:
-            text: not blank.
-            field: what errors call it.
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of what is to be continued; a chat ends where the model's answer begins.
 
         Raises:
-            UserError: a text without tokens.
-            TooLongError: more tokens than the model's context.
+            UserError: a prompt without tokens, token ids outside of the vocabulary, a chat that the template refuses.
+            TooLongError: it leaves no room for a token.
         """
-        [ids] = self.tokenize([text], self.context + 1)
-        if not ids:
-            raise UserError(f"{field}: it holds no tokens; send some words")
-        if len(ids) > self.context:
-            raise TooLongError(
-                f"{field}: more tokens than the model's context of {self.context}; send it in parts"
-            )
-        return ids
+        return prompt_ids(self.tokenizer, [prompt], self.context, self.runner.vocabulary)[0]
 
     def token_text(self, token: int) -> str:
         """A token's characters; its name in the vocabulary where it is part of a character, or special."""
         return token_text(self.tokenizer, token)
 
-    def trial_ids(self, n: int) -> list[int]:
-        """``n`` token ids of its vocabulary, to try something out with."""
-        return numpy_rng(n).integers(0, min(TRIAL_IDS, self.vocabulary), n).tolist()
+    def _alone(self, input_ids: Tensor) -> bool:
+        """Whether these sequences (b, t) need a pass each."""
+        return len(input_ids) > 1 and self.batching(input_ids.shape[1]) == "alone"
 
-    def _try(self) -> None:
-        """Run the model on a few tokens."""
-        self._run(
-            input_ids=torch.tensor([self.trial_ids(min(TRIAL_SHORT, self.context))], device=self.device)
-        )
-
-    @cached_property
-    def _uses_positions(self) -> bool:
-        """Whether positions can be given, and matter: tried with others than the default."""
-        ids = torch.tensor([self.trial_ids(3)], device=self.device)
-        positions = self._first_position + torch.tensor([[0, 1, 3]], device=self.device)
-        layer = len(self._blocks) - 1
-        site, tokens = Site(layer), Tokens.of(torch.ones_like(ids))
-        plain = self.forward(ids, tokens, [site]).captured[site]
-        try:
-            moved = self.forward(ids, tokens, [site], position_ids=positions).captured[site]
-        except TypeError:
-            return False
-        return not torch.equal(plain, moved)
+    def _require_head(self, what: str) -> None:
+        if self.bidirectional:
+            raise UserError(
+                f"model: {self.model_id} is an encoder, which predicts no next token; give a causal model"
+            )
+        if not self.head:
+            raise ValueError(f"{what} needs SubjectModel.from_pretrained(..., head=True)")

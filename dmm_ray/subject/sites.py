@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dmm_ray.errors import UserError
+from dmm_ray.subject.blocks import descend
 from dmm_ray.subject.intervention import Site
 from dmm_ray.subject.source import check_layers
 
 Hook = Callable[[Tensor], Tensor | None]
 """Sees the activations at a site (b, t, w); returns their replacement, or None to leave them."""
-MLP_NAMES = (
+MLP_PATHS = (
     "post_feedforward_layernorm",
     "post_mlp_layernorm",
     "mlp",
@@ -24,15 +25,20 @@ MLP_NAMES = (
     "block_sparse_moe",
     "moe",
     "fc2",
+    "mlp.dense_4h_to_h",
+    "ffn.down_proj",
 )
-"""What may add the MLP's output to the residual stream, in a block: a norm after the MLP where there is one (Gemma 2
-and 3, OLMo 2), then the MLP under its usual names. Which of them does is found by trial."""
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
-"""The attention's output projection, inside the attention."""
-ADDED, TOLERANCE = 0.1, 1e-3
-"""What is added to a candidate in a trial, relative to the residual stream's norm, and how far the block's output may
-be from moving along it (1 - cosine)."""
+"""Modules of a block whose output may be what the MLP adds to the residual stream: a norm after the MLP where there is
+one (Gemma 2 and 3, OLMo 2), the MLP itself under its usual names, its last layer where its own output is another thing
+(BLOOM's and MPT's MLPs add the stream themselves). Which of them it is, is found by trial."""
+PROJECTION_PATHS = tuple(
+    f"{attention}.{projection}"
+    for attention in ("self_attn", "attn", "attention", "self_attention", "attn.attention")
+    for projection in ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj")
+)
+"""Where a block may have its attention's output projection."""
+SITE_TOLERANCE = 1e-2
+"""How far, relative to its norm, a block's output may be from the sum that a trial expects: rounding of bfloat16."""
 
 
 class Place(NamedTuple):
@@ -59,57 +65,102 @@ class Sites:
         self._config = config
         self._run = run
         self._mlps: dict[int, nn.Module] = {}
+        self._projections: dict[int, tuple[nn.Module, int]] = {}
 
     def place(self, site: Site) -> Place:
-        """Where ``site`` is. Call it outside of hooks: it may try the model out.
+        """Where ``site`` is. Call it outside of hooks: it may run the model.
 
         Raises:
-            UserError: a layer that is not loaded, a head that is not there, or an MLP or a projection that this
-                architecture keeps elsewhere.
+            UserError: a layer that is not loaded, a head that is not there, or an architecture whose MLP or attention
+                is not recognised.
         """
-        check_layers([site.layer], len(self._blocks), f"{self._name} as loaded")
+        layer = site.layer
+        check_layers([layer], len(self._blocks), f"{self._name} as loaded")
+        if (site.head is not None) != (site.part == "head"):
+            raise UserError(f"head: {site} needs a head's number for a head, and for nothing else")
         if site.part == "residual":
-            return Place(self._blocks[site.layer])
-        return self._mlp(site.layer) if site.part == "mlp" else self._head(site)
+            return Place(self._blocks[layer])
+        if site.part == "mlp":
+            if layer not in self._mlps:
+                self._mlps[layer] = self._find_mlp(layer)
+            return Place(self._mlps[layer])
+        if site.part == "head" and site.head is not None:
+            return self._head(layer, site.head)
+        raise UserError(f"part: residual, mlp or head is needed (got {site.part!r})")
 
-    def _head(self, site: Site) -> Place:
-        block, heads = self._blocks[site.layer], self._config.num_attention_heads
-        if site.head is None or not 0 <= site.head < heads:
-            raise UserError(f"head: {self._name} has heads 0 to {heads - 1} (got {site.head})")
-        for outer in ATTENTION_NAMES:
-            for inner in PROJECTION_NAMES:
-                projection = getattr(getattr(block, outer, None), inner, None)
-                # Conv1D, GPT-2's linear layer, keeps its weight the other way round.
-                if not isinstance(projection, nn.Module):
-                    continue
-                width = getattr(projection, "in_features", None)
-                if width is None and isinstance(projection.weight, Tensor):
-                    width = projection.weight.shape[0]
-                if width and width % heads == 0:
-                    size = width // heads
-                    return Place(projection, True, slice(site.head * size, (site.head + 1) * size))
-        raise UserError(f"head: the attention's output projection of {type(block).__name__} is not known")
-
-    def _mlp(self, layer: int) -> Place:
-        if layer not in self._mlps:
-            self._mlps[layer] = self._find_mlp(layer)
-        return Place(self._mlps[layer])
+    def _head(self, layer: int, head: int) -> Place:
+        if layer not in self._projections:
+            self._projections[layer] = self._find_projection(layer)
+        projection, width = self._projections[layer]
+        heads = self._config.num_attention_heads
+        if not 0 <= head < heads:
+            raise UserError(f"head: {self._name} has heads 0 to {heads - 1} (got {head})")
+        return Place(projection, True, slice(head * width, (head + 1) * width))
 
     def _find_mlp(self, layer: int) -> nn.Module:
-        """The candidate that what is added to its output moves the block's output along it."""
         block = self._blocks[layer]
-        plain = self._output(layer)
-        push = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0)).to(plain)
-        push = ADDED * plain.norm(dim=-1).mean() * push / push.norm()
-        for name in MLP_NAMES:
-            if isinstance(candidate := getattr(block, name, None), nn.Module):
-                moved = self._output(layer, (Place(candidate), lambda hidden: hidden + push)) - plain
-                along = torch.cosine_similarity(moved.float(), push.float().expand_as(moved), dim=-1)
-                if float(along.min()) > 1 - TOLERANCE:
-                    return candidate
-        raise UserError(f"mlp: what adds the MLP's output in {type(block).__name__} is not known")
+        for path in MLP_PATHS:
+            candidate = descend(block, path)
+            if candidate is not None and self._is_added(layer, candidate):
+                return candidate
+        raise UserError(
+            f"mlp: no module of {type(block).__name__} has an output that is added to the residual stream as an "
+            "MLP's; this site cannot be read or edited in such models"
+        )
 
-    def _output(self, layer: int, *hooks: tuple[Place, Hook]) -> Tensor:
+    def _is_added(self, layer: int, module: nn.Module) -> bool:
+        """Whether the block's output is something else plus ``module``'s output, times a constant at most.
+
+        Tried by putting zeros, and then random rows of several sizes, in its place: a norm that follows would make
+        them all one size, and an output that holds the residual stream itself would leave nothing with the zeros.
+        """
+        plain = self._block_output(layer)
+        size = plain.float().norm(dim=-1).mean()
+        rows = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+        ramp = torch.linspace(1, 2, plain[..., 0].numel()).reshape(*plain.shape[:-1], 1)
+        rows = (size.cpu() * ramp * rows / rows.norm(dim=-1, keepdim=True)).to(plain)
+
+        def replaced(by: Tensor) -> Tensor:
+            def hook(hidden: Tensor) -> Tensor | None:
+                return by.reshape(hidden.shape).to(hidden) if hidden.numel() == by.numel() else None
+
+            return self._block_output(layer, (Place(module), hook)).float()
+
+        without = replaced(torch.zeros_like(rows))
+        if float(without.norm()) <= SITE_TOLERANCE * float(plain.float().norm()):
+            return False
+        difference, expected = replaced(rows) - without, rows.float()
+        constant = (difference * expected).sum() / expected.square().sum()
+        error = (difference - constant * expected).norm()
+        return (
+            float(error) <= SITE_TOLERANCE * abs(float(constant)) * float(expected.norm()) and constant != 0
+        )
+
+    def _find_projection(self, layer: int) -> tuple[nn.Module, int]:
+        """The attention's output projection, and the width of a head in its input."""
+        block, heads = self._blocks[layer], self._config.num_attention_heads
+        for path in PROJECTION_PATHS:
+            projection = descend(block, path)
+            width = None if projection is None else self._input_width(layer, projection)
+            if projection is not None and width and isinstance(heads, int) and width % heads == 0:
+                return projection, width // heads
+        raise UserError(
+            f"head: no output projection of an attention with {heads} heads was found in {type(block).__name__}; "
+            "this site cannot be read or edited in such models"
+        )
+
+    def _input_width(self, layer: int, module: nn.Module) -> int | None:
+        """Width of the input of ``module``; None where it has no part in the block's output."""
+        plain, widths = self._block_output(layer), list[int]()
+
+        def hook(hidden: Tensor) -> Tensor:
+            widths.append(hidden.shape[-1])
+            return torch.zeros_like(hidden)
+
+        without = self._block_output(layer, (Place(module, of_input=True), hook))
+        return None if not widths or torch.equal(without, plain) else widths[0]
+
+    def _block_output(self, layer: int, *hooks: tuple[Place, Hook]) -> Tensor:
         found: list[Tensor] = []
         with hooked([*hooks, (Place(self._blocks[layer]), found.append)]):
             self._run()

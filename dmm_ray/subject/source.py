@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import hash_json, sha256
 from dmm_ray.subject.blocks import find_blocks, text_model
 from dmm_ray.subject.hub import download
+from dmm_ray.subject.identity import code_hashes, rope_settings, tokenizer_file_hashes, tokenizer_hash
 from dmm_ray.subject.loading import (
-    Loaded,
+    LoadedModel,
     Placement,
     build_skeleton,
     is_bidirectional,
@@ -113,24 +112,11 @@ class SubjectSource:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json, each weight file (safetensors where there are any) and the model's code, by name."""
+        """SHA-256 of config.json and of each weight file (safetensors where there are any), by name."""
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
             raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")
-        return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files, *self._code()]}
-
-    def _code(self) -> list[Path]:
-        """The Python files that come with the model, where it runs them; they may lie in another repository."""
-        references = getattr(self.config, "auto_map", None) or {}
-        if not (references and self.trust_remote_code):
-            return []
-        folders = {self.folder}
-        if any("--" in str(reference) for reference in references.values()):
-            folders |= {Path(inspect.getfile(type(one))).parent for one in (self.config, self.skeleton)}
-        return sorted(
-            {file.name: file for folder in sorted(folders) for file in folder.glob("*.py")}.values(),
-            key=lambda file: file.name,
-        )
+        return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files]}
 
     @property
     def weights_hash(self) -> str:
@@ -152,13 +138,36 @@ class SubjectSource:
     @cached_property
     def tokenizer_hash(self) -> str:
         """SHA-256 of all that decides how text, and chats where it has a template for them, become tokens."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        else:
-            digest = hash_json([type(self.tokenizer).__name__, self.tokenizer.get_vocab()])
+        return tokenizer_hash(self.tokenizer)
+
+    @property
+    def tokenizer_files(self) -> dict[str, str]:
+        """SHA-256 by name of the files of a tokenizer that is written in Python; of others none."""
+        return tokenizer_file_hashes(self.tokenizer, self.folder)
+
+    @property
+    def chat_template_hash(self) -> str | None:
+        """SHA-256 of the chat template, or of all where there are several; None without one."""
         template = self.tokenizer.chat_template
-        return hash_json([digest, template]) if template else digest
+        return hash_json(template) if template else None
+
+    @cached_property
+    def code_hashes(self) -> dict[str, str]:
+        """SHA-256 by name of each Python file that came with the model and was loaded; none unless that is allowed.
+
+        Raises:
+            UserError: as :attr:`skeleton` and :attr:`tokenizer`.
+        """
+        if not self.trust_remote_code:
+            return {}
+        configs = (self.config, self.config.get_text_config())
+        parts = (*configs, self.tokenizer, *self.skeleton.modules())
+        return code_hashes({type(part) for part in parts})
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Settings of the rotary position embedding, with the defaults that the configuration file leaves out."""
+        return rope_settings(self.config.get_text_config())
 
     def check(self, layers: Sequence[int], block_path: str | None = None) -> int:
         """Check without loading weights that blocks ``layers`` exist; the number of blocks.
@@ -172,7 +181,7 @@ class SubjectSource:
 
     def load(
         self, path: str, n_blocks: int, *, head: bool, dtype: torch.dtype, placement: Placement
-    ) -> Loaded:
+    ) -> LoadedModel:
         """The model with its weights, in evaluation mode, without gradients.
 
         Args:

@@ -31,7 +31,7 @@ from dmm_ray.files import (
 )
 from dmm_ray.training.config import Policy
 from dmm_ray.training.parallel import Team
-from dmm_ray.training.state import Joined
+from dmm_ray.training.state import ShardedReader
 
 logger = logging.getLogger(__name__)
 FOLDER, MARKER = "checkpoints", "complete.json"
@@ -125,7 +125,7 @@ def _remove(out: str, samples: int, marked: bool) -> None:
     remove_folder(folder)
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time, while the run goes on. A context manager.
 
     An error of a write is raised by the next :meth:`save`, or on leaving. Arguments as of :func:`save`.
@@ -148,7 +148,7 @@ class Writer:
         if pending:
             pending.result()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -218,10 +218,10 @@ def _files(folder: str) -> dict[str, str]:
     return files
 
 
-def load(out: str, samples: int) -> Joined:
+def load(out: str, samples: int) -> ShardedReader:
     """The tensors of a checkpoint, read when they are asked for."""
     folder = _folder(out, samples)
-    return Joined([join(folder, name) for name in sorted(_files(folder))])
+    return ShardedReader([join(folder, name) for name in sorted(_files(folder))])
 
 
 def finish(out: str, policy: Policy) -> None:

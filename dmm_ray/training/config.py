@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dmm_ray.config import RESUMABLE, Config, Group
 from dmm_ray.precision import PrecisionOption
-from dmm_ray.prior.flow import LEVELS
+from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.store.split import Split
 
 DEFAULT_SAMPLES = 100_000_000
@@ -62,7 +62,7 @@ class ScheduleConfig(Group):
     run. A resumed run keeps the number."""
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
-    levels_per_batch: int = Field(default=256, ge=1, le=LEVELS)
+    levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
     """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""

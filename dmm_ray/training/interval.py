@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmm_ray.errors import CheckFailed
-from dmm_ray.prior.flow import LEVELS
+from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.training.config import TrainConfig
 
 DECILES = 10
@@ -41,7 +41,7 @@ def batch_figures(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: in
         and their number, and the places of the first and last row whose loss is not finite.
     """
     n = torch.arange(DECILES, device=u.device)
-    member = ((u * LEVELS).round().long() - 1)[:, None] * DECILES // LEVELS == n
+    member = ((u * NOISE_LEVELS).round().long() - 1)[:, None] * DECILES // NOISE_LEVELS == n
     place = torch.arange(first, first + len(losses), device=u.device)
     bad = ~losses.isfinite()
     ends = torch.stack([torch.where(bad, place, batch).min(), torch.where(bad, place, -1).max()])

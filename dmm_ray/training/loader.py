@@ -82,7 +82,7 @@ class Loader:
 
         room = _Room(self._empty)
 
-        def load(window: Window, readers: Executor) -> Loaded:
+        def load(window: Window, readers: Executor) -> LoadedWindow:
             return self._load(window, self.order.used(window, first * size, size, share), room, readers)
 
         with closing(_Ahead(load, self.order.from_sample(first * size))) as ahead:
@@ -99,13 +99,13 @@ class Loader:
                     batch = torch.cat([batch, loaded.rows[:at]])
                 yield batch
 
-    def _wait(self, ahead: _Ahead) -> Loaded:
+    def _wait(self, ahead: _Ahead) -> LoadedWindow:
         started = time.perf_counter()
         loaded = ahead.take()
         self.waited += time.perf_counter() - started
         return loaded
 
-    def _load(self, window: Window, used: np.ndarray, room: _Room, readers: Executor) -> Loaded:
+    def _load(self, window: Window, used: np.ndarray, room: _Room, readers: Executor) -> LoadedWindow:
         """Rows ``used`` (n,) of a window, in that order."""
         n = len(used)
         memory = room.take(n + 1)  # row n takes those that other workers use
@@ -113,7 +113,7 @@ class Loader:
         slots[used] = np.arange(n)
         ends = np.cumsum(self.order.counts[list(window.groups)])
         list(readers.map(partial(self._place, memory[: n + 1]), window.groups, np.split(slots, ends[:-1])))
-        return Loaded(memory[:n], memory)
+        return LoadedWindow(memory[:n], memory)
 
     def _place(self, out: Tensor, index: int, slots: np.ndarray) -> None:
         """Read a row group; its i-th training row becomes ``out[slots[i]]``, all others ``out[-1]``."""
@@ -146,7 +146,7 @@ class Loader:
         return self.split.of(doc) == TRAIN
 
 
-class Loaded(NamedTuple):
+class LoadedWindow(NamedTuple):
     """A window's rows (n, d), and the memory that they lie at the beginning of."""
 
     rows: Tensor
@@ -188,12 +188,12 @@ class _Ahead:
         windows: which; without end.
     """
 
-    def __init__(self, load: Callable[[Window, Executor], Loaded], windows: Iterator[Window]) -> None:
+    def __init__(self, load: Callable[[Window, Executor], LoadedWindow], windows: Iterator[Window]) -> None:
         self._load, self._windows = load, windows
         self._thread, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(READERS)
         self._loading = self._start()
 
-    def take(self) -> Loaded:
+    def take(self) -> LoadedWindow:
         """The rows of the next window, once they are there; begins to load the one after. Raises what loading did."""
         rows = self._loading.result()
         self._loading = self._start()
@@ -204,5 +204,5 @@ class _Ahead:
         self._readers.shutdown(cancel_futures=True)
         self._thread.shutdown(cancel_futures=True)
 
-    def _start(self) -> Future[Loaded]:
+    def _start(self) -> Future[LoadedWindow]:
         return self._thread.submit(self._load, next(self._windows), self._readers)

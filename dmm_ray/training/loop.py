@@ -25,7 +25,7 @@ from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.interval import Interval, batch_figures, means
 from dmm_ray.training.loader import Loader
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Model, Place, Team, whole
+from dmm_ray.training.parallel import Model, RankInfo, Team, whole
 from dmm_ray.training.state import check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema, FlowBatch, learning_rate
 from dmm_ray.training.tracking import Tracker
@@ -36,7 +36,7 @@ INTERVAL = "interval"
 """Of a checkpoint: the metrics of the batches since the last record."""
 
 
-class Run:
+class Trainer:
     """A training run inside one worker.
 
     Args:
@@ -50,7 +50,7 @@ class Run:
         CheckFailed: workers found different checkpoints.
     """
 
-    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: Place) -> None:
+    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: RankInfo) -> None:
         if config.precision == "auto":
             raise ValueError("precision: a run is told which one; dmm_ray.training.settle chooses it")
         self.config, self.prior_config, self.place = config, prior_config, place
@@ -93,21 +93,16 @@ class Run:
             UserError: rows that are not finite, a full disk.
             CheckFailed: a loss, gradient or weight is not finite.
         """
-        config, total, share = (
-            self.config,
-            self.config.schedule.total_batches,
-            self.place.share(self.config.schedule.batch),
-        )
-        log_every, save_every = (
-            config.schedule.every(config.logging.log_every, 100),
-            config.schedule.every(config.checkpoints.checkpoint_every, 10),
-        )
+        config, schedule = self.config, self.config.schedule
+        total, share = schedule.total_batches, self.place.share(schedule.batch)
+        log_every = schedule.every(config.logging.log_every, 100)
+        save_every = schedule.every(config.checkpoints.checkpoint_every, 10)
         self.interval.restart(self.loader.waited)
         tracker = self._tracker()
         with (
             closing(tracker) if tracker else nullcontext(),
             self._writer() or nullcontext() as writer,
-            closing(self.loader.batches(self.batch, config.schedule.batch, share)) as batches,
+            closing(self.loader.batches(self.batch, schedule.batch, share)) as batches,
         ):
             while self.batch < total:
                 self.interval.add(self._step(next(batches), share))
@@ -124,8 +119,9 @@ class Run:
 
     def step_seconds(self) -> Generator[float]:
         """Train on and on, giving the seconds of every step; for a trial: nothing is logged or saved."""
-        share = self.place.share(self.config.schedule.batch)
-        with closing(self.loader.batches(self.batch, self.config.schedule.batch, share)) as batches:
+        size = self.config.schedule.batch
+        share = self.place.share(size)
+        with closing(self.loader.batches(self.batch, size, share)) as batches:
             started = time.perf_counter()
             for rows in batches:
                 self._step(rows, share)
@@ -138,9 +134,9 @@ class Run:
 
     def _step(self, rows: Tensor, share: slice) -> Tensor:
         """One global batch; returns this rank's metrics of it without waiting for the device."""
-        config, place = self.config, self.place
+        config, place, size = self.config, self.place, self.config.schedule.batch
         losses, levels = [], []
-        for piece in place.pieces(config.schedule.batch, config.distribution.micro_batch):
+        for piece in place.pieces(size, config.distribution.micro_batch):
             mine = rows[piece.start - share.start : piece.stop - share.start]
             z_BD = self.normalizer.normalize(mine.to(place.device, non_blocking=True))
             data = FlowBatch(config, self.batch, piece, z_BD)
@@ -148,7 +144,7 @@ class Run:
                 found = data.loss(self.model.called, config.precision == "bfloat16")
                 # DDP and FSDP average gradients over workers, whose shares may be uneven: this gives the mean over
                 # the global batch.
-                (found.sum() / config.schedule.batch * place.world).backward()
+                (found.sum() / size * place.world).backward()
             losses.append(found.detach())
             levels.append(data.u_B)
         norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip)
@@ -157,26 +153,24 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.batch + 1)
-        return batch_figures(
-            torch.cat(losses), torch.cat(levels), whole(norm), share.start, config.schedule.batch
-        )
+        return batch_figures(torch.cat(losses), torch.cat(levels), whole(norm), share.start, size)
 
     def _log(self, tracker: Tracker | None, log_every: int) -> None:
         """Record the interval and begin the next one."""
-        config, interval = self.config, self.interval
+        config, schedule, interval = self.config, self.config.schedule, self.interval
         sums = interval.sums()
-        validate_every = config.schedule.every(config.validation.validate_every, 10)
-        validate = self.batch % validate_every < log_every or self.batch == config.schedule.total_batches
+        validate_every = schedule.every(config.validation.validate_every, 10)
+        validate = self.batch % validate_every < log_every or self.batch == schedule.total_batches
         validation_loss = self.validation_loss() if validate else None
         if tracker:
-            levels = config.schedule.levels
+            levels = schedule.levels
             tracker.log(
                 {
-                    "samples": self.batch * config.schedule.batch,
+                    "samples": self.batch * schedule.batch,
                     "lr": learning_rate(config, self.peak_lr, self.batch - 1),
                     "validation_loss": validation_loss,
                     **means(sums),
-                    **interval.speed(flops(self.denoiser, config.schedule.batch, levels), self.loader.waited),
+                    **interval.speed(flops(self.denoiser, schedule.batch, levels), self.loader.waited),
                     "memory_gb": memory_gb(self.place.device),
                     "workers": self.place.world,
                 }
@@ -184,14 +178,14 @@ class Run:
         interval.clear()
         interval.restart(self.loader.waited)
 
-    def _writer(self) -> checkpoint.Writer | None:
+    def _writer(self) -> checkpoint.CheckpointWriter | None:
         """What writes this worker's part of the checkpoints; the first one's is everything unless they are sharded."""
         if not self.model.sharded and self.place.rank > 0:
             return None
         team = self.team if self.model.sharded else None
-        return checkpoint.Writer(self.config.out, self.config.checkpoints.policy, team)
+        return checkpoint.CheckpointWriter(self.config.out, self.config.checkpoints.policy, team)
 
-    def _save(self, writer: checkpoint.Writer | None) -> None:
+    def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
         """Have a checkpoint written; the figures since the last record go into it."""
         sums = self.interval.sums()
         loss = self.validation_loss() if self.config.checkpoints.keep_best else None

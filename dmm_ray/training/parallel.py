@@ -19,7 +19,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.prior.network import Denoiser
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Where a worker stands."""
 
     rank: int
@@ -62,7 +62,7 @@ class Model:
         called: what a training step calls.
     """
 
-    def __init__(self, denoiser: Denoiser, place: Place, sharded: bool, compiled: bool) -> None:
+    def __init__(self, denoiser: Denoiser, place: RankInfo, sharded: bool, compiled: bool) -> None:
         if compiled:
             check_compiler(place.device)
         self.denoiser, self.sharded = denoiser, sharded
@@ -90,7 +90,7 @@ class Model:
             self.denoiser.reshard()
 
 
-def shard(denoiser: Denoiser, place: Place, compiled: bool) -> None:
+def shard(denoiser: Denoiser, place: RankInfo, compiled: bool) -> None:
     """Shard the weights over all workers, by rows (FSDP2), and move them to the device, block by block."""
     mesh = init_device_mesh(place.device.type, (place.world,))
     for block in denoiser.blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 
-from dmm_ray.cluster import cluster_address, ensure_ray
+from dmm_ray.cluster import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import Failure, WorkerError, keep_trace
 from dmm_ray.files import exists, filesystem, join, read_json, remove_folder, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Interrupt, RayNotices
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 
 logger = logging.getLogger(__name__)
 RAY_FOLDER, REFUSAL, STOP, STARTED, DONE = ".ray", "refused.json", "stop.json", "started.json", "done.json"
@@ -30,6 +32,9 @@ WAIT_S = 30.0
 """Seconds between words on workers that have not started."""
 LET_GO_S = 4.0
 """How long actors that have ended may hold their resources: Ray takes them back by and by."""
+MEMORY_OPTIONS = "--micro-batch"
+LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|DistBackendError|NCCL", re.IGNORECASE)
+"""What workers raise when another one has failed."""
 
 
 def train_on_ray(
@@ -54,7 +59,7 @@ def train_on_ray(
     needs = worker_needs(config)
     warn_of_waiting(config, needs)
     trainer = _trainer(config, prior_config, needs)
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, ray_messages_logged():
         fit = _Fit(trainer)
         waiting = Waiting(config.out, needs)
         while fit.is_alive() and not interrupt.noted:
@@ -73,8 +78,33 @@ def train_on_ray(
     if not finished and interrupt.noted:
         raise KeyboardInterrupt
     if not finished:
-        raise CheckFailed(f"training failed: {' '.join(str(fit.error).split())[-500:]}") from fit.error
+        raise CheckFailed(_failure(config, fit.error)) from fit.error
     return needs
+
+
+def _failure(config: TrainConfig, error: Exception) -> str:
+    """One line on why training failed: the rank at fault and what it raised; its trace is kept in a file."""
+    failures = sorted(
+        (
+            (rank, Failure.of(_cause(e), MEMORY_OPTIONS))
+            for rank, e in getattr(error, "worker_failures", {}).items()
+        ),
+        key=lambda found: (LOST_PEER.search(found[1].cause) is not None, found[0]),
+    )
+    restarts = f" after {config.max_failures} restarts" if config.max_failures else ""
+    if failures:
+        rank, failure = failures[0]
+        where = keep_trace(f"rank-{rank}", failure.trace, config.out)
+        return f"training failed{restarts}: rank {rank}: {failure.cause}; {where}"
+    failure = Failure.of(_cause(error), MEMORY_OPTIONS)
+    return f"training failed: {failure.cause}; {keep_trace('training', failure.trace, config.out)}"
+
+
+def _cause(error: Exception) -> Exception:
+    """What Ray Train's own exceptions are about."""
+    for name in ("health_check_failure", "controller_failure"):
+        error = getattr(error, name, error)
+    return error
 
 
 def _free(wanted: dict[str, float]) -> dict[str, float]:
@@ -95,16 +125,13 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
     Raises:
         UserError: the cluster has not enough for the fewest workers.
     """
+    asked = config.distribution
     import ray
 
     has = ray.cluster_resources()
-    fewest = config.distribution.min_workers or config.distribution.workers
-    use_gpu = config.distribution.device == "cuda" or (
-        config.distribution.device == "auto" and has.get("GPU", 0) >= fewest
-    )
-    cpus = config.distribution.cpus_per_worker or (
-        1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / config.distribution.workers))
-    )
+    fewest = asked.min_workers or asked.workers
+    use_gpu = asked.device == "cuda" or (asked.device == "auto" and has.get("GPU", 0) >= fewest)
+    cpus = asked.cpus_per_worker or (1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / asked.workers)))
     needs = {"CPU": cpus} | ({"GPU": 1.0} if use_gpu else {})
     for kind, each in needs.items():
         if each * fewest > has.get(kind, 0):
@@ -117,9 +144,10 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
 
 def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
     """Say so where the workers have to wait for resources, or leave no CPU to others."""
+    asked = config.distribution
     import ray
 
-    has, fewest = ray.cluster_resources(), config.distribution.min_workers or config.distribution.workers
+    has, fewest = ray.cluster_resources(), asked.min_workers or asked.workers
     free = _free({kind: each * fewest for kind, each in needs.items()})
     for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
@@ -127,7 +155,7 @@ def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
                 "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
                 fewest, each, kind, free.get(kind, 0), has[kind],
             )  # fmt: skip
-    if cluster_address() is not None and needs["CPU"] * config.distribution.workers >= has["CPU"]:
+    if cluster_address() is not None and needs["CPU"] * asked.workers >= has["CPU"]:
         logger.warning(
             "workers: they take all %g CPUs of the cluster; Ray Data jobs beside them will wait (--cpus-per-worker)",
             has["CPU"],
@@ -183,25 +211,21 @@ def _trainer(config: TrainConfig, prior_config: PriorConfig, needs: dict[str, fl
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    elastic = (
-        config.distribution.min_workers is not None
-        and config.distribution.min_workers < config.distribution.workers
-    )
+    asked = config.distribution
+    elastic = asked.min_workers is not None and asked.min_workers < asked.workers
     return TorchTrainer(
         _worker,
         train_loop_config={"train": config, "prior": prior_config, "threads": max(1, int(needs["CPU"]))},
         scaling_config=ScalingConfig(
-            num_workers=(config.distribution.min_workers, config.distribution.workers)
-            if elastic
-            else config.distribution.workers,
-            elastic_resize_monitor_interval_s=config.distribution.resize_interval_s,
+            num_workers=(asked.min_workers, asked.workers) if elastic else asked.workers,
+            elastic_resize_monitor_interval_s=asked.resize_interval_s,
             use_gpu="GPU" in needs,
             resources_per_worker=needs,
         ),
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=config.out,
-            failure_config=FailureConfig(max_failures=config.distribution.max_failures),
+            failure_config=FailureConfig(max_failures=asked.max_failures),
             callbacks=[_lost_workers(_path(config.out, STARTED))],
         ),
     )
@@ -244,7 +268,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     torch.set_num_threads(loop_config["threads"])
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
+    place = RankInfo(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     config: TrainConfig = loop_config["train"]
     refusal = _path(config.out, REFUSAL)
@@ -253,7 +277,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     try:
         if place.rank == 0:
             write_json(_path(config.out, STARTED), {"workers": place.world})
-        run = Run(config, loop_config["prior"], place)
+        run = Trainer(config, loop_config["prior"], place)
         notices = RayNotices(_path(config.out, STOP), place.rank, place.world)
         if run.train(notices) and place.rank == 0:
             write_json(_path(config.out, DONE), {})
@@ -261,3 +285,5 @@ def _worker(loop_config: dict[str, Any]) -> None:
         write_json(refusal, {"message": str(e), "bad_input": isinstance(e, UserError)})
         if place.world > 1:
             raise  # others may wait for this one: Ray ends them all, and started again they end at the check above
+    except Exception as e:
+        raise WorkerError(*Failure.of(e, MEMORY_OPTIONS)) from e

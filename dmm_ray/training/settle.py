@@ -20,8 +20,8 @@ from dmm_ray.precision import choose_precision, precision_on
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training.claim import SavedRun
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
-from dmm_ray.training.loop import Run
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.loop import Trainer
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import worker_needs
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,15 @@ def check_length(config: TrainConfig) -> None:
 
 def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
     """``config`` with what was chosen for the run in its folder, where that is left open."""
+    schedule = config.schedule
     chosen: dict[str, object] = {}
     if config.precision == "auto":
         chosen["precision"] = saved.config.precision
-    if config.schedule.minutes is not None:
+    if schedule.minutes is not None:
         chosen["samples"] = saved.config.schedule.samples
-    elif config.schedule.samples is None:
+    elif schedule.samples is None:
         chosen["samples"] = DEFAULT_SAMPLES
-    elif config.schedule.samples == saved.config.schedule.samples:
+    elif schedule.samples == saved.config.schedule.samples:
         chosen["minutes"] = saved.config.schedule.minutes  # the number that was chosen by a trial, spelt out
     return config.model_copy(update=chosen)
 
@@ -72,18 +73,19 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
     Raises:
         UserError: as a run, or the time is not enough for a batch.
     """
-    if config.schedule.minutes is None:
-        return config.model_copy(update={"samples": config.schedule.samples or DEFAULT_SAMPLES})
-    share = -(-config.schedule.batch // max(config.distribution.workers, 1))
+    schedule, workers = config.schedule, config.distribution.workers
+    if schedule.minutes is None:
+        return config.model_copy(update={"samples": schedule.samples or DEFAULT_SAMPLES})
+    share = -(-schedule.batch // max(workers, 1))
     trial = config.model_copy(
         update={
             "batch": share,
-            "levels_per_batch": math.gcd(config.schedule.levels_per_batch, share),
+            "levels_per_batch": math.gcd(schedule.levels_per_batch, share),
             "samples": DEFAULT_SAMPLES,
             "parallel": "ddp",
         }
     )
-    if config.distribution.workers == 0:
+    if workers == 0:
         found = [try_steps(trial, prior_config, local_device(config.distribution.device))]
     else:
         ensure_ray()
@@ -91,7 +93,7 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
         device = "cuda" if "GPU" in needs else "cpu"
         # All at once: they share a machine's memory and cores, as they will in the run.
         found = call_on_workers(
-            config.distribution.workers,
+            workers,
             try_steps,
             trial,
             prior_config,
@@ -101,17 +103,17 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
             gpus=needs.get("GPU", 0.0),
         )
     step_s, validation_s = max(found)
-    batches = int((60 * config.schedule.minutes - VALIDATIONS * validation_s) / step_s)
+    batches = int((60 * schedule.minutes - VALIDATIONS * validation_s) / step_s)
     if batches < 1:
         raise UserError(
-            f"minutes: {config.schedule.minutes:g} are not enough for one batch of {step_s:.1f} s; give more"
+            f"minutes: {schedule.minutes:g} are not enough for one batch of {step_s:.1f} s; give more"
         )
-    samples = batches * config.schedule.batch
-    rate = config.schedule.batch / step_s
+    samples = batches * schedule.batch
+    rate = schedule.batch / step_s
     logger.info(
         "samples: %d, about %g minutes at %.0f a second, by a short trial",
         samples,
-        config.schedule.minutes,
+        schedule.minutes,
         rate,
     )
     return config.model_copy(update={"samples": samples})
@@ -130,7 +132,7 @@ def try_steps(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    run = Run(config, prior_config, Place(0, 1, torch.device(device)))
+    run = Trainer(config, prior_config, RankInfo(0, 1, torch.device(device)))
     seconds: list[float] = []
     with closing(run.step_seconds()) as steps:
         started = time.perf_counter()

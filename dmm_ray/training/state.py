@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Shape = tuple[int, ...]
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors by name that can be read in part."""
 
     def shapes(self) -> dict[str, Shape]:
@@ -45,7 +45,7 @@ def snapshot(denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) ->
     }
 
 
-def restore(source: Source, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
+def restore(source: TensorSource, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
     """The inverse of :func:`snapshot`, in place; the rows may have been divided otherwise."""
     averages = ema.state()
     for name, p in denoiser.named_parameters():
@@ -72,7 +72,7 @@ def check_architecture(where: str, found: Mapping[str, Shape], denoiser: nn.Modu
             )
 
 
-class Part:
+class ShardFile:
     """A safetensors file of float32 tensors, of which single rows can be read."""
 
     def __init__(self, uri: str) -> None:
@@ -104,11 +104,11 @@ class Part:
         return data
 
 
-class Joined:
-    """The tensors of several parts, the rows of each following those of the part before. A :class:`Source`."""
+class ShardedReader:
+    """The tensors of several parts, the rows of each following those of the part before. A :class:`TensorSource`."""
 
     def __init__(self, uris: Sequence[str]) -> None:
-        self.parts = [Part(uri) for uri in uris]
+        self.parts = [ShardFile(uri) for uri in uris]
 
     def shapes(self) -> dict[str, Shape]:
         """Of every tensor, put together."""

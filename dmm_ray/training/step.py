@@ -20,13 +20,12 @@ STREAM_TRAIN, STREAM_VALIDATION = 16, 17
 
 def learning_rate(config: TrainConfig, peak: float, batch: int) -> float:
     """Linear warm-up from 1 % of ``peak``, then a cosine to ``final_lr * peak`` at the last batch."""
+    optimizer = config.optimizer
     progress = batch / config.schedule.total_batches
-    if progress < config.optimizer.warmup:
-        return peak * (0.01 + 0.99 * progress / config.optimizer.warmup)
-    way = (progress - config.optimizer.warmup) / (1 - config.optimizer.warmup)
-    return peak * (
-        config.optimizer.final_lr + (1 - config.optimizer.final_lr) * (1 + math.cos(math.pi * way)) / 2
-    )
+    if progress < optimizer.warmup:
+        return peak * (0.01 + 0.99 * progress / optimizer.warmup)
+    way = (progress - optimizer.warmup) / (1 - optimizer.warmup)
+    return peak * (optimizer.final_lr + (1 - optimizer.final_lr) * (1 + math.cos(math.pi * way)) / 2)
 
 
 def ema_exponent(sigma_rel: float) -> float:

@@ -1,4 +1,4 @@
-"""What a run shows: ``stats.jsonl``, Weights & Biases, Ray's metrics, and a status line on the driver."""
+"""Logging: ``stats.jsonl``, Weights & Biases, Ray's metrics, and a status line on the driver."""
 
 from __future__ import annotations
 

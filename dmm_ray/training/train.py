@@ -9,6 +9,7 @@ import torch
 
 from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.errors import UserError
+from dmm_ray.failures import remove_traces
 from dmm_ray.files import absolute, make_folder
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
@@ -18,9 +19,9 @@ from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.claim import claim, saved_run
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Interrupt, Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import train_on_ray
 from dmm_ray.training.settle import (
     check_length,
@@ -102,6 +103,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     checkpoint.finish(
         config.out, config.checkpoints.policy
     )  # last: a run that is killed before goes on from them
+    remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
 
 
@@ -120,7 +122,8 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
-        subject=manifest.subject.model_dump() | {"tokenizer_hash": manifest.tokenizer_hash},
+        subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
+        | {"tokenizer_hash": manifest.tokenizer_hash},
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
         training={
@@ -136,7 +139,8 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
 
 def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run in this process."""
-    run = Run(config, prior_config, Place(0, 1, torch.device(local_device(config.distribution.device))))
+    device = torch.device(local_device(config.distribution.device))
+    run = Trainer(config, prior_config, RankInfo(0, 1, device))
     with Interrupt() as interrupt:
 
         def notice(_: int) -> Notice:

@@ -16,11 +16,11 @@ from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import VALIDATION
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.step import STREAM_VALIDATION, flow_loss
 
 logger = logging.getLogger(__name__)
-LEVELS = 64
+VALIDATION_LEVELS = 64
 """Row i is noised to level ``i % LEVELS`` of so many, evenly spread over (0, 1)."""
 
 
@@ -33,9 +33,10 @@ class Validation:
         place: of this worker.
     """
 
-    def __init__(self, config: TrainConfig, z_BD: Tensor, place: Place) -> None:
+    def __init__(self, config: TrainConfig, z_BD: Tensor, place: RankInfo) -> None:
         self.config, self.place, self.n = config, place, len(z_BD)
-        self.u_M = torch.linspace(0.5 / LEVELS, 1 - 0.5 / LEVELS, LEVELS, device=place.device)
+        half = 0.5 / VALIDATION_LEVELS
+        self.u_M = torch.linspace(half, 1 - half, VALIDATION_LEVELS, device=place.device)
         pairs = max(
             self.n, place.world
         )  # every worker calls the network equally often: some with a row that counts 0
@@ -51,7 +52,7 @@ class Validation:
         for ids, z_BD in self.pieces:
             on_device = ids.to(self.place.device)
             noise = normal(self.config.seed, on_device, z_BD.shape[1], STREAM_VALIDATION)
-            index = on_device % LEVELS
+            index = on_device % VALIDATION_LEVELS
             z_u = interpolate(z_BD, noise, self.u_M[index])
             bf16 = self.config.precision == "bfloat16"
             losses = flow_loss(denoiser, z_u, noise - z_BD, self.u_M, index, bf16)
@@ -62,7 +63,7 @@ class Validation:
 
 
 def load_validation(
-    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, place: Place
+    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, place: RankInfo
 ) -> Validation | None:
     """The validation of a run; None, with a warning, where no document falls into that part.
 

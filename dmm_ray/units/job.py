@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import keep_trace, remove_traces
 from dmm_ray.files import make_folder
 from dmm_ray.provenance import SUMMARY, write_summary
 from dmm_ray.store.manifest import Manifest
@@ -71,7 +72,8 @@ def run_job(job: Job[Any], started: float) -> str:
     Raises:
         UserError: the folder holds something else or another configuration's results, or is being written; a unit
             reports bad input.
-        CheckFailed: another process took the folder over; a unit failed otherwise, or its actor died again and again.
+        CheckFailed: another process took the folder over; or a unit, or the pool of actors, failed for a reason outside
+            the input. The trace is in the file that the message names, until the folder is finished.
     """
     out, manifest = job.out, job.manifest
     make_folder(out)
@@ -89,6 +91,7 @@ def run_job(job: Job[Any], started: float) -> str:
             remove_temporary(out)
         figures = {**job.finish(), "rows_per_s": rows_per_s and round(rows_per_s, 1)}
         inputs = job.config.model_dump(mode="json")
+        remove_traces(out)
         write_summary(out, {"figures": figures, **job.provenance}, inputs, time.monotonic() - started)
     return out
 
@@ -107,14 +110,26 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
     with closing(work(job, todo)) as results:
         for result in results:
             lock.check()
-            if "trace" in result:
-                logger.debug("%s", result["trace"])
-                raise CheckFailed(f"{result['error']} (DMM_LOG_LEVEL=DEBUG shows where)")
             if "error" in result:
-                raise UserError(result["error"])
+                raise _failure(job.out, manifest, result)
             job.add(result)
             progress.add(result["rows"])
     return progress.rows_per_s
+
+
+def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
+    """What to raise for a result with an error."""
+    if "trace" not in result:
+        return UserError(result["error"])
+    if "unit" not in result:
+        return CheckFailed(f"{result['error']}; {keep_trace('actors', result['trace'], out)}")
+    unit = unit_at(result["unit"], manifest.corpus.documents, manifest.documents_per_unit)
+    last = unit.stop - 1
+    documents = f"document {last}" if unit.first == last else f"documents {unit.first} to {last}"
+    where = keep_trace(f"unit-{unit.unit:06d}", result["trace"], out)
+    cause = result["error"]
+    which = f", {cause}" if cause.startswith("document ") else f" ({documents}): {cause}"
+    return CheckFailed(f"unit {unit.unit}{which}; {where}")
 
 
 def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from dmm_ray.errors import CheckFailed
+from dmm_ray.cluster import ray_messages_logged
+from dmm_ray.failures import Failure
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.resources import Resources
 from dmm_ray.units.unit import Unit
 
-logger = logging.getLogger(__name__)
 MAX_BLOCKS = 4096
 """Most Ray Data blocks of a run; with more units, a block holds several."""
 UNITS_IN_FLIGHT = 2
 """Per actor: one computes while the other is read and prepared, or written."""
+UNIT_RETRIES = 4
+"""How often a unit is begun again after its actor's process died. Without a limit, one that needs more memory than
+there is would be tried for ever."""
+LOUD_LOGGERS = (
+    "ray.data._internal.progress",  # says that its bars are off
+    # They show an exception with its trace, which the caller keeps in a file.
+    "ray.data._internal.execution.streaming_executor_state",
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+    "ray.data.exceptions",
+)
 
 
 def map_units(
@@ -24,36 +35,36 @@ def map_units(
 ) -> Generator[dict[str, Any]]:
     """The small result of each unit, in the order they finish, from a pool of ``actor(*arguments)``.
 
-    Close it when an error ends the run: the pool goes on with units as long as it is open.
-
-    Raises:
-        CheckFailed: Ray cannot go on: actors that die again and again, a lost cluster.
+    The last one has an ``error`` and its ``trace`` where the pool itself failed: actors cannot be started, or their
+    processes died more than ``UNIT_RETRIES`` times over the same unit. Close this generator when an error ends the
+    run: the pool goes on with units as long as it is open.
     """
     import ray
-    from ray.exceptions import RayError
 
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
+    for name in LOUD_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     items = [unit._asdict() for unit in units]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
-        actor,
-        fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.fitting,
-            max_size=resources.actors,
-            max_concurrent_calls_per_actor=UNITS_IN_FLIGHT,
-        ),
-        batch_size=1,
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-    )
-    try:
-        for row in dataset.iter_rows():
-            yield json.loads(row["result"])
-    except RayError as e:
-        logger.debug("", exc_info=e)
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        memory = "OutOfMemory" in type(e).__name__ or "OOM" in str(e)
-        remedy = "; fewer --actors or a smaller batch take less memory" if memory else ""
-        raise CheckFailed(
-            f"Ray: {type(e).__name__}: {(lines or ['no message'])[-1][:300]}{remedy} (DMM_LOG_LEVEL=DEBUG shows more)"
-        ) from e
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    with warnings.catch_warnings():
+        # It has no other way to limit the retries; the next releases of Ray are to have one.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        results = dataset.map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=resources.fitting,
+                max_size=resources.actors,
+                max_concurrent_calls_per_actor=UNITS_IN_FLIGHT,
+            ),
+            batch_size=1,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            ray_remote_args_fn=lambda: {"max_task_retries": UNIT_RETRIES},
+        )
+    with ray_messages_logged():
+        try:
+            for row in results.iter_rows():
+                yield json.loads(row["result"])
+        except ray.exceptions.RayError as e:
+            failure = Failure.of(e, actor.memory_options)
+            yield {"error": failure.cause, "trace": failure.trace}

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from dmm_ray.interventions import Direction
-from dmm_ray.subject import LanguageModel
+from dmm_ray.subject import SubjectModel
 
 
-def mean_activation(model: LanguageModel, layer: int, path: str) -> torch.Tensor:
+def mean_activation(model: SubjectModel, layer: int, path: str) -> torch.Tensor:
     """The layer's mean over all tokens of a file's lines but each one's first, (d,)."""
     lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     return torch.cat([model.read(line, layer).rows[1:] for line in lines]).mean(0)
@@ -23,7 +23,7 @@ def mean_activation(model: LanguageModel, layer: int, path: str) -> torch.Tensor
 
 def main(name_of_model: str, layer: str, with_it: str, without: str, name: str, folder: str) -> None:
     """Write FOLDER/NAME.safetensors and its path to stdout."""
-    model = LanguageModel.load(name_of_model)
+    model = SubjectModel.from_pretrained(name_of_model, head=True)
     difference = mean_activation(model, int(layer), with_it) - mean_activation(model, int(layer), without)
     sys.stdout.write(Direction(name, difference, int(layer)).save(folder) + "\n")
 

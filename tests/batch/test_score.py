@@ -16,12 +16,14 @@ from stores import units_here
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.batch import job
 from dmm_ray.batch.config import ScoreConfig
+from dmm_ray.batch.inputs import extract_first
 from dmm_ray.batch.verbs import score
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.prior.windows import window_means
 from dmm_ray.store.info import describe
 from dmm_ray.store.split import TEST, Split
+from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.units.lock import writer_lock
 
 
@@ -123,12 +125,28 @@ def test_another_configuration_is_refused(
     assert files(scores) == before
 
 
-def test_another_prior_is_refused(scores: Path, options: dict[str, Any], prior: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["weights", "statistics", "configuration", "calibration"])
+def test_another_prior_is_refused(
+    scores: Path, options: dict[str, Any], prior: str, tmp_path: Path, part: str
+) -> None:
+    """By what it holds, wherever it lies."""
+    given = {**options, **SCORE, "out": str(scores), "prior": str(tmp_path / "prior")}
     other = ActivationPrior.from_pretrained(prior)
-    other.denoiser.out_proj.bias.data.add_(1)
-    other.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"^prior: .* was made with"):
-        score(ScoreConfig(**{**options, **SCORE, "out": str(scores), "prior": str(tmp_path / "other")}))
+    other.save_pretrained(given["prior"])
+    assert score(ScoreConfig(**given)) == str(scores)
+    other.calibration = None
+    if part == "weights":
+        other.denoiser.out_proj.bias.data.add_(1)
+    elif part == "statistics":
+        other.normalizer.mean.add_(1)
+    elif part == "configuration":
+        other.config = other.config.model_copy(update={"variance_floor": 1e-5})
+    shutil.rmtree(given["prior"])
+    other.save_pretrained(given["prior"])
+    with pytest.raises(
+        UserError, match=rf"^{'calibration' if part == 'calibration' else 'prior'}: .* was made with"
+    ):
+        score(ScoreConfig(**given))
 
 
 def test_one_writer_at_a_time(options: dict[str, Any], tmp_path: Path) -> None:
@@ -177,6 +195,24 @@ def test_text_is_extracted_first(
     assert np.array_equal(table(out)["token_id"], all_rows(extracted).token_id)
     near = torch.cosine_similarity(all_rows(extracted).activation.float(), all_rows(store).activation)
     assert near.min() > 0.99
+
+
+def test_text_is_extracted_by_the_prior_s_own_token_selection(
+    prior: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    """As the store that it was trained on had it; a window that is given overrides the recorded one."""
+    trained = ActivationPrior.from_pretrained(prior)
+    kept = TokenSelection(keep_first=True, tokens_per_doc=3)
+    record = {"training": {"window": 24, "kept": kept.model_dump()}}
+    trained.config = trained.config.model_copy(update=record)
+    trained.save_pretrained(str(tmp_path / "prior"))
+    config = ScoreConfig(prior=str(tmp_path / "prior"), text=str(tiny_text), out=str(tmp_path), actors=1)
+    for window in (None, 16):
+        out = str(tmp_path / f"store{window}")
+        with units_here():
+            extract_first(config.model_copy(update={"window": window}), trained, 2, out)
+        manifest = ActivationStore.open(out).manifest
+        assert (manifest.kept, manifest.window) == (kept, window or 24)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -15,8 +15,8 @@ from batch_cases import LAYER
 
 from dmm_ray.batch.config import DenoiseConfig, ScoreConfig
 from dmm_ray.batch.engine import PriorActor, PriorTask, hash_prior
-from dmm_ray.batch.inputs import Inputs
-from dmm_ray.batch.operations import Denoise, Score
+from dmm_ray.batch.inputs import BatchInputs
+from dmm_ray.batch.operations import DenoiseOperation, ScoreOperation
 from dmm_ray.batch.selection import Selection, StoreRows
 from dmm_ray.batch.verbs import store_manifest
 from dmm_ray.prior import ActivationPrior
@@ -58,14 +58,16 @@ def make_engine(store: ActivationStore, prior: str, out: str, verb: str) -> tupl
     """An engine that computes in two threads, and the unit of all documents."""
     loaded, rows = ActivationPrior.from_pretrained(prior), StoreRows(store, LAYER, Selection())
     options: dict[str, Any] = {"prior": prior, "activations": store.uri, "out": out, "rows_per_shard": 10**6}
-    operation: Score | Denoise
+    operation: ScoreOperation | DenoiseOperation
     if verb == "score":
         score = ScoreConfig(proxy=True, **options)
-        operation, config, dtype = Score(score, LAYER), score, None
+        operation, config, dtype = ScoreOperation(score, LAYER), score, None
     else:
         denoise = DenoiseConfig(steps=2, **options)
-        operation, config, dtype = Denoise(denoise, LAYER, store.d, "float32"), denoise, "float32"
-    inputs = Inputs(prior, hash_prior(loaded.config, loaded.state_dict()), LAYER, store, rows, store.rows)
+        operation, config, dtype = DenoiseOperation(denoise, LAYER, store.d, "float32"), denoise, "float32"
+    inputs = BatchInputs(
+        prior, hash_prior(loaded.config, loaded.state_dict()), LAYER, store, rows, store.rows
+    )
     manifest = store_manifest(verb, config, inputs, operation, {}, 4, dtype)
     engine = PriorActor(PriorTask(out, manifest, rows, operation, device="cpu", threads=2, batch_rows=None))
     documents = manifest.corpus.documents

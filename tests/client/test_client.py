@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from client.scripted import Answer, serving
 
-from dmm_ray.client import Client, ClientError, Generated, Token, UnavailableError
+from dmm_ray.client import Client, ClientError, GeneratedText, Token, UnavailableError
 from dmm_ray.client.events import events
-from dmm_ray.client.rows import Rows
+from dmm_ray.client.rows import RequestRows
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.protocol import pack, unpack
 
@@ -219,7 +219,7 @@ def test_events_are_read_as_the_standard_says() -> None:
 def test_torch_s_rows_are_rows() -> None:
     torch = pytest.importorskip("torch")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = Rows.given(
+        x = RequestRows.given(
             torch.ones(2, 3, dtype=dtype, requires_grad=True), torch.tensor([1, 2]), torch.tensor([0.5, 1])
         )
         assert x.x is not None
@@ -234,7 +234,7 @@ def test_streamed_events() -> None:
     with serving(BUSY, Answer(body=token + done)) as script, Client(script.url) as client:
         first, last = client.generate_stream("once", strength=0.5)
         assert first == Token(1, "a\u2028b")
-        assert isinstance(last, Generated)
+        assert isinstance(last, GeneratedText)
         assert (last.text, last.nats.tolist(), last.nll) == ("ab", [0.5], 0.5)
     failed = token + b'event: error\ndata: {"error": "restarting"}\n\n'
     troubles = (
@@ -255,7 +255,7 @@ def test_streamed_events() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_sent_as_it_is(dtype) -> None:
     x = np.arange(6).reshape(2, 3).astype(dtype)
-    tensors = Rows.given(x, [[1, 2], [3, 4]]).tensors()
+    tensors = RequestRows.given(x, [[1, 2], [3, 4]]).tensors()
     assert tensors["activations"].dtype == x.dtype
     body, length = pack(tensors, {"u": 0.5, "layer": None})
     head = json.loads(body[:length])
@@ -266,7 +266,7 @@ def test_half_precision_is_sent_as_it_is(dtype) -> None:
 
 def test_other_numbers_become_float32() -> None:
     for x in ([[1, 2]], np.array([[1.0, 2.0]]), np.array([[1, 2]], np.int64)):
-        found = Rows.given(x, None).x
+        found = RequestRows.given(x, None).x
         assert found is not None
         assert found.dtype == np.float32
         assert found.tolist() == [[1.0, 2.0]]
@@ -287,7 +287,7 @@ def test_an_answer_is_read_in_order() -> None:
 
 
 def test_parts_keep_the_names_of_the_whole() -> None:
-    parts = list(Rows.given(np.zeros((5, 2)), None).cut(2))
+    parts = list(RequestRows.given(np.zeros((5, 2)), None).cut(2))
     assert [(p.start, p.ids.tolist()) for p in parts] == [(0, [0, 1]), (2, [2, 3]), (4, [4])]
     assert [p.start for p in parts[1].cut(1)] == [2, 3]
-    assert [p.tensors()["n"].tolist() for p in Rows.drawn(3, None).cut(2)] == [[2], [1]]
+    assert [p.tensors()["n"].tolist() for p in RequestRows.drawn(3, None).cut(2)] == [[2], [1]]

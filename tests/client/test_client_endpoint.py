@@ -11,7 +11,7 @@ import pytest
 import torch
 from serving.text_app import LIMITS, TEXT, Files, beside, make_files, serving
 
-from dmm_ray.client import Client, ClientError, Generated, Token, UnavailableError
+from dmm_ray.client import Client, ClientError, GeneratedText, Token, UnavailableError
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.serving.config import AppConfig
 
@@ -147,7 +147,7 @@ def test_texts(client: Client) -> None:
     whole = client.generate("the cat", "up", strength=0.5, max_tokens=5, steps=2, seed=1)
     assert len(whole.tokens) == len(whole.nats) <= 5
     *tokens, last = client.generate_stream("the cat", "up", strength=0.5, max_tokens=5, steps=2, seed=1)
-    assert isinstance(last, Generated)
+    assert isinstance(last, GeneratedText)
     assert last.text == whole.text == "".join(token.text for token in tokens if isinstance(token, Token))
     assert last.nll == whole.nll == pytest.approx(whole.nats.mean())
     same = client.generate("the cat", list(range(D)), layer=2, strength=0.5, max_tokens=5, steps=2, seed=1)

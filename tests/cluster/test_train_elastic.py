@@ -22,9 +22,9 @@ from dmm_ray.cluster import quiet
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(400)]
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -113,7 +113,7 @@ def undisturbed(this: TrainConfig, out: Path, n: int) -> list[dict[str, Any]]:
     alone = this.model_copy(
         update={"out": str(out), "workers": 0, "parallel": "ddp", "checkpoint_every": this.samples}
     )
-    run = Run(alone, prior, Place(0, 1, torch.device("cpu")))
+    run = Trainer(alone, prior, RankInfo(0, 1, torch.device("cpu")))
     assert not run.train(lambda done: Notice.STOP if done == 2 * n else Notice.GO_ON)
     return records(out)
 

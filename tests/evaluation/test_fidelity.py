@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dmm_ray.baselines import Gaussian
-from dmm_ray.evaluation.data import Part
+from dmm_ray.evaluation.data import EvaluationRows
 from dmm_ray.evaluation.fidelity import NoisedRows, squared_errors, summarize
 
 
@@ -25,7 +25,7 @@ class Recorder:
 
 def part(n, d=4, seed=0):
     z = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.5, 2, d)
-    return Part(z, torch.stack([torch.arange(n) // 10, torch.arange(n) % 10 + 1], dim=1))
+    return EvaluationRows(z, torch.stack([torch.arange(n) // 10, torch.arange(n) % 10 + 1], dim=1))
 
 
 @pytest.mark.parametrize("n", [7, 1000, 1001, 2500])
@@ -54,7 +54,7 @@ def test_methods_see_the_same_rows_and_a_row_keeps_its_noise_in_any_company():
 def test_optimal_gaussian_has_the_loss_of_its_formula():
     values = torch.linspace(0.3, 3, 4, dtype=torch.float64)
     model = Gaussian(torch.zeros(4, dtype=torch.float64), values, torch.eye(4, dtype=torch.float64))
-    rows = Part(model.sample(20_000), part(20_000).ids)
+    rows = EvaluationRows(model.sample(20_000), part(20_000).ids)
     noised = NoisedRows.assign(20_000, seed=0)
     errors = squared_errors({"gaussian": model}, rows, noised, seed=0)["gaussian"]
     found = summarize(errors, noised, rows.docs)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,14 @@ import pytest
 from pydantic import ValidationError
 from stores import units_here
 
-from dmm_ray.errors import UserError
+from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.extract import ExtractConfig, extract
+from dmm_ray.extraction.job import Extraction
 from dmm_ray.store.reader import ActivationStore
+from dmm_ray.units import pool
+from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.resources import ActorPool, plan_resources
+from dmm_ray.units.unit import Unit
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -116,7 +122,7 @@ def test_another_text_or_model_is_refused(
     model = shutil.copytree(tiny_subject, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(UserError, match=r"^model: "):
+    with pytest.raises(UserError, match=r"^model \(config\.json\): "):
         run(out=str(tiny_store), model=str(model))
 
 
@@ -132,7 +138,7 @@ def test_a_bad_record_beyond_the_scan_stops_the_job(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is found in an actor and must reach here as one line; then the fixed text works."""
-    monkeypatch.setattr("dmm_ray.text.formats.base.CHECKED_BYTES", 0)
+    monkeypatch.setattr("dmm_ray.text.formats.base.SCANNED_BYTES", 0)
     text = tmp_path / "t.jsonl"
     text.write_text('{"text": "the cat sat on a mat"}\n{"txt": "x"}\n')
     with pytest.raises(UserError, match=r"^text: .*t.jsonl: line 2: no field 'text'") as error:
@@ -199,6 +205,36 @@ def test_out_that_holds_something_else(run: Callable[..., Path], tmp_path: Path)
 def test_bad_configuration(tiny_options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ExtractConfig(out="x", **{**tiny_options, **changes})
+
+
+def test_a_unit_whose_process_dies_each_time_ends_the_job(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As the kernel does when memory runs out. Ray would begin it again for ever, with pages on stdout each time."""
+
+    class Dies(UnitActor):
+        memory_options = "--batch-tokens"
+
+        def work(self, unit: Unit) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+
+    monkeypatch.setattr(Extraction, "actor", lambda job, *_: (Dies, (job.out,)))
+    monkeypatch.setattr(pool, "UNIT_RETRIES", 1)
+    log = tmp_path / "store" / "errors" / "actors.log"
+    says = (
+        r"a worker process died \(Actor\w+Error\), most likely killed because memory ran out; "
+        rf"lower --batch-tokens or use machines with more memory; full trace: {log}"
+    )
+    with pytest.raises(CheckFailed, match=f"^{says}$"):
+        run()
+    assert "ray.exceptions.Actor" in log.read_text()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
 
 
 def test_pool_defaults(ray_local: None) -> None:

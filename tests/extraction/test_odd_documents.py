@@ -13,11 +13,15 @@ import torch
 import transformers
 from stores import extract_here, units_here
 from texts import WORDS
+from tokenizers import Tokenizer, models, processors
 
-from dmm_ray.errors import UserError
+from dmm_ray.cli import main
+from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.extract import extract
+from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.store.reader import ActivationStore
+from dmm_ray.subject import SubjectModel
 
 MILLION = 1_000_000
 
@@ -97,6 +101,28 @@ def test_one_token_documents_without_a_bos(plain: Path, tmp_path: Path) -> None:
         assert whole.document(0, doc).token_id.tolist() == ids
 
 
+def test_a_vocabulary_of_five(tmp_path: Path) -> None:
+    """BOS and the letters of DNA: fewer ids than a model is tried out with otherwise."""
+    model, letters = tmp_path / "dna", "ACGT"
+    tokenizer = Tokenizer(models.BPE({"<s>": 0} | {letter: i for i, letter in enumerate(letters, 1)}, []))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(model)
+    torch.manual_seed(3)
+    small = {"vocab_size": 5, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_attention_heads=2)).eval()
+    lm.save_pretrained(model)
+    texts = ["GATTACA", "C", "ACGT" * 12]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"model": str(model), "text": str(tmp_path / "t.jsonl"), "layers": [0], "dtype": "float32"}
+    store = ActivationStore.open(extract_here(**options, out=str(tmp_path / "store")))
+    for doc, text in enumerate(texts):
+        rows, ids = store.document(0, doc), [0, *(letters.index(letter) + 1 for letter in text)]
+        assert rows.token_id.tolist() == ids[1:]
+        with torch.no_grad():
+            hidden = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        torch.testing.assert_close(rows.activation, hidden[1:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def poisoned(tiny_subject: Path, tmp_path: Path) -> dict[str, Any]:
     """Options: invalid UTF-8, no field, no JSON, a token that the model does not know; a document a unit."""
@@ -139,3 +165,41 @@ def test_poisoned_documents_over_the_limit_stop_the_job(poisoned: dict[str, Any]
     assert not (store / "summary.json").exists()
     extract_here(**poisoned, max_failed_documents=4)
     assert ActivationStore.open(str(store)).manifest.units == 6
+
+
+def test_a_fault_in_the_models_code_is_one_line_with_its_document(
+    tiny_subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trace lies in the folder until the same command has finished the work, with the bytes of any other run."""
+    (tmp_path / "t.txt").write_text("the cat sat\n\na dog\n\na red town\n\none cat\n")
+    options = {"model": str(tiny_subject), "text": str(tmp_path / "t.txt"), "layers": [0], "dtype": "float32"}
+    store, whole = tmp_path / "store", extract_here(**options, out=str(tmp_path / "whole"), rows_per_shard=1)
+    red = transformers.AutoTokenizer.from_pretrained(tiny_subject)("a red town")["input_ids"]
+    forward = SubjectModel._run
+
+    def run(self: SubjectModel, **given: Any) -> Any:
+        if red in [given["input_ids"][0].tolist()]:
+            raise TypeError("unsupported operand\nfor a red town")
+        return forward(self, **given)
+
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["extract", *flags, "--out", str(store), "--rows-per-shard", "1"]
+    monkeypatch.setattr(SubjectModel, "_run", run)
+    with units_here(), pytest.raises(SystemExit) as ended:
+        main(command)
+    monkeypatch.undo()
+    assert ended.value.code == 1
+    log = store / "errors" / "unit-000002.log"
+    cause = "TypeError: unsupported operand for a red town"
+    line = f"dmm extract: unit 2, document 2: {cause}; full trace: {log}"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert "for a red town" in log.read_text().splitlines()[-2]
+    assert "in capture_packed\n    " in log.read_text()
+    with pytest.raises(CheckFailed) as unfinished:
+        verify(VerifyConfig(store=str(store)))
+    assert "foreign" not in str(unfinished.value)
+    with units_here(), pytest.raises(SystemExit):
+        main(command)
+    assert not log.parent.exists()
+    for path in (p for p in Path(whole).rglob("*") if p.is_file() and p.name != "summary.json"):
+        assert (store / path.relative_to(whole)).read_bytes() == path.read_bytes()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dmm_ray.extraction.pieces import Piece, RowTable, pieces
+from dmm_ray.extraction.pieces import DocumentPiece, RowTable, pieces
 from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.subject.encoding import Encoded
 
@@ -23,11 +23,13 @@ def document(n: int, bos: bool = True, suffix: int = 0) -> Encoded:
     return Encoded(ids, len(ids), suffix)
 
 
-def kept_of(encoded: Encoded, window: int = 10, seed: int = 0, doc: int = 3, **options: Any) -> list[Piece]:
+def kept_of(
+    encoded: Encoded, window: int = 10, seed: int = 0, doc: int = 3, **options: Any
+) -> list[DocumentPiece]:
     return pieces(encoded, doc, window, TokenSelection(**options), seed, BOS)
 
 
-def rows(found: list[Piece]) -> list[tuple[int, int]]:
+def rows(found: list[DocumentPiece]) -> list[tuple[int, int]]:
     """(position, token) of every kept row."""
     return [
         (int(p), piece.ids[i]) for piece in found for i, p in zip(piece.kept, piece.position, strict=True)

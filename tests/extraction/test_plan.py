@@ -13,30 +13,36 @@ from texts import make_texts
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import Loading
-from dmm_ray.extraction.extract import kept_of, make_manifest
-from dmm_ray.extraction.plan import Plan, Sample, calibrate, choose_documents_per_unit, worth_calibrating
+from dmm_ray.extraction.extract import make_manifest
+from dmm_ray.extraction.plan import (
+    CorpusSample,
+    ExtractionPlan,
+    calibrate,
+    choose_documents_per_unit,
+    worth_calibrating,
+)
 from dmm_ray.store.reader import ActivationStore, file_sizes
 from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.subject import SubjectSource
 from dmm_ray.text.corpus import Corpus
 
 
-def draw(text: Path, model: Path, **kept: object) -> Sample:
+def draw(text: Path, model: Path, **kept: object) -> CorpusSample:
     tokenizer = SubjectSource.resolve(str(model)).tokenizer
-    return Sample.draw(Corpus.scan([str(text)]), 64, TokenSelection(**kept), 0, tokenizer)
+    return CorpusSample.draw(Corpus.scan([str(text)]), 64, TokenSelection(**kept), 0, tokenizer)
 
 
 @pytest.fixture
-def plan(tiny_text: Path, tiny_subject: Path, tmp_path: Path) -> Plan:
+def plan(tiny_text: Path, tiny_subject: Path, tmp_path: Path) -> ExtractionPlan:
     config = ExtractConfig(
         model=str(tiny_subject), text=str(tiny_text), layers=[1, 2], dtype="float32", out=str(tmp_path)
     )
     source, corpus = config.subject.resolve(), Corpus.scan(config.uris)
-    sample = Sample.draw(corpus, 64, kept_of(config), 0, source.tokenizer)
-    return Plan(make_manifest(config, "float32", source, 4, corpus, 64, sample), sample)
+    sample = CorpusSample.draw(corpus, 64, config.kept, 0, source.tokenizer)
+    return ExtractionPlan(make_manifest(config, "float32", source, 4, corpus, 64, sample), sample)
 
 
-def test_a_small_corpus_is_counted_exactly(tiny_store: Path, plan: Plan) -> None:
+def test_a_small_corpus_is_counted_exactly(tiny_store: Path, plan: ExtractionPlan) -> None:
     store = ActivationStore.open(str(tiny_store))
     assert plan.sample.rows == store.rows
     assert plan.sample.tokens == sum(record.tokens for record in store.records)
@@ -58,7 +64,9 @@ def test_a_large_corpus_is_estimated(tiny_subject: Path, tmp_path: Path) -> None
 
 
 def test_units_of_a_size() -> None:
-    sample = Sample(documents=1_000_000, pieces=(), rows_per_document=1000.0, tokens_per_document=1000.0)
+    sample = CorpusSample(
+        documents=1_000_000, pieces=(), rows_per_document=1000.0, tokens_per_document=1000.0
+    )
     assert choose_documents_per_unit(4096, sample, 2047, 4096, 1) == 2
     per_unit = choose_documents_per_unit(None, sample, 2047, 4096, 1)
     assert per_unit * 1000 * 4096 == pytest.approx(256 << 20, rel=0.02)
@@ -69,7 +77,7 @@ def test_units_of_a_size() -> None:
     assert choose_documents_per_unit(None, short, 2047, 4096, 1) == 4 * (4096 // 2047)
 
 
-def test_no_room(plan: Plan, tmp_path: Path) -> None:
+def test_no_room(plan: ExtractionPlan, tmp_path: Path) -> None:
     plan.check_room(str(tmp_path / "new" / "store"), 0)
     huge = replace(plan, sample=replace(plan.sample, documents=10**13))
     with pytest.raises(
@@ -81,7 +89,7 @@ def test_no_room(plan: Plan, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_calibration_gives_a_rate(plan: Plan) -> None:
+def test_calibration_gives_a_rate(plan: ExtractionPlan) -> None:
     threads = torch.get_num_threads()
     rate = calibrate(plan.manifest, Loading(batch_tokens=256, threads=1, device="cpu"), plan.sample.pieces)
     assert rate > 0

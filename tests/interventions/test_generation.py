@@ -11,18 +11,18 @@ from interventions.conftest import PROMPT
 from dmm_ray.errors import UserError
 from dmm_ray.interventions import Direction, Steering
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.subject import Generation, LanguageModel, TooLongError
+from dmm_ray.subject import Generation, SubjectModel, TooLongError
 
 ALONG = Direction("along", torch.arange(32.0) - 15, layer=2)
 LAYER, STRENGTH, U, SEED, STEPS = 2, 0.7, 0.4, 5, 3
 
 
-def written(model: LanguageModel, steering: Steering | None = None, **options: Any) -> list[int]:
+def written(model: SubjectModel, steering: Steering | None = None, **options: Any) -> list[int]:
     edits = [] if steering is None else [steering.intervention()]
     return [token.id for token in Generation(model, PROMPT, edits, **{"max_tokens": 12, **options})]
 
 
-def test_without_steering_it_is_plain_greedy_generation(language: LanguageModel) -> None:
+def test_without_steering_it_is_plain_greedy_generation(language: SubjectModel) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(language.model_id)
     ids = torch.tensor([language.prompt_ids(PROMPT)])
     expected = plain.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
@@ -31,7 +31,7 @@ def test_without_steering_it_is_plain_greedy_generation(language: LanguageModel)
 
 @pytest.mark.parametrize("u", [None, U])
 def test_each_new_token_s_activation_is_moved_then_projected(
-    language: LanguageModel, prior: ActivationPrior, u: float | None
+    language: SubjectModel, prior: ActivationPrior, u: float | None
 ) -> None:
     """Against one pass of the plain model over all tokens, edited by the definition."""
     new = written(language, Steering(prior, ALONG, STRENGTH, u, STEPS, seed=SEED))
@@ -71,7 +71,7 @@ def test_the_norm_is_that_of_the_rows(prior: ActivationPrior) -> None:
     assert Steering(prior, None, layer=2).norm == pytest.approx((32 * (0.25 + 0.75)) ** 0.5, rel=1e-5)
 
 
-def test_what_does_not_fit_is_refused(language: LanguageModel, prior: ActivationPrior) -> None:
+def test_what_does_not_fit_is_refused(language: SubjectModel, prior: ActivationPrior) -> None:
     with pytest.raises(UserError, match="belongs to layer 2, not 1"):
         Steering(prior, ALONG, layer=1)
     with pytest.raises(UserError, match="3 numbers"):
@@ -84,19 +84,19 @@ def test_what_does_not_fit_is_refused(language: LanguageModel, prior: Activation
         Generation(language, PROMPT, temperature=-1)
 
 
-def test_draws_are_of_the_seed(language: LanguageModel) -> None:
+def test_draws_are_of_the_seed(language: SubjectModel) -> None:
     drawn = [written(language, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     for least in (1e-6, 1e-310):
         assert written(language, temperature=least, seed=3) == written(language)
 
 
-def test_it_ends_with_the_text_the_limit_or_the_context(language: LanguageModel) -> None:
+def test_it_ends_with_the_text_the_limit_or_the_context(language: SubjectModel) -> None:
     whole = Generation(language, PROMPT, max_tokens=1000)
     room = language.context - len(language.prompt_ids(PROMPT))
     assert len(list(whole)) == room
     assert whole.finish == "length"
-    stopping = LanguageModel.load(language.model_id)
+    stopping = SubjectModel.from_pretrained(language.model_id, head=True)
     stopping.stop_ids = frozenset({whole.tokens[3].id})
     stopped = Generation(stopping, PROMPT, max_tokens=8)
     ids = [token.id for token in stopped]
@@ -104,7 +104,7 @@ def test_it_ends_with_the_text_the_limit_or_the_context(language: LanguageModel)
     assert stopped.finish == "stop"
 
 
-def test_text_is_that_of_all_tokens(language: LanguageModel) -> None:
+def test_text_is_that_of_all_tokens(language: SubjectModel) -> None:
     """Random weights write bytes that are no whole characters, too."""
     for seed in range(5):
         generation = Generation(language, PROMPT, max_tokens=50, temperature=3.0, seed=seed)

@@ -1,6 +1,6 @@
 import torch
 
-from dmm_ray.prior.flow import LEVELS, batch_levels, interpolate, posterior_mean
+from dmm_ray.prior.flow import NOISE_LEVELS, batch_levels, interpolate, posterior_mean
 
 
 def test_ends_of_the_path():
@@ -14,16 +14,16 @@ def test_ends_of_the_path():
 
 def test_levels_are_stratified_integers():
     u = batch_levels(seed=1, batch=7, distinct=256)
-    levels = u * LEVELS
+    levels = u * NOISE_LEVELS
     assert torch.allclose(levels, levels.round(), atol=1e-3)
-    assert ((levels - 1) // (LEVELS / 256) - torch.arange(256)).abs().max() <= 1
+    assert ((levels - 1) // (NOISE_LEVELS / 256) - torch.arange(256)).abs().max() <= 1
 
 
 def test_levels_are_uniform_over_all_integers():
-    counts = torch.zeros(LEVELS + 1)
+    counts = torch.zeros(NOISE_LEVELS + 1)
     for batch in range(400):
         u = batch_levels(0, batch, 100)
-        counts += torch.bincount((u * LEVELS).round().long(), minlength=LEVELS + 1)
+        counts += torch.bincount((u * NOISE_LEVELS).round().long(), minlength=NOISE_LEVELS + 1)
     assert counts[0] == 0
     assert counts[1:].min() > 15
     assert counts[1:].max() < 75

@@ -130,11 +130,11 @@ CASES: list[tuple[Spoil, str]] = [
     ),
     (
         set_weight("model.ln.bias", torch.full((24,), float("nan"))),
-        "final.safetensors: model.ln.bias holds a value that is not finite in float32; copy",
+        "final.safetensors: model.ln.bias contains NaN or Inf in float32; copy",
     ),
     (
         set_weight("model.ln.bias", torch.full((24,), 1e60, dtype=torch.float64)),
-        "final.safetensors: model.ln.bias holds a value that is not finite in float32; copy",
+        "final.safetensors: model.ln.bias contains NaN or Inf in float32; copy",
     ),
     (
         set_weight("model.ln.bias", torch.zeros(24, dtype=torch.int64)),
@@ -146,7 +146,7 @@ CASES: list[tuple[Spoil, str]] = [
     ),
     (
         set_statistics({"mean": torch.zeros(4, D), "var": torch.full((4, D), 1e60, dtype=torch.float64)}),
-        "rep_statistics.pt: var holds a value that is not finite in float32; copy",
+        "rep_statistics.pt: var contains NaN or Inf in float32; copy",
     ),
     (cut("final.safetensors", 0.5), "final.safetensors: damaged .*; copy"),
     (write_text("final.safetensors", ""), "final.safetensors: damaged .*; copy"),
@@ -162,11 +162,11 @@ CASES: list[tuple[Spoil, str]] = [
     (set_statistics(with_value("var", -1.0)), "rep_statistics.pt: var holds a negative variance; copy"),
     (
         set_statistics(with_value("var", float("inf"))),
-        "rep_statistics.pt: var holds a value that is not finite in float32; copy",
+        "rep_statistics.pt: var contains NaN or Inf in float32; copy",
     ),
     (
         set_statistics(with_value("mean", float("nan"))),
-        "rep_statistics.pt: mean holds a value that is not finite",
+        "rep_statistics.pt: mean contains NaN or Inf",
     ),
     (set_statistics({"mean": torch.zeros(4, D), "var": torch.zeros(4, D)}), "every variance is zero; copy"),
     (

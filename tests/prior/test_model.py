@@ -169,11 +169,11 @@ class TestBadFolders:
                 r"normalizer.mean has shape \(1, 3\), config.json asks for",
             ),
             ("normalizer.var", torch.tensor(-1.0), "normalizer.var holds a negative variance"),
-            ("normalizer.var", torch.tensor(float("nan")), "normalizer.var holds a value that is not finite"),
+            ("normalizer.var", torch.tensor(float("nan")), "normalizer.var contains NaN or Inf"),
             (
                 "denoiser.out_proj.bias",
                 torch.tensor(float("inf")),
-                "out_proj.bias holds a value that is not finite",
+                "out_proj.bias contains NaN or Inf",
             ),
         ],
     )

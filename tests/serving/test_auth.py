@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dmm_ray.errors import UserError
-from dmm_ray.serving.auth import VARIABLE, Tokens, hashes, is_loopback, settled, tokens_of
+from dmm_ray.serving.auth import VARIABLE, AccessTokens, hashes, is_loopback, settled, tokens_of
 from dmm_ray.serving.config import AppConfig, ServeConfig
 
 
@@ -21,7 +21,7 @@ def config(**fields: Any) -> ServeConfig:
 
 
 def test_each_of_several_tokens_is_admitted() -> None:
-    tokens = Tokens(hashes("first, second\nthird"), None)
+    tokens = AccessTokens(hashes("first, second\nthird"), None)
     for token in ("first", "second", "third"):
         assert tokens.admit(f"Bearer {token}")
         assert tokens.admit(f"bearer {token}")
@@ -41,7 +41,7 @@ def test_each_of_several_tokens_is_admitted() -> None:
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("one\ntwo\n")
-    tokens = Tokens((), str(path))
+    tokens = AccessTokens((), str(path))
     assert tokens.admit("Bearer two")
     (tmp_path / "new").write_text("three\n")
     os.replace(tmp_path / "new", path)
@@ -55,10 +55,10 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
 
 def test_a_file_without_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        Tokens((), str(tmp_path / "none"))
+        AccessTokens((), str(tmp_path / "none"))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match="none given"):
-        Tokens((), str(tmp_path / "empty"))
+        AccessTokens((), str(tmp_path / "empty"))
 
 
 def test_the_application_needs_tokens_or_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_loopback_addresses() -> None:
 def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("first\nsecond\n", encoding="utf-8-sig")
-    tokens = Tokens((), str(file))
+    tokens = AccessTokens((), str(file))
     assert tokens.admit("Bearer first")
     assert tokens.admit("Bearer second")
 
@@ -124,7 +124,7 @@ def test_tokens_that_no_header_carries_are_refused_at_the_start(
 def test_a_file_that_becomes_unusable_admits_nobody(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("first\n")
-    tokens = Tokens((), str(file))
+    tokens = AccessTokens((), str(file))
     assert tokens.admit("Bearer first")
     file.write_text("second and caf\u00e9\n", encoding="utf-8")
     assert not tokens.admit("Bearer first")

@@ -15,14 +15,14 @@ import pytest
 from fastapi import FastAPI, Request
 
 from dmm_ray.serving.answers import install_handlers
-from dmm_ray.serving.auth import OPEN_PATHS, Tokens, hashes
+from dmm_ray.serving.auth import OPEN_PATHS, AccessTokens, hashes
 from dmm_ray.serving.bodies import read_body
-from dmm_ray.serving.gate import Answered, Gate, log_access
+from dmm_ray.serving.gate import AccessMiddleware, Answered, log_access
 
 MOST = 1000
 
 
-def application(tokens: Tokens | None, record: Callable[[Answered], None]) -> FastAPI:
+def application(tokens: AccessTokens | None, record: Callable[[Answered], None]) -> FastAPI:
     api = FastAPI(docs_url=None, openapi_url=None)
     install_handlers(api)
 
@@ -41,12 +41,12 @@ def application(tokens: Tokens | None, record: Callable[[Answered], None]) -> Fa
     api.get("/v1/broken")(broken)
     for path in OPEN_PATHS:
         api.get(path)(fine)
-    api.add_middleware(Gate, tokens=tokens, record=record)
+    api.add_middleware(AccessMiddleware, tokens=tokens, record=record)
     return api
 
 
 def ask(
-    method: str, path: str, tokens: Tokens | None = None, **options: Any
+    method: str, path: str, tokens: AccessTokens | None = None, **options: Any
 ) -> tuple[httpx.Response, list[Answered]]:
     records: list[Answered] = []
     transport = httpx.ASGITransport(application(tokens, records.append))
@@ -59,7 +59,7 @@ def ask(
 
 
 def test_without_a_token_only_the_open_paths_answer() -> None:
-    tokens = Tokens(hashes("right"), None)
+    tokens = AccessTokens(hashes("right"), None)
     for path in OPEN_PATHS:
         assert ask("GET", path, tokens)[0].status_code == 200
     for path in ("/v1/echo/a", "/nothing", "/docs/", "/docs/x", "/v2", "/%2e"):
@@ -72,7 +72,7 @@ def test_without_a_token_only_the_open_paths_answer() -> None:
 
 
 def test_a_prefix_before_the_application_changes_nothing() -> None:
-    tokens, records = Tokens(hashes("right"), None), []
+    tokens, records = AccessTokens(hashes("right"), None), []
     transport = httpx.ASGITransport(application(tokens, records.append), root_path="/prefix")
 
     async def main() -> list[int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.serving import app
 from dmm_ray.serving.config import ServeConfig
-from dmm_ray.serving.serve import running
+from dmm_ray.serving.serve import _failure, running
 
 DMM = [sys.executable, "-c", "from dmm_ray.cli import main; main()"]
 DEADLINE_S = 120
@@ -55,10 +56,33 @@ def test_a_prior_that_does_not_load_says_why(
     monkeypatch.setattr(app, "_options", lambda *args: options(*args) | once)
     (tmp_path / "config.json").write_bytes((Path(single) / "config.json").read_bytes())
     with (
-        pytest.raises(CheckFailed, match=r"model\.safetensors: no such file"),
+        pytest.raises(
+            UserError, match=rf"^{tmp_path}/model\.safetensors: no such file; copy the prior again$"
+        ),
         running(ServeConfig(prior=str(tmp_path), port=0, cpus=0.5)),
     ):
         pass
+
+
+def test_a_replica_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Serve says of its deployments is pages long."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    page = (
+        "The deployment failed to start 3 times in a row. Error:\nray::ServeReplica (pid=3)\n  File 'a.py'\n"
+    )
+    for last, says in {
+        "dmm_ray.errors.CheckFailed: the prior's answers are not finite": r"CheckFailed: the prior's .* finite; full",
+        "torch.OutOfMemoryError: CUDA out of memory": r"OutOfMemoryError: CUDA out of memory; full trace",
+    }.items():
+        found = _failure(
+            ["", f"{page}{last}\n"], RuntimeError("Deploying application dmm failed: see above.")
+        )
+        assert isinstance(found, CheckFailed)
+        assert re.match(f"the application did not start: {says}", str(found))
+        assert page in Path(str(found).rpartition("full trace: ")[2]).read_text()
+    refused = f"{page}dmm_ray.errors.UserError: prior: no such layer\n"
+    assert _failure([refused, ""], RuntimeError()).args == ("prior: no such layer",)
+    assert "did not start: RuntimeError: no answer;" in str(_failure([""], RuntimeError("no\nanswer")))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from dmm_ray.prior.calibrate import calibrate
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.serving.config import AppConfig, Limits, ServeConfig
 from dmm_ray.serving.serve import running
-from dmm_ray.subject import LanguageModel
+from dmm_ray.subject import SubjectModel
 
 LIMITS = Limits(max_text_chars=2000, max_tokens=60, max_steps=2000)
 TEXT = "the cat sat on a red mat and saw one big dog run to town"
@@ -44,7 +44,7 @@ class Files:
 
 def make_files(folder: Path, subject: Path) -> Files:
     """Untrained priors of layer 2, and of layers 1 and 3 with a calibration of 1, with the statistics of a text."""
-    model = LanguageModel.load(str(subject))
+    model = SubjectModel.from_pretrained(str(subject), head=True)
     for name, layers in (("default", (2,)), ("pair", (1, 3))):
         rows = torch.stack([model.read(TEXT, layer).rows[1:] for layer in layers])
         config = PriorConfig(
@@ -58,7 +58,7 @@ def make_files(folder: Path, subject: Path) -> Files:
     return Files(str(subject), *(str(folder / name) for name in ("directions", "default", "pair")))
 
 
-def _calibrate(model: LanguageModel, prior: ActivationPrior, layer: int) -> Calibration:
+def _calibrate(model: SubjectModel, prior: ActivationPrior, layer: int) -> Calibration:
     rows = [model.read(text, layer).rows[1:] for text in make_texts(20, seed=5, high=20)]
     ids = np.array([[doc, position + 1] for doc, found in enumerate(rows) for position in range(len(found))])
     return calibrate(prior, torch.cat(rows), ids, layer=layer, steps=4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from subject.families import new_model
 
-from dmm_ray.subject import LanguageModel
+from dmm_ray.subject import SubjectModel
 
 Make = Callable[[str], Path]
 PROMPT = "the cat sat on"
@@ -38,6 +38,6 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_subject: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def language(tiny_subject: Path) -> LanguageModel:
+def language(tiny_subject: Path) -> SubjectModel:
     """The tiny Llama with its head."""
-    return LanguageModel.load(str(tiny_subject))
+    return SubjectModel.from_pretrained(str(tiny_subject), head=True)

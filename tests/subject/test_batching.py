@@ -13,7 +13,7 @@ from subject.test_families import BLOCKS, whole_model
 from torch import nn
 
 from dmm_ray.extraction.forward import Forward
-from dmm_ray.extraction.pieces import Piece
+from dmm_ray.extraction.pieces import DocumentPiece
 from dmm_ray.subject import Intervention, Site, SubjectModel
 from dmm_ray.subject.packing import CannotPackError, Pack, packing
 from dmm_ray.subject.state import ModuleState
@@ -128,7 +128,8 @@ def test_a_row_depends_on_nothing_but_its_document(make_model: Callable[[str], P
     forward = Forward(subject, [2], torch.float32, batch_tokens=110, longest=longest)
     assert (forward.batching == "alone") == (family in CHANGING)
     pieces = [
-        Piece(doc, tokens, np.arange(len(tokens)), np.arange(len(tokens))) for doc, tokens in enumerate(ids)
+        DocumentPiece(doc, tokens, np.arange(len(tokens)), np.arange(len(tokens)))
+        for doc, tokens in enumerate(ids)
     ]
     for chosen in (range(len(ids)), range(len(ids) - 1, -1, -1)):
         rows = forward([pieces[i] for i in chosen]).rows[2]

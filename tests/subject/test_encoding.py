@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dmm_ray.errors import UserError
 from dmm_ray.subject import SubjectModel, SubjectSource
-from dmm_ray.subject.encoding import ChatRefusedError, Encoded, encode
+from dmm_ray.subject.encoding import ChatRefusedError, Encoded, encode, render_chat
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('no such role') }}"
@@ -119,6 +119,14 @@ def test_the_subjects_tokenize_is_encode(tiny_subject: Path) -> None:
     texts = ["the cat", "the cat " * 50, ""]
     assert subject.tokenize(texts, 10) == [e.ids for e in encode(subject.tokenizer, texts, 10)]
     assert [len(ids) for ids in subject.tokenize(texts, 10)][1:] == [10, 0]
+
+
+def test_a_template_that_asks_for_the_day_is_told_the_same_one_every_day(bos: Any) -> None:
+    """As Llama 3's do; else tokens, and rows, would be others tomorrow."""
+    bos.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}\n  {{ messages[0].content }}"
+    )
+    assert render_chat(bos, CHAT) == f"26 Jul 2024, 2024-07-26\n  {CHAT[0]['content']}"
 
 
 def test_the_hash_covers_the_chat_template(tiny_subject: Path, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_outputs_are_the_whole_models(make_model: Callable[[str], Path], family:
 
 def test_only_what_runs_is_loaded(make_model: Callable[[str], Path], family: str) -> None:
     subject = SubjectModel.from_pretrained(str(make_model(family)), layers=[1])
-    names = [name for name, _ in subject._model.named_parameters()]
-    assert len(subject._blocks) == 2
+    names = [name for name, _ in subject.runner.model.named_parameters()]
+    assert len(subject.runner.blocks) == 2
     assert not any(part in name for name in names for part in ("head", "vision", "visual", "pooler", "cls."))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,11 +37,13 @@ def hub(tiny_subject: Path) -> Iterator[Hub]:
         yield hub
 
 
-def start(hub: Hub, home: Path, *models: str, **environment: str) -> subprocess.Popen[str]:
+def start(
+    hub: Hub, home: Path, *models: str, program: str = PROGRAM, **environment: str
+) -> subprocess.Popen[str]:
     """A process that wants each of ``models``: id, revision, id, revision ..."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", PROGRAM, *models]
+    command = [sys.executable, "-c", program, *models]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -93,3 +97,34 @@ def test_no_hub_at_that_address(tmp_path: Path) -> None:
     error = str(result(start(gone, tmp_path, "some/model", ""))["error"])
     assert error.startswith("model: some/model is neither a folder here nor a model the hub gives")
     assert "\n" not in error
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+HASHES = """
+import json, sys
+from dmm_ray.subject import SubjectSource
+print(json.dumps(SubjectSource.resolve(sys.argv[1], trust_remote_code=True).code_hashes))
+"""
+
+
+def test_code_of_another_repository_is_hashed_as_it_was_fetched(
+    hub: Hub, tiny_subject: Path, tmp_path: Path
+) -> None:
+    code, model = tmp_path / "code", Path(shutil.copytree(tiny_subject, tmp_path / "model"))
+    code.mkdir()
+    (code / "modeling_own.py").write_text(CODE)
+    hub.models["some-one/its.code"] = code
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "own_llama"}
+    names = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    config["auto_map"] = {auto: f"some-one/its.code--modeling_own.{name}" for auto, name in names.items()}
+    (model / "config.json").write_text(json.dumps(config))
+    found = result(start(hub, tmp_path / "home", str(model), program=HASHES))
+    assert found == {"some-one/its.code/modeling_own.py": hashlib.sha256(CODE.encode()).hexdigest()}

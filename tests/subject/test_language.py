@@ -10,7 +10,7 @@ from subject.conftest import PROMPT, Make
 from subject.families import CAUSAL
 
 from dmm_ray.errors import UserError
-from dmm_ray.subject import Generation, Intervention, LanguageModel, Site, SubjectModel, TooLongError
+from dmm_ray.subject import Generation, Intervention, Site, SubjectModel, TooLongError
 from dmm_ray.subject.decoding import Decoding
 from dmm_ray.subject.intervention import Interventions
 
@@ -19,21 +19,21 @@ LAYER = 1
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_steps_with_a_cache_are_one_whole_pass(family: str, make_model: Make) -> None:
-    model = LanguageModel.load(str(make_model(family)))
+    model = SubjectModel.from_pretrained(str(make_model(family)), head=True)
     ids, known = [5 + 7 * i % 300 for i in range(14)], 4
 
     def edit(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         return x * (1 + 0.1 * at[:, 1:])
 
     edits = [Intervention(Site(LAYER), edit)]
-    decoding = Decoding(model, [ids[:known]], active=Interventions(edits))
+    decoding = Decoding(model.runner, [ids[:known]], active=Interventions(edits))
     found = [decoding.advance(), *(decoding.advance([token]) for token in ids[known:])]
     losses = model.token_losses(*model.pad([ids]), edits)[0, known - 1 :]
     expected = [-row[0].log_softmax(0)[token] for row, token in zip(found[:-1], ids[known:], strict=True)]
     torch.testing.assert_close(torch.stack(expected), losses, rtol=1e-4, atol=1e-4)
 
 
-def test_a_text_is_read_as_the_subject_reads_it(language: LanguageModel, tiny_subject: Path) -> None:
+def test_a_text_is_read_as_the_subject_reads_it(language: SubjectModel, tiny_subject: Path) -> None:
     subject = SubjectModel.from_pretrained(str(tiny_subject), layers=[LAYER])
     reading = language.read(PROMPT, LAYER)
     ids = subject.tokenize([PROMPT], 64)
@@ -44,7 +44,7 @@ def test_a_text_is_read_as_the_subject_reads_it(language: LanguageModel, tiny_su
 @pytest.mark.parametrize(
     "text", ["the cat", " a  b\n\tc ", "h\u00e9llo \u65e5\u672c \U0001f600!", "<s> the cat"]
 )
-def test_pieces_cover_the_text(language: LanguageModel, text: str) -> None:
+def test_pieces_cover_the_text(language: SubjectModel, text: str) -> None:
     first, *rest = language.pieces(text)
     assert first.text == "<s>"
     assert first.id == language.tokenizer.bos_token_id
@@ -55,21 +55,21 @@ def test_pieces_cover_the_text(language: LanguageModel, text: str) -> None:
     assert all(a.start <= b.start for a, b in itertools.pairwise(rest))
 
 
-def test_texts_without_tokens_or_with_too_many_are_refused(language: LanguageModel) -> None:
+def test_texts_without_tokens_or_with_too_many_are_refused(language: SubjectModel) -> None:
     with pytest.raises(UserError, match="no tokens"):
         language.read(" \n", LAYER)
     with pytest.raises(TooLongError, match="context of 64"):
         language.read("cat " * 70, LAYER)
 
 
-def test_nats_are_the_token_losses(language: LanguageModel) -> None:
+def test_nats_are_the_token_losses(language: SubjectModel) -> None:
     ids = language.prompt_ids("the cat sat on a red mat")
     losses = language.token_losses(*language.pad([ids]))[0, 2:]
     torch.testing.assert_close(torch.tensor(language.continuation_nats([ids[:3]], [ids[3:]])[0]), losses)
     assert language.continuation_nats([ids, ids[:2]], [[], ids[2:4]])[0] == []
 
 
-def test_the_lens_is_norm_and_unembedding(language: LanguageModel, tiny_subject: Path) -> None:
+def test_the_lens_is_norm_and_unembedding(language: SubjectModel, tiny_subject: Path) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_subject)
     rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -80,13 +80,13 @@ def test_the_lens_is_norm_and_unembedding(language: LanguageModel, tiny_subject:
 
 
 def test_an_encoder_is_read_but_generates_nothing(make_model: Make) -> None:
-    model = LanguageModel.load(str(make_model("bert")))
+    model = SubjectModel.from_pretrained(str(make_model("bert")), head=True)
     assert model.read(PROMPT, LAYER).rows.shape[1] == 32
     with pytest.raises(UserError, match="encoder"):
-        model.require_causal()
+        model.require_generation()
 
 
-def test_token_texts_name_what_decoding_hides(language: LanguageModel) -> None:
+def test_token_texts_name_what_decoding_hides(language: SubjectModel) -> None:
     assert language.token_text(0) == "<s>"
     part = language.prompt_ids("\u65e5")[1]
     assert "\ufffd" not in language.token_text(part)
@@ -112,9 +112,12 @@ class Renamed(torch.nn.Module):
         return self.inner.get_input_embeddings()
 
 
-def test_a_cache_of_any_name_is_gone_on_from(tiny_subject: Path) -> None:
-    plain, renamed = LanguageModel.load(str(tiny_subject)), LanguageModel.load(str(tiny_subject))
-    renamed._model = Renamed(renamed._model)
+def test_a_cache_of_any_name_is_continued_from(tiny_subject: Path) -> None:
+    plain, renamed = (
+        SubjectModel.from_pretrained(str(tiny_subject), head=True),
+        SubjectModel.from_pretrained(str(tiny_subject), head=True),
+    )
+    renamed.runner.model = Renamed(renamed.runner.model)
     assert plain.generates
     assert renamed.generates
     first, second = (
@@ -124,8 +127,8 @@ def test_a_cache_of_any_name_is_gone_on_from(tiny_subject: Path) -> None:
 
 
 def test_a_model_that_forgets_its_cache_is_refused(tiny_subject: Path) -> None:
-    model = LanguageModel.load(str(tiny_subject))
-    model._model = Renamed(model._model, forgets=True)
+    model = SubjectModel.from_pretrained(str(tiny_subject), head=True)
+    model.runner.model = Renamed(model.runner.model, forgets=True)
     assert not model.generates
-    with pytest.raises(UserError, match="gives no cache to go on from"):
-        model.require_causal()
+    with pytest.raises(UserError, match="gives no cache to continue from"):
+        model.require_generation()

@@ -23,7 +23,7 @@ TEXTS = [
 
 def test_truncation_drops_blocks_and_head(tiny_subject: Path) -> None:
     subject = SubjectModel.from_pretrained(str(tiny_subject), layers=[1])
-    names = [name for name, _ in subject._model.named_parameters()]
+    names = [name for name, _ in subject.runner.model.named_parameters()]
     assert subject.n_layers == 4
     assert subject.d == 32
     assert subject.context == 64

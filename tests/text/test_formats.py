@@ -21,7 +21,7 @@ from dmm_ray.files import sha256
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.text.documents import Document
 from dmm_ray.text.formats.csv_rows import CsvRows
-from dmm_ray.text.formats.streams import CHUNK_BYTES
+from dmm_ray.text.formats.streams import READ_BYTES
 
 Write = Callable[[str, bytes], str]
 
@@ -66,7 +66,7 @@ PACK = {".gz": gzip.compress, ".zst": zstd}
 def test_all_members_of_a_compressed_file_are_read(write: Write, suffix: str) -> None:
     expected = [f"{i} " + "word " * (i % 50) for i in range(9000)]
     content = lines(expected)
-    cuts = [0, 10, 10, 65536, CHUNK_BYTES + 3, len(content)]  # one member is empty, others end inside a line
+    cuts = [0, 10, 10, 65536, READ_BYTES + 3, len(content)]  # one member is empty, others end inside a line
     members = [PACK[suffix](content[a:b]) for a, b in pairwise(cuts)]
     uri = write("a.jsonl" + suffix, b"".join(members))
     corpus = Corpus.scan([uri])

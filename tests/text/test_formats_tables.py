@@ -163,7 +163,7 @@ def test_only_the_first_rows_of_parquet_are_scanned(tmp_path: Path, monkeypatch:
     from dmm_ray.text.formats import tables
 
     for module in (base, tables):
-        monkeypatch.setattr(module, "CHECKED_BYTES", 1000)
+        monkeypatch.setattr(module, "SCANNED_BYTES", 1000)
     column = [*TEXTS[:1000], None]
     corpus = Corpus.scan([save(tmp_path / "a.parquet", pa.table({"text": column}))])
     assert (corpus.n_documents, corpus.problems) == (1001, [])

@@ -12,7 +12,7 @@ from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import Policy
-from dmm_ray.training.state import Joined, check_architecture, restore, snapshot
+from dmm_ray.training.state import ShardedReader, check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema
 
 LAST_2 = Policy(2)
@@ -31,7 +31,7 @@ def save_all(out: Path, policy: Policy, losses: dict[int, float | None]) -> list
 
 def write(out: Path, every: list[int]) -> None:
     """Save checkpoints beside a run."""
-    with checkpoint.Writer(str(out), LAST_2) as writer:
+    with checkpoint.CheckpointWriter(str(out), LAST_2) as writer:
         for samples in every:
             writer.save(samples, tensors(float(samples)))
 
@@ -104,7 +104,7 @@ def test_writing_goes_on_beside_the_run(tmp_path, monkeypatch):
         write(uri, data)
 
     monkeypatch.setattr(checkpoint, "write_bytes", slow)
-    with checkpoint.Writer(str(tmp_path), LAST_2) as writer:
+    with checkpoint.CheckpointWriter(str(tmp_path), LAST_2) as writer:
         writer.save(100, tensors(1.0))
         assert checkpoint.complete(str(tmp_path)) == []
         held.set()
@@ -121,7 +121,7 @@ def test_writing_starts_no_compute_threads(tmp_path):
     torch.set_num_threads(2)
     large = {"weight": torch.ones(1 << 20)}
     try:
-        with checkpoint.Writer(str(tmp_path), LAST_2) as writer:
+        with checkpoint.CheckpointWriter(str(tmp_path), LAST_2) as writer:
             writer.save(1000, {"weight": torch.ones(4)})
             writer.wait()
             before = set(os.listdir("/proc/self/task"))
@@ -180,7 +180,7 @@ def test_parts_are_read_as_one(tmp_path, world):
         part = {"x": x[low:high].clone(), "step": torch.tensor(3.0)} | ({"one": x} if rank == 0 else {})
         uris.append(str(tmp_path / checkpoint.part_name(rank, world)))
         safetensors.torch.save_file(part, uris[-1])
-    joined = Joined(uris)
+    joined = ShardedReader(uris)
     assert joined.shapes() == {"x": (5, 2), "step": (), "one": (5, 2)}
     assert joined.rows("step", 0, 0) == 3
     for low in range(6):

@@ -20,7 +20,7 @@ from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.store.split import Split
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.validation import Validation
 
@@ -147,7 +147,7 @@ def test_gradients_of_pieces_sum_to_those_of_the_whole(finished, train_store, tm
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("most", [2, 3, 10, 64, None])
 def test_every_worker_has_as_many_pieces(world, most):
-    places = [Place(rank, world, CPU) for rank in range(world)]
+    places = [RankInfo(rank, world, CPU) for rank in range(world)]
     pieces = [p.pieces(64, most) for p in places]
     assert len({len(p) for p in pieces}) == 1
     rows = [i for mine in pieces for piece in mine for i in range(64)[piece]]
@@ -163,7 +163,7 @@ def test_values_and_gradients_of_pieces_are_those_of_the_step():
     def losses(pieces: list[slice]) -> torch.Tensor:
         return torch.cat([FlowBatch(this, 3, piece, z[piece]).loss(net, False) for piece in pieces])
 
-    place = Place(0, 1, CPU)
+    place = RankInfo(0, 1, CPU)
     cut, whole = losses(place.pieces(64, 10)), losses(place.pieces(64, None))
     torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(
@@ -179,9 +179,9 @@ def test_validation_of_shares_is_that_of_the_whole(monkeypatch):
     this = TrainConfig(activations="a", out="b", precision="float32", micro_batch=4)
     net, z = Denoiser(6, 12, 16, 2), torch.randn(5, 6)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
-    whole = Validation(this.model_copy(update={"micro_batch": None}), z, Place(0, 1, CPU)).loss(net)
+    whole = Validation(this.model_copy(update={"micro_batch": None}), z, RankInfo(0, 1, CPU)).loss(net)
     for world in (1, 2, 3, 8):
-        parts = [Validation(this, z, Place(rank, world, CPU)).loss(net) for rank in range(world)]
+        parts = [Validation(this, z, RankInfo(rank, world, CPU)).loss(net) for rank in range(world)]
         assert sum(parts) == pytest.approx(whole, rel=1e-6)
 
 

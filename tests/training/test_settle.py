@@ -15,7 +15,7 @@ from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.split import Split
 from dmm_ray.training import settle
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.train import train
 
 FIELDS: dict[str, Any] = {
@@ -145,10 +145,10 @@ def test_several_workers_are_tried_at_once_on_their_share(
 def test_steps_of_a_trial_do_not_end_with_the_run_s_samples(train_store: str, tmp_path: Path) -> None:
     import torch
 
-    from dmm_ray.training.parallel import Place
+    from dmm_ray.training.parallel import RankInfo
 
     this = config(train_store, tmp_path / "a", samples=256, precision="float32")
-    run = Run(this, train_prior_config(this), Place(0, 1, torch.device("cpu")))
+    run = Trainer(this, train_prior_config(this), RankInfo(0, 1, torch.device("cpu")))
     steps = run.step_seconds()
     assert all(next(steps) > 0 for _ in range(3))
     steps.close()

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,22 +10,27 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from stores import extract_here
 
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.cluster import call_on_workers
 from dmm_ray.errors import CheckFailed, UserError
+from dmm_ray.failures import Failure, WorkerError
 from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.store.split import TEST, TRAIN, Split
+from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.training import checkpoint, ray_trainer
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
-from dmm_ray.training.loop import Run
+from dmm_ray.training.loop import Trainer
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Place
+from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.state import snapshot
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
@@ -73,6 +79,9 @@ def test_a_run_learns_and_leaves_a_prior(finished, train_store):
     prior = ActivationPrior.from_pretrained(str(finished))
     assert prior.layers == (2,)
     assert prior.config.split["seed"] == 1
+    manifest = ActivationStore.open(train_store).manifest
+    assert prior.config.training["window"] == manifest.window
+    assert TokenSelection.model_validate(prior.config.training["kept"]) == manifest.kept
     assert (
         prior.config.subject["weights_hash"]
         == ActivationStore.open(train_store).manifest.subject.weights_hash
@@ -252,8 +261,8 @@ def test_fewer_rows_than_a_batch_are_refused(train_store, tmp_path):
         train(config(train_store, tmp_path / "out", batch=100_000, levels_per_batch=100))
 
 
-def new_run(config: TrainConfig, store: str) -> Run:
-    return Run(config, prior_config(config, store), Place(0, 1, torch.device("cpu")))
+def new_run(config: TrainConfig, store: str) -> Trainer:
+    return Trainer(config, prior_config(config, store), RankInfo(0, 1, torch.device("cpu")))
 
 
 def prior_config(config: TrainConfig, store: str) -> PriorConfig:
@@ -320,6 +329,44 @@ def test_one_bad_row_is_named_and_never_saved(train_store, tmp_path, monkeypatch
 def test_a_learning_rate_far_too_high_stops(train_store, tmp_path):
     with pytest.raises(CheckFailed, match=r"the (loss|gradient's norm) is .* between samples"):
         train(config(train_store, tmp_path / "nan", lr=1e30, clip=1e30))
+
+
+def test_what_ray_s_workers_raise_is_one_line_with_its_rank(ray_local, train_store, tmp_path):
+    """A shard that cannot be read; the trace lies in the folder until the same command has finished the run."""
+    store = Path(shutil.copytree(train_store, tmp_path / "store"))
+    shard = store / "layer_02" / "shard-000001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8] + bytes(8))
+    this = config(str(store), tmp_path / "out", samples=512, workers=1, cpus_per_worker=1, max_failures=0)
+    log = tmp_path / "out" / "errors" / "rank-0.log"
+    with pytest.raises(CheckFailed) as failed:
+        train(this)
+    says = str(failed.value)
+    assert re.fullmatch(
+        rf"training failed: rank 0: {shard}: ArrowInvalid: .*footer.*; full trace: {log}", says
+    )
+    assert "in _open" in log.read_text()
+    shard.write_bytes(whole)
+    train(this)
+    assert not log.parent.exists()
+
+
+def test_the_worker_at_fault_is_named_not_those_that_lost_it(train_store, tmp_path):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:6781")
+    this, killed = config(train_store, tmp_path), ActorDiedError()
+    at_fault = {
+        "rank 2: KeyError: 'a'": WorkerError(*Failure.of(KeyError("a"))),
+        "rank 2: a worker process died (ActorDiedError), most likely killed because memory ran out; lower "
+        "--micro-batch or use machines with more memory": WorkerHealthCheckFailedError("no answer", killed),
+        "rank 2: OutOfMemoryError: CUDA out of memory; lower --micro-batch or use a GPU with more memory":
+            WorkerError(*Failure.of(torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch")),
+    }  # fmt: skip
+    for says, error in at_fault.items():
+        group = WorkerGroupError("page after page", {0: WorkerError(*Failure.of(lost)), 2: error})
+        line = f"training failed after 3 restarts: {says}; full trace: {tmp_path}/errors/rank-2.log"
+        assert ray_trainer._failure(this, group) == line
+    controller = ControllerError(ValueError("no workers"))
+    assert ray_trainer._failure(this, controller).startswith("training failed: ValueError: no workers; full")
 
 
 def test_checkpoints_kept_for_ever_outlive_the_run(train_store, tmp_path):

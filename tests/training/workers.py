@@ -15,7 +15,7 @@ from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import loop
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Place, local
+from dmm_ray.training.parallel import RankInfo, local
 
 
 def run_workers(world: int, config: TrainConfig, prior: PriorConfig, stop: int = 0) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def work(
     plain, loop.FlowBatch = loop.FlowBatch, Seen
     dist.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=world)
     try:
-        run = loop.Run(config, prior, Place(rank, world, torch.device("cpu")))
+        run = loop.Trainer(config, prior, RankInfo(rank, world, torch.device("cpu")))
         first = run.batch
         run.train(lambda done: Notice.STOP if done == stop else Notice.GO_ON)
         held = [*run.denoiser.parameters(), *run.ema.average]

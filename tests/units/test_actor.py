@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from dmm_ray.errors import UserError
+from dmm_ray.failures import concerning, last_error
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.unit import Unit, unit_at
 
@@ -69,28 +72,47 @@ def test_bad_input_stops_an_actor_too() -> None:
 
 
 class Odd(Exception):
-    """Cannot be pickled, and its message has several lines."""
+    """Cannot be pickled, nor made anew from its message."""
 
-    def __init__(self) -> None:
-        super().__init__("line one\n  line two")
-        self.lock = threading.Lock()
-
-
-class OutOfMemoryError(RuntimeError):
-    """As torch.OutOfMemoryError is called."""
+    def __init__(self, code: int, lock: object) -> None:
+        super().__init__(f"code {code}\nand more")
+        self.lock = lock
 
 
-def test_what_nobody_foresaw_is_one_line_that_names_the_unit() -> None:
-    class Fails(Writer):
-        LESS = "--batch-rows"
+ODD = {
+    "unpicklable": (Odd(3, threading.Lock()), "Odd: code 3 and more"),
+    "no message": (AssertionError(), "AssertionError"),
+    "key": (KeyError("weight"), "KeyError: 'weight'"),
+    "input/output": (OSError(errno.EIO, "Bad disk", "/a"), "OSError: [Errno 5] Bad disk: '/a'"),
+    "memory": (MemoryError(), "MemoryError: out of memory; lower --batch-rows or use a machine with more memory"),
+    "CUDA": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried it"),
+        "OutOfMemoryError: CUDA out of memory. Tried it; lower --batch-rows or use a GPU with more memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "cause"), ODD.values(), ids=ODD)
+def test_whatever_a_unit_raises_comes_back_as_text(error: Exception, cause: str) -> None:
+    class Raises(Writer):
+        memory_options = "--batch-rows"
 
         def work(self, unit: Unit) -> dict[str, Any]:
-            raise OutOfMemoryError("CUDA out of memory. Tried to allocate") if unit.unit else Odd()
+            with concerning(f"document {unit.first}"):
+                raise error
 
-    found = ask(Fails(), 0)
-    assert found["error"] == "unit 0 (documents 0 to 0): Odd: line one line two"
-    assert "raise OutOfMemoryError" in found["trace"]
-    found = ask(Fails(), 2)
-    assert found["error"].startswith(
-        "unit 2 (documents 2 to 2): out of GPU memory; give a smaller --batch-rows"
-    )
+    actor = Raises()
+    first = ask(actor, 1)
+    assert {**first, "trace": ""} == {"error": f"document 1: {cause}", "unit": 1, "trace": ""}
+    assert first["trace"].startswith("Traceback (most recent call last)")
+    assert type(error).__name__ in first["trace"]
+    assert ask(actor, 2) == first  # nothing more is done
+
+
+def test_the_last_error_of_a_text_with_traces() -> None:
+    """What Ray says of an actor whose constructor failed, and Serve of a replica."""
+    text = 'Traceback ...\n  File "a.py", line 3\n    Model: x\npackage.module.BadError: no such layer\n\n'
+    ray = f"{text}ray.exceptions.ActorDiedError: The actor died because of an error raised in its creation task\n"
+    assert last_error(text) == last_error(ray) == "BadError: no such layer"
+    assert last_error("Ctor.__init__.<locals>.Odd: constructor\n") == "Odd: constructor"
+    assert last_error("all is well") == ""

@@ -15,12 +15,12 @@ from dmm_ray.text.formats.streams import Hashed, length, opened
 
 STRIDE = 64
 """The byte offset of every 64th document of a plain file is kept."""
-CHECKED_BYTES = 16 << 20
+SCANNED_BYTES = 16 << 20
 """The scan parses this much of each file, so that a wrong field name or encoding shows before any work."""
 KEPT_PROBLEMS = 100
 
 
-class Block(NamedTuple):
+class RecordBlock(NamedTuple):
     """Consecutive documents that were read at once, parsed one by one on request."""
 
     raws: Sequence[Any]
@@ -64,7 +64,7 @@ class Source(ABC):
         """What errors call a record: line, document or row."""
 
     @abstractmethod
-    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """The documents of ``file`` in order, from ``place`` on, as ``place`` names it."""
 
     def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
@@ -86,7 +86,7 @@ class Source(ABC):
             return tally.found(self, size, file.sha256())
 
 
-def read_blocks(file: TextFile, place: int) -> Generator[Block, None, None]:
+def read_blocks(file: TextFile, place: int) -> Generator[RecordBlock, None, None]:
     """The blocks of a scanned file from ``place`` on.
 
     Raises:
@@ -115,9 +115,9 @@ class Tally:
     starts: list[int] = field(default_factory=list)
     problems: list[Document] = field(default_factory=list)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RecordBlock) -> None:
         """Count the next block."""
-        if self.n_bytes < CHECKED_BYTES:
+        if self.n_bytes < SCANNED_BYTES:
             self._check(block)
         self.starts += block.offsets[-self.documents % STRIDE :: STRIDE]
         self.documents += len(block.raws)
@@ -128,7 +128,7 @@ class Tally:
         starts, problems = np.array(self.starts, dtype=np.int64), tuple(self.problems)
         return TextFile(self.uri, source, size, sha256, self.documents, starts, problems, self.blank)
 
-    def _check(self, block: Block) -> None:
+    def _check(self, block: RecordBlock) -> None:
         for number, raw in enumerate(block.raws, self.documents):
             content = block.parse(raw)
             self.blank += content.is_blank

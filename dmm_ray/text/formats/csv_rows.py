@@ -12,10 +12,10 @@ from itertools import islice
 from typing import BinaryIO
 
 from dmm_ray.text.documents import Content, record_content
-from dmm_ray.text.formats.base import Block, Source
+from dmm_ray.text.formats.base import RecordBlock, Source
 from dmm_ray.text.formats.streams import DamagedError, VariantError, decompressed
 
-ROWS = 64
+BLOCK_ROWS = 64
 """Rows of a block."""
 
 
@@ -30,7 +30,7 @@ class CsvRows(Source):
         """A row, counted without the header."""
         return "row"
 
-    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """All rows, as lists of fields."""
         csv.field_size_limit(sys.maxsize)  # a setting of the whole process; fields of any length are fine
         stream = decompressed(file, self.codec)
@@ -42,8 +42,8 @@ class CsvRows(Source):
                     f"its header has {self.text_field!r} more than once; rename one of the columns"
                 )
             parse = partial(_content, header, self.text_field)
-            while block := list(islice(rows, ROWS)):
-                yield Block(block, parse, sum(len(value) + 1 for row in block for value in row))
+            while block := list(islice(rows, BLOCK_ROWS)):
+                yield RecordBlock(block, parse, sum(len(value) + 1 for row in block for value in row))
 
 
 def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:

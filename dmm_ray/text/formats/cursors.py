@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dmm_ray.text.documents import Content
-from dmm_ray.text.formats.base import Block, Source, TextFile, changed, read_blocks
+from dmm_ray.text.formats.base import RecordBlock, Source, TextFile, changed, read_blocks
 
 LIMIT = 8
 """Idle cursors of a process."""
@@ -21,7 +21,7 @@ class Cursor:
         """Of the next document."""
         self._file = file
         self._blocks = read_blocks(file, place)
-        self._block = Block((), lambda _: Content(), 0)
+        self._block = RecordBlock((), lambda _: Content(), 0)
         self._at = 0
 
     @property
@@ -45,7 +45,7 @@ class Cursor:
                 self.number, self._at = self.number + 1, self._at + 1
                 yield self.number - 1, content
 
-    def _next_block(self) -> Block:
+    def _next_block(self) -> RecordBlock:
         block = next(self._blocks, None)
         if block is None:
             raise changed(self._file)

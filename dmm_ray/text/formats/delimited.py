@@ -10,9 +10,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from dmm_ray.text.documents import json_content, plain_content
-from dmm_ray.text.formats.base import STRIDE, Block, Source, TextFile
+from dmm_ray.text.formats.base import STRIDE, RecordBlock, Source, TextFile
 from dmm_ray.text.formats.splitting import END_OF_TEXT, MARKED, PARAGRAPHS, Format, Splitter, separated_by
-from dmm_ray.text.formats.streams import CHUNK_BYTES, decompressed
+from dmm_ray.text.formats.streams import READ_BYTES, decompressed
 
 
 class _HasMarksError(Exception):
@@ -35,13 +35,13 @@ class Delimited(Source):
         """A line of jsonl, a document of .txt."""
         return "line" if self.rule.is_json else "document"
 
-    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """Documents from byte offset ``place`` on."""
         file.seek(place)
-        stream, splitter, size = self._stream(file), Splitter(self.rule, place), CHUNK_BYTES
+        stream, splitter, size = self._stream(file), Splitter(self.rule, place), READ_BYTES
         while chunk := stream.read(size):
             block = self._block(splitter.feed(chunk))
-            size = CHUNK_BYTES if block.raws else 2 * size  # keeps the cost of long documents linear
+            size = READ_BYTES if block.raws else 2 * size  # keeps the cost of long documents linear
             yield block
         yield self._block(splitter.finish())
 
@@ -52,12 +52,12 @@ class Delimited(Source):
     def _stream(self, file: BinaryIO) -> _Readable:
         return decompressed(file, self.codec)
 
-    def _block(self, pieces: Iterator[tuple[int, bytes]]) -> Block:
+    def _block(self, pieces: Iterator[tuple[int, bytes]]) -> RecordBlock:
         found = list(pieces)
         parse = partial(json_content, text_field=self.text_field) if self.rule.is_json else plain_content
         raws = [raw for _, raw in found]
         offsets = [] if self.codec else [offset for offset, _ in found]
-        return Block(raws, parse, sum(map(len, raws), len(raws)), offsets)
+        return RecordBlock(raws, parse, sum(map(len, raws), len(raws)), offsets)
 
 
 class _Unmarked(Delimited):

@@ -29,7 +29,7 @@ OURS = {
     SUMMARY: {"inputs", "versions", "seconds"},
 }
 """Files that folders of dmm-ray's own results have, and keys by which they are told from others'."""
-NAMED = 5
+NAMED_FILES = 5
 """Files left out that are named."""
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def _files_of(uri: str) -> list[str]:
     kept = _without_caches([file for file in text if file not in broken])
     left_out = sorted(set(found) - set(kept), key=lambda file: (_hidden(_below(file, folder)), file))
     if left_out and kept:
-        names = ", ".join(_below(file, folder).lstrip("/") for file in left_out[:NAMED])
-        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        names = ", ".join(_below(file, folder).lstrip("/") for file in left_out[:NAMED_FILES])
+        more = f" and {len(left_out) - NAMED_FILES} more" if len(left_out) > NAMED_FILES else ""
         logger.info(
             "text: %s: %d files are read, %d left out (another kind, hidden, a broken link, or dmm-ray's own): %s%s",
             uri, len(kept), len(left_out), names, more,

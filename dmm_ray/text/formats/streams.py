@@ -18,7 +18,7 @@ from dmm_ray.files import filesystem, plain_errors
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 """Suffixes of compressed files."""
-CHUNK_BYTES = 256 << 10
+READ_BYTES = 256 << 10
 """Read at once: little, so that a single document costs little; file systems read ahead by themselves."""
 
 
@@ -127,6 +127,6 @@ class Hashed(io.RawIOBase):
     def sha256(self) -> str:
         """The hex SHA-256 of the whole file; reads what has not been read."""
         self._file.seek(self._hashed)
-        while self.read(CHUNK_BYTES):
+        while self.read(READ_BYTES):
             pass
         return self._digest.hexdigest()

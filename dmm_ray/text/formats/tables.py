@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmm_ray.text.documents import MESSAGES, Content, record_content
-from dmm_ray.text.formats.base import CHECKED_BYTES, Block, Source, Tally, TextFile
-from dmm_ray.text.formats.streams import CHUNK_BYTES, DamagedError, length, opened
+from dmm_ray.text.formats.base import SCANNED_BYTES, RecordBlock, Source, Tally, TextFile
+from dmm_ray.text.formats.streams import READ_BYTES, DamagedError, length, opened
 
 BATCH_ROWS = 256
 """Rows of a block of parquet; a block of arrow is a batch as it was written (1000 rows by ``datasets``)."""
@@ -34,7 +34,7 @@ class ArrowRows(Source):
         """A row."""
         return "row"
 
-    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """All record batches.
 
         Raises:
@@ -53,7 +53,7 @@ class ArrowRows(Source):
         if file.read(1):
             raise DamagedError("there is more after the end of the stream")
 
-    def _file_blocks(self, file: BinaryIO) -> Iterator[Block]:
+    def _file_blocks(self, file: BinaryIO) -> Iterator[RecordBlock]:
         reader = pa.ipc.open_file(pa.PythonFile(file, mode="r"))
         for number in range(reader.num_record_batches):
             yield _block(reader.get_batch(number), self.text_field)
@@ -78,16 +78,16 @@ class ParquetRows(Source):
             footer = _footer(file)
             metadata = pq.ParquetFile(file).metadata
             tally = Tally(uri, self.unit)
-            for block in takewhile(lambda _: tally.n_bytes < CHECKED_BYTES, self.blocks(file)):
+            for block in takewhile(lambda _: tally.n_bytes < SCANNED_BYTES, self.blocks(file)):
                 tally.add(block)
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             tally.starts = np.cumsum([0, *rows])[:-1].tolist()
             tally.documents = metadata.num_rows
             return tally.found(self, length(file), hashlib.sha256(footer).hexdigest())
 
-    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[Block]:
+    def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """The rows from row group ``place`` on."""
-        table = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        table = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
         column = _wanted(table.schema_arrow.names, self.text_field)
         for group in range(place, table.num_row_groups):
             columns = [] if column is None else [column]
@@ -117,13 +117,15 @@ def _wanted(names: list[str], text_field: str) -> str | None:
     return next((name for name in (text_field, MESSAGES) if name in names), None)
 
 
-def _block(batch: pa.RecordBatch, text_field: str) -> Block:
+def _block(batch: pa.RecordBatch, text_field: str) -> RecordBlock:
     """The rows of a batch; their wanted column is turned into Python objects when it is asked for."""
     name = _wanted(batch.schema.names, text_field)
     if name is None:
-        return Block(range(len(batch)), lambda _: record_content({}, text_field), batch.nbytes + len(batch))
+        return RecordBlock(
+            range(len(batch)), lambda _: record_content({}, text_field), batch.nbytes + len(batch)
+        )
     column = _as_bytes(batch.column(batch.schema.names.index(name)))
-    return Block(range(len(batch)), partial(_content, name, column, text_field), column.nbytes)
+    return RecordBlock(range(len(batch)), partial(_content, name, column, text_field), column.nbytes)
 
 
 def _content(name: str, column: pa.Array, text_field: str, row: int) -> Content:

@@ -21,7 +21,7 @@ from dmm_ray.interventions import Direction, Steering, load_directions
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.serving.config import AppConfig
 from dmm_ray.serving.subject_replica import SubjectDeployment
-from dmm_ray.subject import Generation, LanguageModel
+from dmm_ray.subject import Generation, SubjectModel
 
 PROMPT = "the cat sat"
 GENERATE = {
@@ -42,8 +42,8 @@ def client(url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def model(files: Files) -> LanguageModel:
-    return LanguageModel.load(files.model)
+def model(files: Files) -> SubjectModel:
+    return SubjectModel.from_pretrained(files.model, head=True)
 
 
 def post(client: httpx.Client, route: str, body: dict[str, Any]) -> Any:
@@ -65,7 +65,7 @@ def events(text: str) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize(("name", "layer"), [(None, None), ("pair", 1), ("pair", 3)])
 def test_a_text_s_tokens_have_their_rows_log_probabilities(
-    client: httpx.Client, files: Files, model: LanguageModel, name: str | None, layer: int | None
+    client: httpx.Client, files: Files, model: SubjectModel, name: str | None, layer: int | None
 ) -> None:
     text = TEXT + " \u65e5\u672c"
     body = {"text": text, "model": name, "layer": layer, "steps": 4, "probes": 2, "seed": 3}
@@ -92,7 +92,7 @@ def test_a_single_token_is_position_zero(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("project", [True, False])
 def test_generation_is_that_of_the_package(
-    client: httpx.Client, files: Files, model: LanguageModel, project: bool
+    client: httpx.Client, files: Files, model: SubjectModel, project: bool
 ) -> None:
     found = post(client, "generate", {**GENERATE, "project": project})
     prior = ActivationPrior.from_pretrained(files.default)
@@ -142,7 +142,7 @@ def test_a_client_that_leaves_ends_its_generation(client: httpx.Client) -> None:
     assert time.monotonic() - start < 15 * token_s  # it had 46 tokens to go
 
 
-def test_near_tokens_are_the_lens_s(client: httpx.Client, files: Files, model: LanguageModel) -> None:
+def test_near_tokens_are_the_lens_s(client: httpx.Client, files: Files, model: SubjectModel) -> None:
     prior = ActivationPrior.from_pretrained(files.default)
     rows = prior.sample(3, steps=4, seed=2)
     drawn = post(client, "nearest_tokens", {"n": 3, "steps": 4, "seed": 2, "top": 4})["rows"]

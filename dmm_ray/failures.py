@@ -1,0 +1,143 @@
+"""A failure as the person who started the command meets it: one line with its cause, and the trace in a file.
+
+Failures of other processes travel as text: not every exception can be pickled, nor loaded where its module is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from dmm_ray.errors import UserError
+from dmm_ray.files import join, remove_folder, write_bytes
+
+logger = logging.getLogger(__name__)
+ERRORS = "errors"
+"""Folder inside an output folder that holds the traces of what failed there, until the work is done."""
+LONGEST = 300
+"""Most characters of a message in the line; the trace has all of it."""
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+"""What torch and CUDA say when memory is short; the types of their exceptions vary."""
+PROCESS_GONE = {"WorkerCrashedError", "RayActorError", "NodeDiedError", "LocalRayletDiedError"}
+"""Ray's exceptions about a process that ended by itself or was killed."""
+LAST_LINE = re.compile(r"^(?:[\w<>]+\.)*([A-Z]\w*): (.+)", re.MULTILINE)
+"""How a traceback ends: with the exception's type and message."""
+
+
+class Failure(NamedTuple):
+    """An exception as text."""
+
+    cause: str
+    """One line."""
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, memory_options: str = "") -> Failure:
+        """The text of ``error``; arguments as :func:`cause_of`."""
+        if isinstance(error, WorkerError):
+            return error.failure
+        return cls(cause_of(error, memory_options), "".join(traceback.format_exception(error)))
+
+
+class WorkerError(Exception):
+    """A :class:`Failure` that is raised in one process and caught in another.
+
+    Args:
+        cause: one line.
+        trace: of the exception that it stands for.
+    """
+
+    def __init__(self, cause: str, trace: str) -> None:
+        super().__init__(cause, trace)
+        self.failure = Failure(cause, trace)
+
+    def __str__(self) -> str:
+        return self.failure.cause
+
+
+def cause_of(error: BaseException, memory_options: str = "") -> str:
+    """One line: what ``error`` is about (:func:`concerning`), its type, its message and, if memory is short, a remedy.
+
+    Args:
+        error: of this process, or one of Ray's that stands for another process's.
+        memory_options: the options that lower the need for memory.
+
+    Example:
+        >>> cause_of(KeyError("weight"))
+        "KeyError: 'weight'"
+        >>> cause_of(MemoryError(), "--batch-tokens")
+        'MemoryError: out of memory; lower --batch-tokens or use a machine with more memory'
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    name, text = type(error).__name__, " ".join(str(error).split())
+    remedy = f"lower {memory_options} or use " if memory_options else "use "
+    if "RayError" in kinds:
+        if (kinds & PROCESS_GONE and "creation task" not in text) or "OutOfMemoryError" in kinds:
+            line = f"a worker process died ({name}), most likely killed because memory ran out; {remedy}"
+            return f"{line}machines with more memory"
+        line = last_error(str(error)) or f"{name}: {text[:LONGEST]}"
+    elif isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        what = "a GPU" if "CUDA" in text else "a machine"
+        line = f"{name}: {text[:LONGEST] or 'out of memory'}; {remedy}{what} with more memory"
+    else:
+        line = f"{name}: {text[:LONGEST]}" if text else name
+    return ": ".join([*reversed(getattr(error, "__notes__", [])), line])
+
+
+def last_error(text: str) -> str:
+    """The last exception that a text with tracebacks names, in one line; empty if there is none.
+
+    Example:
+        >>> last_error("Traceback (most recent call last):\\n  File ...\\nmodule.BadError: no such layer\\n")
+        'BadError: no such layer'
+    """
+    found = LAST_LINE.findall(text)
+    # Ray's own, such as ActorDiedError, quote the one that counts before them.
+    own = [pair for pair in found if not pair[1].startswith("The actor")] or found
+    return f"{own[-1][0]}: {own[-1][1].strip()[:LONGEST]}" if own else ""
+
+
+@contextmanager
+def concerning(what: str) -> Iterator[None]:
+    """Inside the block an exception is marked as one about ``what``, e.g. "document 5", for :func:`cause_of`."""
+    try:
+        yield
+    except Exception as e:
+        e.add_note(what)
+        raise
+
+
+def keep_trace(name: str, trace: str, out: str | None = None) -> str:
+    """Write a trace to a file, and log it at level DEBUG; the words that tell the user where it is.
+
+    Args:
+        name: of the file, without its suffix.
+        trace: text.
+        out: folder of the work, whose ``errors/`` gets the file; without one, or where it cannot be written, the
+            file goes into the folder for temporary files.
+    """
+    logger.debug("%s", trace)
+    data = trace.encode(errors="replace")
+    if out is not None:
+        path = join(out, ERRORS, f"{name}.log")
+        try:
+            write_bytes(path, data)
+        except (UserError, OSError) as e:
+            logger.warning("%s", e)
+        else:
+            return f"full trace: {path}"
+    handle, path = tempfile.mkstemp(".log", f"dmm-{name}-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    return f"full trace: {path}"
+
+
+def remove_traces(out: str) -> None:
+    """Delete what :func:`keep_trace` wrote into the folder: its work is done."""
+    remove_folder(join(out, ERRORS))

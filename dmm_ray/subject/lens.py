@@ -1,0 +1,35 @@
+"""Activations read as tokens, through the model's own final norm and unembedding: the logit lens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.subject.intervention import Intervention, Interventions, Site, Tokens
+from dmm_ray.subject.runner import ModelRunner
+
+
+@torch.no_grad()
+def logit_lens(runner: ModelRunner, rows: Tensor) -> Tensor:
+    """Logits (n, v), float32 on the CPU, of activations (n, d) put in the place of the last block's output.
+
+    Raises:
+        UserError: another width; a row that is not finite, or so large that the model gives no finite logits for it.
+    """
+    first = next(runner.model.parameters())
+    given = rows.to(runner.device, first.dtype)  # large numbers may be infinite in the model's own format
+    # A norm of a row whose squares are beyond float32 gives zeros, without a NaN.
+    fits = given.isfinite().all(1) & given.float().square().sum(1).isfinite()
+    if bool(fits.all()):
+        put = Intervention(Site(len(runner.blocks) - 1), lambda _x, _ids: given.float(), first=True)
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=runner.device)
+        output = runner.forward(ids, Tokens.of(torch.ones_like(ids)), (), Interventions([put])).output
+        logits = output.logits[:, -1].float()
+        fits = logits.amax(1).isfinite()
+        if bool(fits.all()):
+            return logits.cpu()
+    raise UserError(
+        f"activations: row {int(fits.logical_not().nonzero()[0])} is too large for the model's final norm, or not "
+        "finite; scale it down or fix it"
+    )
