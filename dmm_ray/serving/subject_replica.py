@@ -92,6 +92,7 @@ class SubjectDeployment:
         for direction in self._directions.values():
             self._check(direction)
         self._compute.submit(self._probe).result()
+        self._compute.submit(lambda: self._model.generates).result()  # tried here, not beside another pass
         logger.info(
             "serving %s on %s in %s, directions: %d", model, device, compute_dtype, len(self._directions)
         )

@@ -5,7 +5,9 @@ Shapes: b sequences, t tokens, v the vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.subject.intervention import Interventions, Tokens
 from dmm_ray.subject.runner import TRIAL_TOLERANCE, ModelRunner, pad
 
+logger = logging.getLogger(__name__)
 TRIAL_LENGTH = 4
 """Tokens with which generation is tried out."""
 
@@ -106,6 +109,16 @@ class Decoding:
         self._check(logits, these.ids[:, -1], going[:, 0])
         return logits
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all sequences from the batch but those at ``rows``, which are in order."""
+        assert self._cached is not None
+        at = torch.tensor(rows, device=self._mask.device)
+        self._cached.content.reorder_cache(
+            at
+        )  # made for beam search, every cache has it; it takes fewer rows, too
+        self._mask = self._mask[at]
+        self._sequences = [self._sequences[row] for row in rows]
+
     def _check(self, logits: Tensor, ids: Tensor, going: Tensor) -> None:
         # -inf is how a model rules a token out; NaN and +inf show in the maximum.
         broken = ~logits.amax(1).isfinite() & going.bool()
@@ -117,30 +130,54 @@ class Decoding:
             )
 
 
-def can_continue(runner: ModelRunner) -> bool:
-    """Whether a model predicts from a cache as it does from the whole text: tried with a few tokens.
+class DecodingTrials:
+    """What a model can do while it generates: each tried with a few tokens, once.
 
-    Raises:
-        NoCacheError, TypeError: it gives no cache, or takes none.
+    Args:
+        runner: a model with its head.
     """
-    ids = runner.trial_ids(min(TRIAL_LENGTH, runner.context))
-    return _continues_as_alone(runner, [ids[:-1]], [ids[-1]])
 
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
 
-def can_continue_together(runner: ModelRunner) -> bool:
-    """Whether prompts of different lengths can share passes: tried with a few tokens."""
-    ids = runner.trial_ids(min(2 * TRIAL_LENGTH, runner.context))
-    return len(ids) >= 4 and _continues_as_alone(runner, [ids[:-1], ids[: len(ids) // 2]], [ids[-1], ids[0]])
-
-
-def _continues_as_alone(runner: ModelRunner, prompts: list[list[int]], tokens: list[int]) -> bool:
-    """Whether prompts that share a pass, and then their last tokens, give the logits of each text alone."""
-    together = Decoding(runner, prompts)
-    together.advance()
-    found = together.advance(tokens)
-    dtype = next(runner.model.parameters()).dtype
-    for one, prompt, token in zip(found, prompts, tokens, strict=True):
-        [whole] = Decoding(runner, [[*prompt, token]]).advance()
-        if float((one - whole).norm() / whole.norm().clamp_min(1e-12)) > TRIAL_TOLERANCE.get(dtype, 0.05):
+    @cached_property
+    def continues(self) -> bool:
+        """Whether it predicts from a cache as it does from the whole text."""
+        *prompt, token = self._runner.trial_ids(min(TRIAL_LENGTH, self._runner.context))
+        try:
+            return self._as_alone([prompt], [token])
+        except (TypeError, NoCacheError) as e:  # its forward takes no cache; it gives none
+            logger.info("%s cannot generate: %s", self._runner.name, e)
             return False
-    return True
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether prompts of different lengths can share its passes."""
+        return self.continues and self._as_alone(*self._mixed)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether sequences can leave the batch before the others."""
+        try:
+            return self.together and self._as_alone(*self._mixed, keep=[1])
+        except (NotImplementedError, RuntimeError, IndexError):  # a cache of its own
+            return False
+
+    @property
+    def _mixed(self) -> tuple[list[list[int]], list[int]]:
+        *long, token = self._runner.trial_ids(min(2 * TRIAL_LENGTH, self._runner.context))
+        return [long, long[: len(long) // 2]], [token, long[0]]
+
+    def _as_alone(self, prompts: list[list[int]], tokens: list[int], keep: Sequence[int] = ()) -> bool:
+        """Whether prompts that share a pass, and then their next tokens, give the logits of each text alone."""
+        together = Decoding(self._runner, prompts)
+        together.advance()
+        if keep:
+            together.keep(keep)
+            prompts, tokens = [prompts[i] for i in keep], [tokens[i] for i in keep]
+        limit = TRIAL_TOLERANCE.get(next(self._runner.model.parameters()).dtype, 0.05)
+        for one, prompt, token in zip(together.advance(tokens), prompts, tokens, strict=True):
+            [whole] = Decoding(self._runner, [[*prompt, token]]).advance()
+            if float((one - whole).norm() / whole.norm().clamp_min(1e-12)) > limit:
+                return False
+        return True

@@ -85,7 +85,7 @@ class Generation:
         self._active = Interventions(interventions, require_effect)
         decoding = Decoding(model.runner, [self._prompt], [0], self._active)
         sampler = _Sampler([as_number("temperature", temperature)], seed, [0])
-        self._steps = self._run(_decode(decoding, sampler, [self._most], model.stop_ids))
+        self._steps = self._run(_decode(decoding, sampler, [self._most], model.stop_ids, drops=False))
         self.tokens: list[Generated] = []
 
     def __iter__(self) -> Iterator[Generated]:
@@ -167,14 +167,16 @@ def generate(
     """Continuations of the prompts, in their order; see ``SubjectModel.generate``."""
     ids, limits = sampling.ids, [min(sampling.max_tokens, model.context - len(one)) for one in prompts]
     longest = max((len(one) + limit for one, limit in zip(prompts, limits, strict=True)), default=0)
-    together = batch_size > 1 and model.generates_together and model.batching(longest) != "alone"
+    trials = model.decoding_trials
+    together = batch_size > 1 and trials.together and model.batching(longest) != "alone"
     found: dict[int, Continuation] = {}
     for batch in _batches(prompts, limits, model.context, batch_size if together else 1):
         decoding = Decoding(model.runner, [prompts[i] for i in batch], [ids[i] for i in batch], active)
         temperatures = [sampling.temperatures[i] for i in batch]
         sampler = _Sampler(temperatures, sampling.seed, [ids[i] for i in batch])
         new: list[list[int]] = [[] for _ in batch]
-        for step in _decode(decoding, sampler, [limits[i] for i in batch], model.stop_ids):
+        drops = len(batch) > 1 and trials.drops
+        for step in _decode(decoding, sampler, [limits[i] for i in batch], model.stop_ids, drops):
             for tokens, token in zip(new, step, strict=True):
                 if token is not None:
                     tokens.append(token)
@@ -205,27 +207,32 @@ def _batches(
 
 
 def _decode(
-    decoding: Decoding, sampler: _Sampler, limits: Sequence[int], stop: frozenset[int]
+    decoding: Decoding, sampler: _Sampler, limits: Sequence[int], stop: frozenset[int], drops: bool
 ) -> Iterator[list[int | None]]:
     """New tokens of the sequences, step by step; None for one that has ended, by a token of ``stop`` or its limit.
 
-    Sequences that have ended stay in the batch, unread: dropping them from the cache was not faster (see
-    docs/benchmarks.md), and not every cache can do it.
+    Those that have ended leave the batch when half of it has, where the model's cache can drop them; else they stay,
+    unread. (Dropping each at once would copy the cache as often as a sequence ends.)
     """
     left = list(limits)
+    batch = list(range(len(left)))  # which sequence each row of the batch is
     logits = decoding.advance()
     while True:
         step: list[int | None] = [None] * len(left)
-        for i, token in enumerate(sampler.draw(logits)):
+        for i, token in zip(batch, sampler.draw(logits, batch), strict=True):
             if left[i] and token in stop:
                 left[i] = 0
             elif left[i]:
                 left[i] -= 1
                 step[i] = token
         yield step
-        if not any(left):
+        going = [row for row, i in enumerate(batch) if left[i]]
+        if not going:
             return
-        logits = decoding.advance([token if n else None for token, n in zip(step, left, strict=True)])
+        if drops and 2 * len(going) <= len(batch):
+            decoding.keep(going)
+            batch = [batch[row] for row in going]
+        logits = decoding.advance([step[i] if left[i] else None for i in batch])
 
 
 class _Sampler:
@@ -238,13 +245,17 @@ class _Sampler:
         self._temperatures = torch.tensor(temperatures, dtype=torch.float64)[:, None]
         self._random = [numpy_rng(seed, i) for i in ids]
 
-    def draw(self, logits: Tensor) -> list[int]:
-        """Tokens (b) by logits (b, v): drawn from softmax(logits / temperature), the likeliest at temperature 0."""
-        greedy = logits.argmax(1)
-        if not self._temperatures.any():
+    def draw(self, logits: Tensor, batch: Sequence[int]) -> list[int]:
+        """Tokens (b) by logits (b, v): drawn from softmax(logits / temperature), the likeliest at temperature 0.
+
+        Args:
+            logits: (b, v).
+            batch: which of the sequences each row is.
+        """
+        greedy, temperatures = logits.argmax(1), self._temperatures[list(batch)].to(logits.device)
+        if not temperatures.any():
             return greedy.tolist()
-        temperatures = self._temperatures.to(logits.device)
-        uniform = torch.tensor([[one.random()] for one in self._random], dtype=torch.float64)
+        uniform = torch.tensor([[self._random[i].random()] for i in batch], dtype=torch.float64)
         # Less the largest first: over a temperature near 0 the others then become -inf, and none becomes inf / inf.
         scaled = (logits.double() - logits.amax(1, keepdim=True)) / temperatures.where(temperatures > 0, 1)
         sums = torch.softmax(scaled, dim=1).cumsum(1)

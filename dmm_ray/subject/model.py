@@ -6,7 +6,6 @@ residual width, w the width of a site, v the vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
@@ -18,7 +17,7 @@ from dmm_ray.arguments import as_integer
 from dmm_ray.errors import UserError
 from dmm_ray.subject.batching import Batching, BatchingTrials, capture_packed
 from dmm_ray.subject.blocks import find_blocks
-from dmm_ray.subject.decoding import NoCacheError, can_continue, can_continue_together
+from dmm_ray.subject.decoding import DecodingTrials
 from dmm_ray.subject.encoding import Chat, encode
 from dmm_ray.subject.generation import Continuation, Sampling, generate
 from dmm_ray.subject.intervention import Intervention, Interventions, Site, Tokens
@@ -29,7 +28,6 @@ from dmm_ray.subject.reading import Prompt, Reading, TokenPiece, pieces_of, prom
 from dmm_ray.subject.runner import ModelRunner, pad
 from dmm_ray.subject.source import SubjectSource
 
-logger = logging.getLogger(__name__)
 Where = TypeVar("Where", int, Site)
 
 
@@ -55,7 +53,8 @@ class SubjectModel:
         self.device = device
         vocabulary = getattr(source.config.get_text_config(), "vocab_size", None) or len(source.tokenizer)
         self.runner = ModelRunner(loaded.model, path, source.model_id, source.context, vocabulary, device)
-        self._trials = BatchingTrials(self.runner)
+        self.decoding_trials = DecodingTrials(self.runner)
+        self._batching_trials = BatchingTrials(self.runner)
 
     @classmethod
     def from_pretrained(
@@ -220,7 +219,7 @@ class SubjectModel:
     def batching(self, longest: int) -> Batching:
         """How sequences of at most ``longest`` tokens can share a pass so that each gives the rows it gives alone:
         tried, once for each set of lengths that matter."""
-        return self._trials.batching(longest)
+        return self._batching_trials.batching(longest)
 
     def token_losses(
         self,
@@ -307,21 +306,10 @@ class SubjectModel:
         if not self.generates:
             raise UserError(f"model: {self.model_id} gives no cache to continue from, which generation needs")
 
-    @cached_property
+    @property
     def generates(self) -> bool:
         """Whether it predicts the next token from a cache as it does from the whole text: tried with a few tokens."""
-        if self.bidirectional or not self.head:
-            return False
-        try:
-            return can_continue(self.runner)
-        except (TypeError, NoCacheError) as e:
-            logger.info("%s cannot generate: %s", self.model_id, e)
-            return False
-
-    @cached_property
-    def generates_together(self) -> bool:
-        """Whether prompts of different lengths can share its passes: tried with a few tokens."""
-        return self.generates and can_continue_together(self.runner)
+        return self.head and not self.bidirectional and self.decoding_trials.continues
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -21,7 +21,7 @@ from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.extract import extract
 from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.store.reader import ActivationStore
-from dmm_ray.subject import SubjectModel
+from dmm_ray.subject.runner import ModelRunner
 
 MILLION = 1_000_000
 
@@ -175,16 +175,16 @@ def test_a_fault_in_the_models_code_is_one_line_with_its_document(
     options = {"model": str(tiny_subject), "text": str(tmp_path / "t.txt"), "layers": [0], "dtype": "float32"}
     store, whole = tmp_path / "store", extract_here(**options, out=str(tmp_path / "whole"), rows_per_shard=1)
     red = transformers.AutoTokenizer.from_pretrained(tiny_subject)("a red town")["input_ids"]
-    forward = SubjectModel._run
+    forward = ModelRunner._run
 
-    def run(self: SubjectModel, **given: Any) -> Any:
+    def run(self: ModelRunner, **given: Any) -> Any:
         if red in [given["input_ids"][0].tolist()]:
             raise TypeError("unsupported operand\nfor a red town")
         return forward(self, **given)
 
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = ["extract", *flags, "--out", str(store), "--rows-per-shard", "1"]
-    monkeypatch.setattr(SubjectModel, "_run", run)
+    monkeypatch.setattr(ModelRunner, "_run", run)
     with units_here(), pytest.raises(SystemExit) as ended:
         main(command)
     monkeypatch.undo()

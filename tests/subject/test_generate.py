@@ -32,6 +32,8 @@ def test_a_batch_is_what_each_prompt_gives_alone(make_model: Make, family: str) 
             model.generate([prompt], edits, max_tokens=6, ids=[i])[0] for i, prompt in enumerate(PROMPTS)
         ]
         assert together == alone
+    _end_at_different_times(model)
+    assert model.decoding_trials.drops
     whole = model.token_losses(*model.pad([one.prompt + one.ids for one in together if one.ids]))
     nats = model.continuation_nats(PROMPTS, [one.ids for one in together])
     for row, one, found in zip(whole, together, nats, strict=True):
@@ -39,11 +41,23 @@ def test_a_batch_is_what_each_prompt_gives_alone(make_model: Make, family: str) 
         torch.testing.assert_close(torch.tensor(found), own, rtol=1e-4, atol=1e-4)
 
 
+def _end_at_different_times(model: SubjectModel) -> None:
+    """Sequences leave the batch before the others: drawn tokens, of which every sixth ends a text."""
+    prompts = [[0, 5 + i, *range(20, 20 + i)] for i in range(8)]
+    stops, model.stop_ids = model.stop_ids, frozenset(range(0, 320, 6))
+    drawn = {"max_tokens": 12, "temperature": 3.0, "seed": 1}
+    together = model.generate(prompts, EDITS, **drawn)
+    alone = [model.generate([prompt], EDITS, ids=[i], **drawn)[0] for i, prompt in enumerate(prompts)]
+    assert together == alone
+    assert len({len(one.ids) for one in together}) > 2
+    model.stop_ids = stops
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neo", "mpt", "mistral", "qwen3_5"])
 def test_each_is_written_to_the_end_of_its_context(make_model: Make, family: str) -> None:
     """Positions, masks and biases of a model may end with its context: padding must not lead beyond it."""
     model = SubjectModel.from_pretrained(str(make_model(family)), head=True)
-    assert model.generates_together
+    assert model.decoding_trials.together
     prompts = [[0, *range(5, 60)], [0, 7], [0, 8, 9], list(range(10, 73))]
     together = model.generate(prompts, max_tokens=30)
     assert together == [model.generate([prompt], max_tokens=30)[0] for prompt in prompts]
@@ -129,7 +143,7 @@ def test_a_character_that_ends_unfinished_is_shown(language: SubjectModel) -> No
 
 def test_nan_of_the_model_is_named(language: SubjectModel) -> None:
     model = SubjectModel.from_pretrained(language.model_id, head=True)
-    assert model.generates_together
+    assert model.decoding_trials.together
 
     def broken(_module: torch.nn.Module, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
         logits[0] = float("nan")

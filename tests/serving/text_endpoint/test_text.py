@@ -193,13 +193,15 @@ def test_what_is_here_can_be_asked(client: httpx.Client) -> None:
         ("generate", {**GENERATE, "u": 1.5}, 422, "u:"),
         ("generate", {**GENERATE, "temperature": -1}, 422, "temperature"),
         ("generate", {**GENERATE, "strength": "much"}, 422, "strength"),
-        ("generate", {**GENERATE, "prompt": " ", "stream": True}, 422, "no tokens"),
+        ("generate", {**GENERATE, "prompt": " ", "stream": True}, 422, "prompt: it holds no tokens"),
+        ("generate", {**GENERATE, "prompt": "cat " * 100}, 413, "prompt: fills the model's context"),
         ("nearest_tokens", {}, 422, "exactly one"),
         ("nearest_tokens", {"n": 1, "activations": [[1.0]]}, 422, "exactly one"),
         ("nearest_tokens", {"n": 65}, 422, "n:"),
         ("nearest_tokens", {"activations": [[1.0], [1.0, 2.0]]}, 422, "equal length"),
         ("nearest_tokens", {"activations": [[1.0]]}, 422, "d = 32"),
         ("nearest_tokens", {"activations": [[1e39] * 32]}, 422, "too large"),
+        ("nearest_tokens", {"activations": [[1.0] * 32, [3e38] * 32]}, 422, "row 1 is too large"),
     ],
 )
 def test_wrong_requests_are_told_the_field(
