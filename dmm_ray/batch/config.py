@@ -58,8 +58,8 @@ class StoreJobConfig(JobConfig):
     subject: ModelSource = Field(default=ModelSource(), json_schema_extra=RESUMABLE)
     """The language model, to extract --text."""
     window: int | None = Field(default=None, ge=2, json_schema_extra=RESUMABLE)
-    """Tokens of a document of --text that are read, at most; by default that of the store that the prior was trained on,
-    or as `dmm extract`."""
+    """Most tokens of a document of --text that are read; by default as in the store that the prior was trained on, or
+    as `dmm extract`."""
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only documents of this part of the prior's own split."""
     rows: int | None = Field(default=None, ge=1)
