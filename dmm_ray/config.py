@@ -40,9 +40,10 @@ class Config(BaseModel):
         """``values`` with the fields of groups that stand by their own names put into their groups.
 
         Raises:
-            ValueError: a field is given both ways.
+            UserError: a field is given both ways.
         """
-        owners, found = cls.owners(), {}
+        owners = cls.owners()
+        found: dict[str, Any] = {}
         inside: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             if name in owners and name not in cls.model_fields:
@@ -51,13 +52,14 @@ class Config(BaseModel):
                 found[name] = value
         for group, fields in inside.items():
             given = found.get(group, {})
-            known = (
-                {n: getattr(given, n) for n in given.model_fields_set} if isinstance(given, Group) else given
-            )
-            if twice := fields.keys() & known.keys():
+            if isinstance(given, Group):
+                given = {name: getattr(given, name) for name in given.model_fields_set}
+            if not isinstance(given, Mapping):
+                continue  # pydantic says what is wrong with it
+            if twice := fields.keys() & given.keys():
                 name = min(twice)
-                raise ValueError(f"{name}: given twice, as {name} and as {group}.{name}; give one of them")
-            found[group] = known | fields
+                raise UserError(f"{name}: given twice, as {name} and as {group}.{name}; give one of them")
+            found[group] = {**given, **fields}
         return found
 
     @model_validator(mode="before")
@@ -65,10 +67,11 @@ class Config(BaseModel):
     def _nested(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        # A group that has to be given complains of its own fields, by their names.
-        return {group: {} for group in cls.groups() if cls.model_fields[group].is_required()} | cls.nest(
-            values
-        )
+        found = cls.nest(values)
+        for group in cls.groups():
+            if cls.model_fields[group].is_required():
+                found.setdefault(group, {})  # so that its fields are missed, by their own names
+        return found
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's; in ``update`` too, fields of groups may stand by their own names."""

@@ -101,6 +101,8 @@ def test_flat_fields_in_python():
     assert TrainConfig.model_validate(config.model_dump()) == config
     with pytest.raises(ValidationError, match="given twice"):
         TrainConfig(activations="a", out="b", lr=0.5, optimizer=OptimizerConfig(lr=0.5))
+    with pytest.raises(ValidationError, match="valid dictionary or instance of OptimizerConfig"):
+        TrainConfig(activations="a", out="b", lr=0.5, optimizer=3)
 
 
 def test_flags_override_the_file(tmp_path):
