@@ -168,12 +168,13 @@ def build(
             return (init_settings,)  # flags come first by themselves; the environment is not read
 
     Flags.__doc__ = model.__doc__
-    complaint = io.StringIO()
+    complaint, shown = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            found = CliApp.run(Flags, cli_args=args, **(defaults or {}))
+        nested = [_nested(model, arg) for arg in args]
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(shown):
+            found = CliApp.run(Flags, cli_args=nested, **model.nest(defaults or {}))
     except ValidationError as e:
-        raise UserError(one_line(e)) from e
+        raise UserError(one_line(e, model)) from e
     except SettingsError as e:
         raise UserError(
             f"{' '.join(str(e).split())}; write a list or mapping as JSON: '[1, 2]', '{{\"key\": \"value\"}}'"
@@ -181,10 +182,25 @@ def build(
     except SystemExit as e:
         if e.code:
             raise UserError(
-                complaint.getvalue().strip().rpartition("error: ")[2] + "; --help lists the fields"
+                _flat(model, complaint.getvalue().strip().rpartition("error: ")[2])
+                + "; --help lists the fields"
             ) from e
+        sys.stdout.write(_flat(model, shown.getvalue()))
         raise
     return model.model_validate(found.model_dump())
+
+
+def _nested(model: type[Config], arg: str) -> str:
+    """``--lr`` as ``--optimizer.lr``, the spelling that the parser knows of a field in a group."""
+    match = re.fullmatch(r"--(no-)?([a-z][a-z0-9_-]*)(=.*)?", arg, re.DOTALL)
+    group = model.owners().get(match[2].replace("-", "_")) if match else None
+    return f"--{match[1] or ''}{group}.{match[2]}{match[3] or ''}" if match and group else arg
+
+
+def _flat(model: type[Config], text: str) -> str:
+    """``--lr`` for ``--optimizer.lr`` in what the parser says."""
+    groups = "|".join(model.groups())
+    return re.sub(rf"--(no-)?(?:{groups})\.", r"--\1", text) if groups else text
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

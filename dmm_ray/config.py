@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from dmm_ray.errors import UserError
 from dmm_ray.files import read_bytes
@@ -21,6 +21,66 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @classmethod
+    def groups(cls) -> dict[str, type[Group]]:
+        """The fields that are groups."""
+        return {
+            name: field.annotation
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+        }
+
+    @classmethod
+    def owners(cls) -> dict[str, str]:
+        """The group of each field that may stand by its own name, such as ``optimizer`` of ``lr``."""
+        return {name: group for group, kind in cls.groups().items() for name in kind.model_fields}
+
+    @classmethod
+    def nest(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` with the fields of groups that stand by their own names put into their groups.
+
+        Raises:
+            UserError: a field is given both ways.
+        """
+        owners = cls.owners()
+        found: dict[str, Any] = {}
+        inside: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name in owners and name not in cls.model_fields:
+                inside.setdefault(owners[name], {})[name] = value
+            else:
+                found[name] = value
+        for group, fields in inside.items():
+            given = found.get(group, {})
+            if isinstance(given, Group):
+                given = {name: getattr(given, name) for name in given.model_fields_set}
+            if not isinstance(given, Mapping):
+                continue  # pydantic says what is wrong with it
+            if twice := fields.keys() & given.keys():
+                name = min(twice)
+                raise UserError(f"{name}: given twice, as {name} and as {group}.{name}; give one of them")
+            found[group] = {**given, **fields}
+        return found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        found = cls.nest(values)
+        for group in cls.groups():
+            if cls.model_fields[group].is_required():
+                found.setdefault(group, {})  # so that its fields are missed, by their own names
+        return found
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; in ``update`` too, fields of groups may stand by their own names."""
+        changes = self.nest(update or {})
+        for group in self.groups().keys() & changes.keys():
+            if isinstance(changes[group], Mapping):
+                changes[group] = getattr(self, group).model_copy(update=changes[group])
+        return super().model_copy(update=changes, deep=deep)
+
     def identity(self) -> dict[str, Any]:
         """All that decides the result, by flag: the fields, as JSON values, that are not marked ``RESUMABLE``."""
         dumped = self.model_dump(mode="json")
@@ -29,11 +89,21 @@ class Config(BaseModel):
             value = getattr(self, name)
             if field.json_schema_extra == RESUMABLE:
                 continue
-            if isinstance(value, Config):
+            if isinstance(value, Group):
+                found |= value.identity()
+            elif isinstance(value, Config):
                 found |= {f"{name}.{key}": part for key, part in value.identity().items()}
             else:
                 found[name] = dumped[name]
         return found
+
+
+class Group(Config):
+    """Fields of a configuration that belong together.
+
+    In YAML files, flags and keyword arguments they may stand by their own names, beside the fields of the configuration
+    that has the group: ``--lr 0.001`` is ``--optimizer.lr 0.001``.
+    """
 
 
 def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +113,14 @@ def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any
         config: what is asked for.
         saved: the identity in the folder that is resumed. A field that it lacks is left out where it has its default.
     """
-    fields = type(config).model_fields
-    added = {
-        name for name in fields.keys() - saved.keys() if getattr(config, name) == fields[name].get_default()
+    holders = [config, *(getattr(config, group) for group in config.groups())]
+    defaults = {
+        name
+        for holder in holders
+        for name, field in type(holder).model_fields.items()
+        if getattr(holder, name) == field.get_default()
     }
-    return {name: value for name, value in config.identity().items() if name not in added}
+    return {k: v for k, v in config.identity().items() if k in saved or k not in defaults}
 
 
 def refuse_other(out: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -86,11 +159,21 @@ def _shown(value: object) -> str:
     return f"[{', '.join(shown)}]" if isinstance(value, list) else shown[0]
 
 
-def one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error as ``field: what is wrong (got value)``."""
+def one_line(error: ValidationError, model: type[Config] | None = None) -> str:
+    """The first problem of a pydantic error as ``field: what is wrong (got value)``.
+
+    Args:
+        error: what pydantic raised.
+        model: the configuration, whose fields in groups are then named by their own names.
+    """
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "configuration"
+    loc = first["loc"]
+    if model is not None and len(loc) > 1 and loc[0] in model.groups():
+        loc = loc[1:]
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and (not loc or (model is not None and loc[0] in model.groups())):
+        return message  # of a check over several fields, which names them
+    field = ".".join(map(str, loc)) or "configuration"
     if first["type"] == "extra_forbidden":
         message = "no such field; `--help` lists them"
     if first["type"] == "missing":

@@ -55,7 +55,7 @@ class OurStep:
 
     def __call__(self) -> None:
         """One step."""
-        at, batch = time.perf_counter(), self.config.batch
+        at, batch = time.perf_counter(), self.config.schedule.batch
 
         def part(name: str) -> None:
             nonlocal at
@@ -159,7 +159,7 @@ def compare(
     for name, s in seconds.items():
         rate, shares = case.batch / s, ""
         if name in ours:
-            found = flops(ours[name].denoiser, ours[name].config.levels_per_batch, case.batch)
+            found = flops(ours[name].denoiser, ours[name].config.schedule.levels_per_batch, case.batch)
             nominal, done = (rate * each / ceiling for each in found)
             shares = f", {done:.0%} of the product's FLOPs ({nominal:.0%} nominal)"
         say(

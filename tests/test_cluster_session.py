@@ -14,7 +14,7 @@ import pytest
 from dmm_ray import cluster
 from dmm_ray.cluster import check_cluster, cluster_address
 from dmm_ray.errors import UserError
-from dmm_ray.units.resources import plan_resources
+from dmm_ray.units.resources import ActorPool, plan_resources
 
 
 @pytest.fixture
@@ -91,4 +91,4 @@ def test_local_is_this_machine_and_asks_for_no_more_than_it_has(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(UserError, match=r"^cpus_per_actor: 1000 is more than the 4 that Ray has here"):
-        plan_resources(None, 1000, None, 1)
+        plan_resources(ActorPool(cpus_per_actor=1000), 1)

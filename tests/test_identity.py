@@ -15,7 +15,7 @@ from pydantic import Field
 
 from dmm_ray.batch.config import DenoiseConfig, EncodeConfig, JobConfig, SampleConfig, ScoreConfig
 from dmm_ray.batch.job import arguments_of
-from dmm_ray.config import RESUMABLE, Config, identity_as_saved, refuse_other
+from dmm_ray.config import RESUMABLE, Config, Group, identity_as_saved, refuse_other
 from dmm_ray.errors import UserError
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.store.manifest import Manifest, read_manifest
@@ -44,21 +44,36 @@ class Inner(Config):
     where: str = Field(default="here", json_schema_extra=RESUMABLE)
 
 
+class Optimizer(Group):
+    lr: float = 0.5
+    fused: bool = Field(default=True, json_schema_extra=RESUMABLE)
+
+
+class Workers(Group):
+    workers: int = 1
+
+
 class Outer(Config):
     out: str = Field(json_schema_extra=RESUMABLE)
     levels: tuple[float, ...] = (0.5,)
     inner: Inner = Inner()
+    optimizer: Optimizer = Optimizer()
+    pool: Workers = Field(default=Workers(), json_schema_extra=RESUMABLE)
 
 
 def test_identity_is_every_field_that_is_not_marked() -> None:
-    assert Outer(out="a").identity() == {"levels": [0.5], "inner.seed": 0}
-    assert Outer(out="b", inner=Inner(where="there")).identity() == Outer(out="a").identity()
+    assert Outer(out="a").identity() == {"levels": [0.5], "inner.seed": 0, "lr": 0.5}
+    moved = Outer(
+        out="b", inner=Inner(where="there"), optimizer=Optimizer(fused=False), pool=Workers(workers=2)
+    )
+    assert moved.identity() == Outer(out="a").identity()
 
 
 def test_a_field_that_an_earlier_version_did_not_record_has_its_default() -> None:
     saved = {"inner.seed": 0}
     assert identity_as_saved(Outer(out="a"), saved) == saved
-    assert identity_as_saved(Outer(out="a", levels=(0.1,)), saved) == {**saved, "levels": [0.1]}
+    changed = Outer(out="a", levels=(0.1,), optimizer=Optimizer(lr=1))
+    assert identity_as_saved(changed, saved) == {**saved, "levels": [0.1], "lr": 1}
 
 
 def test_every_difference_is_named_with_both_values_and_the_remedy() -> None:

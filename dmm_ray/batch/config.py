@@ -17,6 +17,8 @@ from dmm_ray.operations import (
 )
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.store.manifest import DtypeName
+from dmm_ray.subject.config import ModelSource
+from dmm_ray.units.resources import ActorPool
 
 
 class JobConfig(Config):
@@ -37,21 +39,8 @@ class JobConfig(Config):
     """Rows of a unit of work, about; by default 16384, less where they are wide or few."""
     batch_rows: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
     """Most rows given to the prior at once; by default a unit's, which it works through as memory allows."""
-    actors: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
-    """Processes that each hold the prior; by default one per GPU, or one per 2 CPUs where there is none."""
-    cpus_per_actor: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
-    """CPUs (and torch threads) of each; by default 2 at most without a GPU, 1 with one."""
-    gpus_per_actor: float | None = Field(default=None, ge=0, json_schema_extra=RESUMABLE)
-    """GPUs of each, a share such as 0.5 too; by default 1 where the cluster has any."""
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", json_schema_extra=RESUMABLE)
-    """auto takes GPUs where the cluster has any."""
-
-    @property
-    def gpus(self) -> float | None:
-        """GPUs asked for each actor; None for the default."""
-        if self.device == "cpu":
-            return 0.0
-        return self.gpus_per_actor or (1.0 if self.device == "cuda" else self.gpus_per_actor)
+    pool: ActorPool = Field(default=ActorPool(), json_schema_extra=RESUMABLE)
+    """The processes that each hold the prior."""
 
     def told(self, kind: type[OperationArguments], layer: int) -> dict[str, Any]:
         """What an operation of ``kind`` is told about rows of ``layer``."""
@@ -66,14 +55,11 @@ class StoreJobConfig(JobConfig):
     """Activation store to read. With --text it is extracted there first; by default then into OUT-activations."""
     text: str | list[str] | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Text to extract the activations from, as `dmm extract` takes it."""
-    model: str | None = Field(default=None, json_schema_extra=RESUMABLE)
-    """Subject model of --text; default the one that the prior was trained on."""
-    revision: str | None = Field(default=None, json_schema_extra=RESUMABLE)
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = Field(default=False, json_schema_extra=RESUMABLE)
-    """Run Python code that comes with the model, to extract --text."""
+    subject: ModelSource = Field(default=ModelSource(), json_schema_extra=RESUMABLE)
+    """The language model, to extract --text."""
     window: int | None = Field(default=None, ge=2, json_schema_extra=RESUMABLE)
-    """Tokens of a document of --text that are read, at most; default as `dmm extract`."""
+    """Most tokens of a document of --text that are read; by default as in the store that the prior was trained on, or
+    as `dmm extract`."""
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only documents of this part of the prior's own split."""
     rows: int | None = Field(default=None, ge=1)
@@ -83,7 +69,7 @@ class StoreJobConfig(JobConfig):
     def _store_or_text(self) -> StoreJobConfig:
         if self.activations is None and self.text is None:
             raise ValueError("activations: give --activations STORE, or --text to extract them first")
-        if self.text is None and (self.model or self.window or self.revision):
+        if self.text is None and (self.subject.model or self.subject.revision or self.window):
             raise ValueError("text: --model, --revision and --window are of no use without --text")
         return self
 

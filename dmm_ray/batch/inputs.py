@@ -11,7 +11,7 @@ from dmm_ray.batch.config import JobConfig, StoreJobConfig
 from dmm_ray.batch.engine import hash_prior
 from dmm_ray.batch.selection import StoreRows, expected_rows, select, suspects
 from dmm_ray.errors import UserError
-from dmm_ray.extraction.config import ExtractConfig
+from dmm_ray.extraction.config import ExtractConfig, ExtractedModel
 from dmm_ray.extraction.extract import extract
 from dmm_ray.files import absolute
 from dmm_ray.prior import ActivationPrior
@@ -19,6 +19,7 @@ from dmm_ray.prior.folder import resolve
 from dmm_ray.prior.rows import PriorRows as PriorRows
 from dmm_ray.store.match import check_fits
 from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.units.resume import check_target
 
 logger = logging.getLogger(__name__)
@@ -79,26 +80,26 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> B
 
 
 def extract_first(config: StoreJobConfig, prior: ActivationPrior, layer: int, store: str) -> None:
-    """Write, or finish, the store of the text. Raises UserError where no model is known, or as ``dmm extract``."""
-    subject = prior.config.subject
-    model = config.model or subject.get("id")
-    if model is None:
+    """Write, or finish, the store of the text, of the tokens that the prior was trained on.
+
+    Raises:
+        UserError: no model is known, or as ``dmm extract``.
+    """
+    known = prior.config.subject
+    subject = config.subject.recorded(known.get("id"), known.get("revision"), known.get("block_path"))
+    if subject.model is None:
         raise UserError("model: the prior does not say which model it is of; give --model")
-    revision = config.revision or (None if config.model else subject.get("revision"))
-    logger.info("extracting layer %d of %s into %s", layer, model, store)
+    logger.info("extracting layer %d of %s into %s", layer, subject.model, store)
+    trained = prior.config.training
     extract(
         ExtractConfig(
-            model=model,
+            subject=ExtractedModel(**subject.model_dump()),
             text=config.text or [],
             layers=[layer],
             out=store,
-            revision=revision,
-            window=config.window,
-            trust_remote_code=config.trust_remote_code,
-            block_path=subject.get("block_path"),
-            actors=config.actors,
-            cpus_per_actor=config.cpus_per_actor,
-            gpus_per_actor=config.gpus,
+            window=config.window or trained.get("window"),
+            kept=TokenSelection.model_validate(trained.get("kept", {})),
+            pool=config.pool,
         )
     )
 

@@ -18,7 +18,7 @@ from dmm_ray.parallel import in_order
 from dmm_ray.precision import Precision, choose_precision
 from dmm_ray.store.manifest import MANIFEST, Manifest, read_manifest, read_record
 from dmm_ray.units.actor import UnitActor
-from dmm_ray.units.job import Job, PoolSize
+from dmm_ray.units.job import Job
 from dmm_ray.units.resources import Resources, actors_have_fast_bfloat16
 from dmm_ray.units.resume import finish
 
@@ -40,8 +40,7 @@ class PriorJob(Job[JobConfig]):
     def __init__(
         self, config: JobConfig, manifest: Manifest, source: RowSource, operation: BatchOperation
     ) -> None:
-        size = PoolSize(config.actors, config.cpus_per_actor, config.gpus)
-        super().__init__(absolute(config.out), manifest, size, config)
+        super().__init__(absolute(config.out), manifest, config.pool, config)
         self.source, self.operation = source, operation
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
@@ -95,7 +94,7 @@ def settle_precision(config: JobConfig) -> Precision:
     if recorded is not None:
         precision: Precision = recorded["precision"]
         return precision
-    chosen = choose_precision("auto", actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus))
+    chosen = choose_precision("auto", actors_have_fast_bfloat16(config.pool))
     logger.info("precision: %s, which the devices are fast in (--precision to choose)", chosen)
     return chosen
 

@@ -18,7 +18,8 @@ from dmm_ray.demo.stories import write_corpus
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.evaluation.evaluate import EvaluateConfig, evaluate
 from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
-from dmm_ray.extraction.extract import ExtractConfig, extract
+from dmm_ray.extraction.config import ExtractConfig, ExtractedModel
+from dmm_ray.extraction.extract import extract
 from dmm_ray.files import absolute, exists, join, make_folder, read_json
 from dmm_ray.provenance import SUMMARY, write_summary
 from dmm_ray.seeds import torch_rng
@@ -29,7 +30,7 @@ from dmm_ray.store.split import TEST, Split
 from dmm_ray.subject import SubjectModel, SubjectSource
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.training.claim import saved_run
-from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dmm_ray.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
     steps.begin("extract")
     store = extract(
         ExtractConfig(
-            model=model,
+            subject=ExtractedModel(model=model),
             text=config.text or _stories(config, out),
             layers=[layer],
             window=config.window,
@@ -116,18 +117,22 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
         TrainConfig(
             activations=store,
             out=join(out, "prior"),
-            samples=config.samples,
-            minutes=_training_minutes(config, steps, join(out, "prior")),
-            calibration_rows=CALIBRATION_ROWS,
-            batch=config.batch,
-            lr=config.lr,
+            schedule=ScheduleConfig(
+                samples=config.samples,
+                minutes=_training_minutes(config, steps, join(out, "prior")),
+                batch=config.batch,
+            ),
+            optimizer=OptimizerConfig(lr=config.lr),
+            validation=ValidationConfig(calibration_rows=CALIBRATION_ROWS),
             seed=config.seed,
         )
     )
     steps.begin("evaluate")
     fields = {"seed": config.seed, **EVALUATION, **config.evaluation}
     report = evaluate(
-        EvaluateConfig(prior=prior, activations=store, model=model, out=join(out, "report"), **fields)  # type: ignore[arg-type]
+        EvaluateConfig.model_validate(
+            {"prior": prior, "activations": store, "model": model, "out": join(out, "report"), **fields}
+        )
     )
     summary = read_json(join(report, SUMMARY))
     steps.begin("serve")
@@ -141,8 +146,8 @@ def _training_minutes(config: DemoConfig, steps: Steps, prior: str) -> float | N
     if config.samples is not None:
         return None
     saved = saved_run(prior)
-    if saved is not None and saved.config.minutes is not None:
-        return saved.config.minutes
+    if saved is not None and saved.config.schedule.minutes is not None:
+        return saved.config.schedule.minutes
     left = steps.left_for("train") - TRAIN_OVERHEAD_S
     return round(max(LEAST_SHARE * steps.total_s, left) / 60, 2)
 

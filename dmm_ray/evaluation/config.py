@@ -8,6 +8,7 @@ from pydantic import Field
 
 from dmm_ray.config import Config
 from dmm_ray.precision import PrecisionOption
+from dmm_ray.subject.config import ModelSource
 
 
 class EvaluateConfig(Config):
@@ -19,8 +20,6 @@ class EvaluateConfig(Config):
     """Activation store that the baselines are fitted on and test rows come from; the prior's own, as a rule."""
     out: str
     """Folder for summary.json, report.html and plots; results there are replaced."""
-    model: str | None = None
-    """Subject model, a folder or hub id; default the one the store was made with."""
     text: str | list[str] | None = None
     """Text of the store, if it has moved; default the places in the store's manifest."""
     layer: int | None = None
@@ -64,8 +63,8 @@ class EvaluateConfig(Config):
     precision: PrecisionOption = "auto"
     """Of the prior's matrix products; states and sums are float32, as are the baselines. auto is bfloat16 where the
     device is fast in it, else float32."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
     compute_dtype: PrecisionOption = "auto"
     """Number format of the language model's computation. auto is what the store was computed in, or float32 where the
     device is slow in that."""
+    subject: ModelSource = ModelSource()
+    """The language model, if it has moved."""

@@ -86,16 +86,17 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
         else config.compute_dtype
     )
     logger.info("on %s: the prior in %s, the language model in %s", device, prior.precision, compute_dtype)
-    model = config.model or manifest.subject.id
-    revision = manifest.subject.revision if model == manifest.subject.id else None
+    entry = manifest.subject
+    asked = config.subject.recorded(entry.id, entry.revision, entry.block_path)
+    model = asked.model or entry.id
     subject = SubjectModel.from_pretrained(
         model,
         head=True,
         device=device,
         dtype=DTYPES[compute_dtype],
-        revision=revision,
-        block_path=manifest.subject.block_path,
-        trust_remote_code=config.trust_remote_code,
+        revision=asked.revision,
+        block_path=asked.block_path,
+        trust_remote_code=asked.trust_remote_code,
     )
     if changed := changed_part(subject.source, manifest):
         raise UserError(

@@ -16,6 +16,8 @@ from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
 from dmm_ray.provenance import SUMMARY
+from dmm_ray.training.claim import RUN
+from dmm_ray.training.config import TrainConfig
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 
@@ -95,15 +97,15 @@ def training_curve(prior: str) -> list[Figures]:
 def training(prior: str) -> Figures | None:
     """Samples that a prior was trained on, the minutes that they were chosen for, and its validation loss at half of
     the run and at its end; None for a prior that `dmm train` did not leave."""
-    folder = absolute(prior)
-    marker, records = join(folder, "train.json"), training_curve(prior)
+    marker, records = join(absolute(prior), RUN), training_curve(prior)
     if not exists(marker) or not records:
         return None
+    schedule = TrainConfig.nest(read_json(marker)["train"]).get("schedule", {})
     known = [r for r in records if r["validation_loss"] is not None]
     half = [r["validation_loss"] for r in known if r["samples"] <= 0.55 * records[-1]["samples"]]
     return {
         "samples": records[-1]["samples"],
-        "minutes": read_json(marker)["train"].get("minutes"),
+        "minutes": schedule.get("minutes"),
         "half": half[-1] if half else None,
         "end": known[-1]["validation_loss"] if known else None,
     }

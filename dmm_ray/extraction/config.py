@@ -9,13 +9,28 @@ from dmm_ray.files import absolute
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.store.manifest import DtypeName, Excluded
 from dmm_ray.store.token_selection import TokenSelection
+from dmm_ray.subject.config import ModelSource
+from dmm_ray.units.resources import ActorPool
 
 
-class ExtractionInputs(Config):
-    """What is read, and where the store goes."""
+class ExtractedModel(ModelSource):
+    """The language model, and where its weights go."""
 
     model: str
     """Folder of a Hugging Face model, or a hub id."""
+    device_map: str | None = None
+    """How transformers spreads a large model over the devices of an actor, e.g. auto; needs dmm-ray[large]."""
+    max_memory: dict[str, str] | None = None
+    """Most memory to use of each device with device_map, e.g. {"0": "70GiB", "cpu": "100GiB"}."""
+    offload_folder: str | None = None
+    """Folder for weights that fit on no device with device_map."""
+
+
+class ExtractConfig(Config):
+    """Read text, run a language model up to the highest wanted layer, store what its blocks put out."""
+
+    subject: ExtractedModel
+    """The language model, and where its weights go."""
     text: str | list[str]
     """Text to read: .jsonl, .txt, .csv (each also .gz or .zst), .parquet, .arrow; files, globs or folders, local
     paths or fsspec URIs (s3://bucket/folder, hf://datasets/owner/name); one or a list."""
@@ -23,22 +38,6 @@ class ExtractionInputs(Config):
     """Layers to keep: k is the output of decoder block k, counted from 0."""
     out: str
     """Folder of the store to write or to resume; a local path or fsspec URI."""
-
-    @field_validator("layers")
-    @classmethod
-    def _distinct_layers(cls, layers: list[int]) -> list[int]:
-        if len(set(layers)) != len(layers) or min(layers) < 0:
-            raise ValueError("give distinct block numbers from 0 up")
-        return sorted(layers)
-
-    @property
-    def uris(self) -> list[str]:
-        """``text`` as a list of absolute URIs."""
-        return [absolute(uri) for uri in ([self.text] if isinstance(self.text, str) else self.text)]
-
-
-class ExtractConfig(TokenSelection, ExtractionInputs):
-    """Read text, run a language model up to the highest wanted layer, store what its blocks put out."""
 
     dtype: DtypeName = "bfloat16"
     """Stored number format."""
@@ -63,23 +62,21 @@ class ExtractConfig(TokenSelection, ExtractionInputs):
     """Most rows of a unit of work, whose rows of one layer make one shard; by default shards of about 256 MB."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per forward pass; by default 2048 on a CPU, 16384 on a GPU."""
-    actors: int | None = Field(default=None, ge=1)
-    """Processes that each hold a model; by default one per GPU, or one per 2 CPUs where there is none."""
-    cpus_per_actor: float | None = Field(default=None, gt=0)
-    """CPUs (and torch threads) of each; by default 2 at most without a GPU, 1 with one."""
-    gpus_per_actor: float | None = Field(default=None, ge=0)
-    """GPUs of each; by default 1 where the cluster has any, else 0 (runs on the CPU)."""
-    device_map: str | None = None
-    """How transformers spreads a large model over the devices of an actor, e.g. auto; needs dmm-ray[large]."""
-    max_memory: dict[str, str] | None = None
-    """Most memory to use of each device with device_map, e.g. {"0": "70GiB", "cpu": "100GiB"}."""
-    offload_folder: str | None = None
-    """Folder for weights that fit on no device with device_map."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    block_path: str | None = None
-    """Dotted path of the list of decoder blocks, for an architecture that is not known."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
     seed: int = 0
     """Of the tokens drawn with tokens_per_doc, and of the sample that the plan is made from."""
+    kept: TokenSelection = TokenSelection()
+    """Which tokens of a document are kept."""
+    pool: ActorPool = ActorPool()
+    """The processes that each hold the model."""
+
+    @field_validator("layers")
+    @classmethod
+    def _distinct_layers(cls, layers: list[int]) -> list[int]:
+        if len(set(layers)) != len(layers) or min(layers) < 0:
+            raise ValueError("give distinct block numbers from 0 up")
+        return sorted(layers)
+
+    @property
+    def uris(self) -> list[str]:
+        """``text`` as a list of absolute URIs."""
+        return [absolute(uri) for uri in ([self.text] if isinstance(self.text, str) else self.text)]

@@ -21,7 +21,6 @@ from dmm_ray.store.manifest import (
     read_manifest,
 )
 from dmm_ray.store.reader import file_sizes
-from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.subject import SubjectSource
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.units.job import run_job
@@ -42,14 +41,14 @@ def extract(config: ExtractConfig) -> str:
     started = time.monotonic()
     out = absolute(config.out)
     check_target(out)
-    source = SubjectSource.resolve(config.model, config.revision, config.trust_remote_code)
-    n_layers = source.check(config.layers, config.block_path)
+    source = config.subject.resolve()
+    n_layers = source.check(config.layers, config.subject.block_path)
     window = choose_window(config.window, source.context)
     corpus = Corpus.scan(config.uris, config.text_field, config.text_separator)
     if len(corpus.problems) > config.max_failed_documents:
         errors = [problem.error or "" for problem in corpus.problems]
         raise UserError(too_many_failed(errors, config.max_failed_documents))
-    sample = CorpusSample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
+    sample = CorpusSample.draw(corpus, window, config.kept, config.seed, source.tokenizer)
     compute_dtype = choose_compute_dtype(config, out)
     manifest = make_manifest(config, compute_dtype, source, n_layers, corpus, window, sample)
     manifest = comparable(manifest, out)
@@ -74,15 +73,10 @@ def choose_compute_dtype(config: ExtractConfig, out: str) -> Precision:
         return read_manifest(out).compute_dtype
     if config.dtype == "float32":
         return "float32"
-    fast = actors_have_fast_bfloat16(config.cpus_per_actor, config.gpus_per_actor)
+    fast = actors_have_fast_bfloat16(config.pool)
     chosen = choose_precision("auto", fast)
     logger.info("compute_dtype: %s, which the devices are fast in (--compute-dtype to choose)", chosen)
     return chosen
-
-
-def kept_of(config: ExtractConfig) -> TokenSelection:
-    """The part of the configuration that says which tokens are kept."""
-    return TokenSelection(**{name: getattr(config, name) for name in TokenSelection.model_fields})
 
 
 def make_manifest(
@@ -95,13 +89,13 @@ def make_manifest(
     sample: CorpusSample,
 ) -> Manifest:
     """The manifest of this extraction."""
-    kept = kept_of(config)
+    kept = config.kept
     row_bytes = source.d * DTYPES[config.dtype].itemsize
     per_unit = choose_documents_per_unit(
         config.rows_per_shard, sample, kept.most_rows(window), row_bytes, len(config.layers)
     )
     return Manifest(
-        subject=subject_entry(source, config.block_path, n_layers),
+        subject=subject_entry(source, config.subject.block_path, n_layers),
         tokenizer_hash=source.tokenizer_hash,
         layers=tuple(config.layers),
         dtype=config.dtype,

@@ -12,7 +12,7 @@ from dmm_ray.extraction.engine import ExtractionTask, Extractor, Loading
 from dmm_ray.extraction.plan import ExtractionPlan, calibrate, worth_calibrating
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.units.actor import UnitActor
-from dmm_ray.units.job import Job, PoolSize
+from dmm_ray.units.job import Job
 from dmm_ray.units.resources import Resources
 from dmm_ray.units.resume import finish
 
@@ -31,8 +31,7 @@ class Extraction(Job[ExtractConfig]):
     """
 
     def __init__(self, config: ExtractConfig, out: str, plan: ExtractionPlan, corpus: Corpus) -> None:
-        size = PoolSize(config.actors, config.cpus_per_actor, config.gpus_per_actor)
-        super().__init__(out, plan.manifest, size, config)
+        super().__init__(out, plan.manifest, config.pool, config)
         self.plan, self.corpus = plan, corpus
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
@@ -42,10 +41,10 @@ class Extraction(Job[ExtractConfig]):
             batch_tokens=config.batch_tokens or BATCH_TOKENS[resources.device],
             threads=max(1, int(resources.cpus)),
             device=resources.device,
-            trust_remote_code=config.trust_remote_code,
-            device_map=config.device_map,
-            max_memory=config.max_memory,
-            offload_folder=config.offload_folder,
+            trust_remote_code=config.subject.trust_remote_code,
+            device_map=config.subject.device_map,
+            max_memory=config.subject.max_memory,
+            offload_folder=config.subject.offload_folder,
         )
         logger.info(
             "extracting %d units of %d documents at most, layers %s, on %d actors (%s)%s",

@@ -37,7 +37,8 @@ from dmm_ray.store.manifest import (
 )
 from dmm_ray.store.moments import Moments
 from dmm_ray.store.reader import ActivationStore, file_sizes, length_problem
-from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject import SubjectModel
+from dmm_ray.subject.config import ModelSource
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.text.documents import Document
 from dmm_ray.units.lock import LOCK
@@ -59,12 +60,8 @@ class VerifyConfig(Config):
     """Documents, drawn by seed, whose rows are computed again where model and text are still there."""
     seed: int = 0
     """Of that draw."""
-    model: str | None = None
-    """Where the model is now; by default where the manifest says."""
-    block_path: str | None = None
-    """Dotted path of the decoder blocks; by default the manifest's."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    subject: ModelSource = ModelSource()
+    """The language model, if it has moved."""
 
 
 def verify(config: VerifyConfig) -> str:
@@ -180,10 +177,9 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     documents = _sample(store, config.sample_documents, config.seed)
     if not documents:
         return []
+    asked = config.subject.recorded(m.subject.id, m.subject.revision, m.subject.block_path)
     try:
-        source = SubjectSource.resolve(
-            config.model or m.subject.id, m.subject.revision, config.trust_remote_code
-        )
+        source = asked.resolve()
         corpus = Corpus.scan(m.corpus.uris, m.corpus.text_field, m.corpus.separator)
     except UserError as e:
         logger.warning("no rows computed again: %s", e)
@@ -197,9 +193,9 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
         source.model_id,
         layers=m.layers,
         dtype=DTYPES[affordable_precision(m.compute_dtype, "cpu")],
-        revision=m.subject.revision,
-        block_path=config.block_path or m.subject.block_path,
-        trust_remote_code=config.trust_remote_code,
+        revision=asked.revision,
+        block_path=asked.block_path,
+        trust_remote_code=asked.trust_remote_code,
     )
     problems = []
     for doc in documents:

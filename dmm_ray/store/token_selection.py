@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmm_ray.config import Config
+from dmm_ray.config import Group
 
 
-class TokenSelection(Config):
-    """The choice of positions; part of a store's identity."""
+class TokenSelection(Group):
+    """Which tokens of a document are kept."""
 
     keep_first: bool = False
     """Keep position 0 (BOS, [CLS] or attention sink) too."""

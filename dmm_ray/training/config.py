@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from dmm_ray.config import RESUMABLE, Config
+from dmm_ray.config import RESUMABLE, Config, Group
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.store.split import Split
@@ -34,20 +34,9 @@ class Policy(NamedTuple):
     """The one with the lowest validation loss."""
 
 
-class TrainConfig(Config):
-    """Train a prior on an activation store."""
+class NetworkConfig(Group):
+    """Size of the denoiser."""
 
-    activations: str = Field(json_schema_extra=RESUMABLE)
-    """Activation store to learn from: a folder or URI that `dmm extract` wrote."""
-    out: str = Field(json_schema_extra=RESUMABLE)
-    """Prior folder to write. The same command on an unfinished folder resumes."""
-    samples: int | None = Field(default=None, ge=1)
-    """Activations to train on, repeats counted; rounded up to whole batches. Default 100,000,000."""
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Instead of samples: as many as this machine trains on in about this time, by a trial of some seconds before the
-    run. A resumed run keeps the number."""
-    layer: int | None = None
-    """Which of the store's layers; needed when it has several."""
     preset: Preset = "auto"
     """Network size: auto (from the activation width) or the published glp-d3, -d6, -d12, -d24 (width 2d, MLP 4d)."""
     d_model: int | None = Field(default=None, gt=0, multiple_of=2)
@@ -56,98 +45,40 @@ class TrainConfig(Config):
     """Hidden width of a block; default from the preset."""
     n_blocks: int | None = Field(default=None, gt=0)
     """Number of blocks; default from the preset."""
+
+    def shape(self, d: int) -> Shape:
+        """The denoiser's size for activations of width d."""
+        base = preset_shape(self.preset, d)
+        return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
+
+
+class ScheduleConfig(Group):
+    """How many samples, in which batches and order."""
+
+    samples: int | None = Field(default=None, ge=1)
+    """Activations to train on, repeats counted; rounded up to whole batches. Default 100,000,000."""
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Instead of samples: as many as this machine trains on in about this time, by a trial of some seconds before the
+    run. A resumed run keeps the number."""
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
     levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
     """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; default 16 / d_model^1.5."""
-    warmup: float = Field(default=0.01, ge=0, lt=1)
-    """Share of the run with linearly rising learning rate, from 1 % of the peak."""
-    final_lr: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate at the end of the cosine, as a share of the peak."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
-    ema: float = Field(default=0.05, gt=0, lt=0.25)
-    """Width of the power-function average of the weights, relative to the run so far (sigma_rel of EDM2)."""
-    precision: PrecisionOption = "auto"
-    """Of the matrix products; weights, sums and the optimiser are float32. auto is bfloat16 where the workers' devices
-    are fast in it, else float32; a resumed run keeps what was chosen."""
-    compile: bool | None = None
-    """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
-    time, about 20 s."""
-    micro_batch: int | None = Field(default=None, ge=2, json_schema_extra=RESUMABLE)
-    """Most rows a worker puts through the network at once; a larger share is cut and its gradients summed."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows mixed at once: row groups are drawn in a random order and permuted together in windows of this many rows."""
-    split: Split = Split()
-    """How documents are divided; only the train part is trained on."""
-    seed: int = 0
-    """Of the initial weights, the data order and every sample's noise."""
-    workers: int = Field(default=1, ge=0, json_schema_extra=RESUMABLE)
-    """Ray Train workers; 0 trains in this process."""
-    min_workers: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
-    """Train on as few as this while the cluster has no room for `workers`; grows back when it has."""
-    resize_interval_s: float = Field(default=60.0, gt=0, json_schema_extra=RESUMABLE)
-    """With min_workers: seconds between looks at whether the cluster has room for more; growing ends the work since
-    the last checkpoint."""
-    parallel: Literal["ddp", "fsdp"] = Field(default="ddp", json_schema_extra=RESUMABLE)
-    """ddp: every worker holds all weights; fsdp: weights, average and optimiser are sharded over the workers, for
-    priors that do not fit."""
-    cpus_per_worker: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
-    """CPUs of a worker; default all of a local machine divided by the workers, 1 on GPU."""
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", json_schema_extra=RESUMABLE)
-    """auto takes GPUs where the cluster has one for every worker."""
-    max_failures: int = Field(default=3, ge=0, json_schema_extra=RESUMABLE)
-    """Worker crashes after which training goes on from the last checkpoint."""
-    checkpoint_every: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
-    """Samples between checkpoints; default a tenth of the run."""
-    keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=RESUMABLE)
-    """Newest checkpoints kept."""
-    keep_every: int | None = Field(default=None, ge=1, json_schema_extra=RESUMABLE)
-    """Samples; the first checkpoint in each further run of so many is kept for ever."""
-    keep_best: bool = Field(default=False, json_schema_extra=RESUMABLE)
-    """Keep the checkpoint with the lowest validation loss for ever."""
-    log_every: int | None = Field(default=None, ge=1)
-    """Samples between lines of stats.jsonl; default a hundredth of the run."""
-    validate_every: int | None = Field(default=None, ge=1)
-    """Samples between validation losses; default a tenth of the run."""
-    validation_rows: int = Field(default=4096, ge=1)
-    """Rows of the validation part that the validation loss is taken on, the same every time."""
-    calibration_rows: int = Field(default=4096, ge=0, json_schema_extra=RESUMABLE)
-    """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
-    peak_tflops: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
-    """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        default="auto", json_schema_extra=RESUMABLE
-    )
-    """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
-    wandb_project: str = Field(default="dmm-ray", json_schema_extra=RESUMABLE)
-    """Project that the run is logged to; its name is the output folder's."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> TrainConfig:
-        if self.batch < self.workers:
-            raise ValueError(
-                f"batch: {self.workers} workers need a sample each; raise --batch or lower --workers"
-            )
-        if self.batch % min(self.levels_per_batch, self.batch):
+    def _divisible(self) -> Self:
+        if self.batch % self.levels:
             raise ValueError(
                 f"levels_per_batch: must divide batch {self.batch}; give --levels-per-batch that does"
             )
         return self
 
-    @model_validator(mode="after")
-    def _workers_fit_together(self) -> TrainConfig:
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(
-                f"min_workers: must not be more than workers ({self.workers}); lower it or raise --workers"
-            )
-        if self.parallel == "fsdp" and self.workers == 0:
-            raise ValueError("parallel: fsdp shards over Ray workers; give --workers of 1 or more")
-        return self
+    @property
+    def levels(self) -> int:
+        """Distinct noise levels in a global batch."""
+        return min(self.levels_per_batch, self.batch)
 
     @property
     def total_batches(self) -> int:
@@ -163,19 +94,146 @@ class TrainConfig(Config):
         """An interval in global batches, from one in samples or as the run's ``share``-th part."""
         return max(1, -(-(samples or self.total_samples // share) // self.batch))
 
+
+class OptimizerConfig(Group):
+    """AdamW, its learning rate over the run, and the average of the weights."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; default 16 / d_model^1.5."""
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the run with linearly rising learning rate, from 1 % of the peak."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    ema: float = Field(default=0.05, gt=0, lt=0.25)
+    """Width of the power-function average of the weights, relative to the run so far (sigma_rel of EDM2)."""
+
+
+class DistributionConfig(Group):
+    """Who computes: workers, their devices and shares."""
+
+    workers: int = Field(default=1, ge=0)
+    """Ray Train workers; 0 trains in this process."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Train on as few as this while the cluster has no room for `workers`; grows back when it has."""
+    resize_interval_s: float = Field(default=60.0, gt=0)
+    """With min_workers: seconds between looks at whether the cluster has room for more; growing ends the work since
+    the last checkpoint."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds all weights; fsdp: weights, average and optimiser are sharded over the workers, for
+    priors that do not fit."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs of a worker; default all of a local machine divided by the workers, 1 on GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has one for every worker."""
+    max_failures: int = Field(default=3, ge=0)
+    """Worker crashes after which training goes on from the last checkpoint."""
+    micro_batch: int | None = Field(default=None, ge=2)
+    """Most rows a worker puts through the network at once; a larger share is cut and its gradients summed."""
+
+    @model_validator(mode="after")
+    def _workers_fit_together(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers: must not be more than workers ({self.workers}); lower it or raise --workers"
+            )
+        if self.parallel == "fsdp" and self.workers == 0:
+            raise ValueError("parallel: fsdp shards over Ray workers; give --workers of 1 or more")
+        return self
+
+
+class CheckpointConfig(Group):
+    """Which checkpoints are written and kept."""
+
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Samples between checkpoints; default a tenth of the run."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Samples; the first checkpoint in each further run of so many is kept for ever."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss for ever."""
+
     @property
-    def kept_checkpoints(self) -> Policy:
+    def policy(self) -> Policy:
         """Which checkpoints stay."""
         return Policy(self.keep_checkpoints, self.keep_every, self.keep_best)
 
-    def shape(self, d: int) -> Shape:
-        """The denoiser's size for activations of width d."""
-        base = preset_shape(self.preset, d)
-        return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
+
+class ValidationConfig(Group):
+    """What is measured on validation documents."""
+
+    validate_every: int | None = Field(default=None, ge=1)
+    """Samples between validation losses; default a tenth of the run."""
+    validation_rows: int = Field(default=4096, ge=1)
+    """Rows of the validation part that the validation loss is taken on, the same every time."""
+    calibration_rows: int = Field(default=4096, ge=0, json_schema_extra=RESUMABLE)
+    """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
+
+
+class LoggingConfig(Group):
+    """What a run shows."""
+
+    log_every: int | None = Field(default=None, ge=1)
+    """Samples between lines of stats.jsonl; default a hundredth of the run."""
+    peak_tflops: float | None = Field(default=None, gt=0, json_schema_extra=RESUMABLE)
+    """TFLOP/s that one device can reach in this precision, for `utilisation`; default what is known of the GPU."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        default="auto", json_schema_extra=RESUMABLE
+    )
+    """Weights & Biases: auto is online with an API key in the environment, else offline; WANDB_MODE overrides."""
+    wandb_project: str = Field(default="dmm-ray", json_schema_extra=RESUMABLE)
+    """Project that the run is logged to; its name is the output folder's."""
+
+
+class TrainConfig(Config):
+    """Train a prior on an activation store."""
+
+    activations: str = Field(json_schema_extra=RESUMABLE)
+    """Activation store to learn from: a folder or URI that `dmm extract` wrote."""
+    out: str = Field(json_schema_extra=RESUMABLE)
+    """Prior folder to write. The same command on an unfinished folder resumes."""
+    layer: int | None = None
+    """Which of the store's layers; needed when it has several."""
+    precision: PrecisionOption = "auto"
+    """Of the matrix products; weights, sums and the optimiser are float32. auto is bfloat16 where the workers' devices
+    are fast in it, else float32; a resumed run keeps what was chosen."""
+    compile: bool | None = None
+    """Compile the network with torch.compile; by default on GPUs. On a CPU that needs a C++ compiler and, the first
+    time, about 20 s."""
+    split: Split = Split()
+    """How documents are divided; only the train part is trained on."""
+    seed: int = 0
+    """Of the initial weights, the data order and every sample's noise."""
+    network: NetworkConfig = NetworkConfig()
+    """Size of the denoiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How many samples, in which batches and order."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, its learning rate over the run, and the average of the weights."""
+    distribution: DistributionConfig = Field(default=DistributionConfig(), json_schema_extra=RESUMABLE)
+    """Workers, their devices and shares; a resumed run may have others."""
+    checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), json_schema_extra=RESUMABLE)
+    """Which checkpoints are written and kept; a resumed run may keep others."""
+    validation: ValidationConfig = ValidationConfig()
+    """What is measured on validation documents."""
+    logging: LoggingConfig = LoggingConfig()
+    """What a run shows."""
+
+    @model_validator(mode="after")
+    def _a_sample_for_each_worker(self) -> Self:
+        if self.schedule.batch < self.distribution.workers:
+            raise ValueError(
+                f"batch: {self.distribution.workers} workers need a sample each; raise --batch or lower --workers"
+            )
+        return self
 
     def peak_lr(self, d: int) -> float:
         """The peak learning rate for activations of width d: measured at d_model 256, as published at 4096."""
-        return self.lr or 16 * self.shape(d).d_model ** -1.5
+        return self.optimizer.lr or 16 * self.network.shape(d).d_model ** -1.5
 
 
 def preset_shape(preset: Preset, d: int) -> Shape:

@@ -20,8 +20,8 @@ PEAKS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
     """What one device can reach, configured or known; None otherwise."""
-    if config.peak_tflops or device.type != "cuda" or config.precision != "bfloat16":
-        return config.peak_tflops
+    if config.logging.peak_tflops or device.type != "cuda" or config.precision != "bfloat16":
+        return config.logging.peak_tflops
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
@@ -118,7 +118,7 @@ class Interval:
         if self.world > 1:
             dist.all_reduce(ends, op=dist.ReduceOp.MIN)
         low, high = int(ends[0]), -int(ends[1])
-        size, first = self.config.batch, (self.batch + index) * self.config.batch
+        size, first = self.config.schedule.batch, (self.batch + index) * self.config.schedule.batch
         what = f"gradient's norm is {sums[index, 1]}"
         if low < size:
             what = f"loss is {sums[index, 0]}"
@@ -142,7 +142,7 @@ class Interval:
         seconds = time.perf_counter() - self.started
         tflops = flops_per_batch * self.fresh / seconds / 1e12
         return {
-            "samples_per_s": self.fresh * self.config.batch / seconds,
+            "samples_per_s": self.fresh * self.config.schedule.batch / seconds,
             "data_wait": (waited - self.waited) / seconds,
             "tflops": tflops,
         } | ({"utilisation": tflops / (self.peak * self.world)} if self.peak else {})

@@ -62,14 +62,16 @@ class Trainer:
         self.loader = self._loader(store)
         torch.manual_seed(config.seed & MASK64)
         compiled = config.compile if config.compile is not None else place.device.type == "cuda"
-        self.model = Model(new_denoiser(prior_config), place, config.parallel == "fsdp", compiled)
+        self.model = Model(
+            new_denoiser(prior_config), place, config.distribution.parallel == "fsdp", compiled
+        )
         self.denoiser = self.model.denoiser
-        self.ema = Ema(self.denoiser, config.ema)
+        self.ema = Ema(self.denoiser, config.optimizer.ema)
         self.optimizer = torch.optim.AdamW(
             self.denoiser.parameters(),
             lr=1.0,
             betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
+            weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
         self.team = Team(place.rank, place.world)
@@ -91,14 +93,16 @@ class Trainer:
             UserError: rows that are not finite, a full disk.
             CheckFailed: a loss, gradient or weight is not finite.
         """
-        config, total, share = self.config, self.config.total_batches, self.place.share(self.config.batch)
-        log_every, save_every = config.every(config.log_every, 100), config.every(config.checkpoint_every, 10)
+        config, schedule = self.config, self.config.schedule
+        total, share = schedule.total_batches, self.place.share(schedule.batch)
+        log_every = schedule.every(config.logging.log_every, 100)
+        save_every = schedule.every(config.checkpoints.checkpoint_every, 10)
         self.interval.restart(self.loader.waited)
         tracker = self._tracker()
         with (
             closing(tracker) if tracker else nullcontext(),
             self._writer() or nullcontext() as writer,
-            closing(self.loader.batches(self.batch, config.batch, share)) as batches,
+            closing(self.loader.batches(self.batch, schedule.batch, share)) as batches,
         ):
             while self.batch < total:
                 self.interval.add(self._step(next(batches), share))
@@ -115,8 +119,9 @@ class Trainer:
 
     def step_seconds(self) -> Generator[float]:
         """Train on and on, giving the seconds of every step; for a trial: nothing is logged or saved."""
-        share = self.place.share(self.config.batch)
-        with closing(self.loader.batches(self.batch, self.config.batch, share)) as batches:
+        size = self.config.schedule.batch
+        share = self.place.share(size)
+        with closing(self.loader.batches(self.batch, size, share)) as batches:
             started = time.perf_counter()
             for rows in batches:
                 self._step(rows, share)
@@ -129,9 +134,9 @@ class Trainer:
 
     def _step(self, rows: Tensor, share: slice) -> Tensor:
         """One global batch; returns this rank's metrics of it without waiting for the device."""
-        config, place = self.config, self.place
+        config, place, size = self.config, self.place, self.config.schedule.batch
         losses, levels = [], []
-        for piece in place.pieces(config.batch, config.micro_batch):
+        for piece in place.pieces(size, config.distribution.micro_batch):
             mine = rows[piece.start - share.start : piece.stop - share.start]
             z_BD = self.normalizer.normalize(mine.to(place.device, non_blocking=True))
             data = FlowBatch(config, self.batch, piece, z_BD)
@@ -139,33 +144,33 @@ class Trainer:
                 found = data.loss(self.model.called, config.precision == "bfloat16")
                 # DDP and FSDP average gradients over workers, whose shares may be uneven: this gives the mean over
                 # the global batch.
-                (found.sum() / config.batch * place.world).backward()
+                (found.sum() / size * place.world).backward()
             losses.append(found.detach())
             levels.append(data.u_B)
-        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.peak_lr, self.batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.batch + 1)
-        return batch_figures(torch.cat(losses), torch.cat(levels), whole(norm), share.start, config.batch)
+        return batch_figures(torch.cat(losses), torch.cat(levels), whole(norm), share.start, size)
 
     def _log(self, tracker: Tracker | None, log_every: int) -> None:
         """Record the interval and begin the next one."""
-        config, interval = self.config, self.interval
+        config, schedule, interval = self.config, self.config.schedule, self.interval
         sums = interval.sums()
-        validate_every = config.every(config.validate_every, 10)
-        validate = self.batch % validate_every < log_every or self.batch == config.total_batches
+        validate_every = schedule.every(config.validation.validate_every, 10)
+        validate = self.batch % validate_every < log_every or self.batch == schedule.total_batches
         validation_loss = self.validation_loss() if validate else None
         if tracker:
-            levels = min(config.levels_per_batch, config.batch)
+            levels = schedule.levels
             tracker.log(
                 {
-                    "samples": self.batch * config.batch,
+                    "samples": self.batch * schedule.batch,
                     "lr": learning_rate(config, self.peak_lr, self.batch - 1),
                     "validation_loss": validation_loss,
                     **means(sums),
-                    **interval.speed(flops(self.denoiser, config.batch, levels), self.loader.waited),
+                    **interval.speed(flops(self.denoiser, schedule.batch, levels), self.loader.waited),
                     "memory_gb": memory_gb(self.place.device),
                     "workers": self.place.world,
                 }
@@ -178,26 +183,26 @@ class Trainer:
         if not self.model.sharded and self.place.rank > 0:
             return None
         team = self.team if self.model.sharded else None
-        return checkpoint.CheckpointWriter(self.config.out, self.config.kept_checkpoints, team)
+        return checkpoint.CheckpointWriter(self.config.out, self.config.checkpoints.policy, team)
 
     def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
         """Have a checkpoint written; the figures since the last record go into it."""
         sums = self.interval.sums()
-        loss = self.validation_loss() if self.config.keep_best else None
+        loss = self.validation_loss() if self.config.checkpoints.keep_best else None
         if writer is not None:
             tensors = snapshot(self.denoiser, self.optimizer, self.ema)
             if self.place.rank == 0:
                 tensors[INTERVAL] = sums
-            writer.save(self.batch * self.config.batch, tensors, loss)
+            writer.save(self.batch * self.config.schedule.batch, tensors, loss)
 
     def _loader(self, store: ActivationStore) -> Loader:
         config = self.config
         pin = self.place.device.type == "cuda"
-        loader = Loader(store, self.layer, config.split, config.shuffle_rows, config.seed, pin)
-        if loader.order.epoch_rows < config.batch:
+        loader = Loader(store, self.layer, config.split, config.schedule.shuffle_rows, config.seed, pin)
+        if loader.order.epoch_rows < config.schedule.batch:
             raise UserError(
-                f"batch: {config.batch} samples, but layer {self.layer} of {store.uri} has {loader.order.epoch_rows} "
-                "training rows; lower --batch or extract more text"
+                f"batch: {config.schedule.batch} samples, but layer {self.layer} of {store.uri} has "
+                f"{loader.order.epoch_rows} training rows; lower --batch or extract more text"
             )
         return loader
 
@@ -222,13 +227,13 @@ class Trainer:
         past = shapes.pop(INTERVAL, None)
         check_architecture(join(out, checkpoint.FOLDER), shapes, self.denoiser)
         restore(saved, self.denoiser, self.optimizer, self.ema)
-        return samples // self.config.batch, saved.rows(INTERVAL, 0, past[0]) if past else None
+        return samples // self.config.schedule.batch, saved.rows(INTERVAL, 0, past[0]) if past else None
 
     def _tracker(self) -> Tracker | None:
         if self.place.rank != 0:
             return None
         parameters = sum(p.numel() for p in self.denoiser.parameters())
-        samples = self.batch * self.config.batch
+        samples = self.batch * self.config.schedule.batch
         return Tracker(self.config, samples, {"parameters": parameters}, self.place.on_ray)
 
     def _export(self) -> None:

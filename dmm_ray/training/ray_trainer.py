@@ -125,14 +125,13 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
     Raises:
         UserError: the cluster has not enough for the fewest workers.
     """
+    asked = config.distribution
     import ray
 
     has = ray.cluster_resources()
-    fewest = config.min_workers or config.workers
-    use_gpu = config.device == "cuda" or (config.device == "auto" and has.get("GPU", 0) >= fewest)
-    cpus = config.cpus_per_worker or (
-        1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / config.workers))
-    )
+    fewest = asked.min_workers or asked.workers
+    use_gpu = asked.device == "cuda" or (asked.device == "auto" and has.get("GPU", 0) >= fewest)
+    cpus = asked.cpus_per_worker or (1 if use_gpu else max(1, math.floor(has.get("CPU", 1) / asked.workers)))
     needs = {"CPU": cpus} | ({"GPU": 1.0} if use_gpu else {})
     for kind, each in needs.items():
         if each * fewest > has.get(kind, 0):
@@ -145,9 +144,10 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
 
 def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
     """Say so where the workers have to wait for resources, or leave no CPU to others."""
+    asked = config.distribution
     import ray
 
-    has, fewest = ray.cluster_resources(), config.min_workers or config.workers
+    has, fewest = ray.cluster_resources(), asked.min_workers or asked.workers
     free = _free({kind: each * fewest for kind, each in needs.items()})
     for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
@@ -155,7 +155,7 @@ def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
                 "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
                 fewest, each, kind, free.get(kind, 0), has[kind],
             )  # fmt: skip
-    if cluster_address() is not None and needs["CPU"] * config.workers >= has["CPU"]:
+    if cluster_address() is not None and needs["CPU"] * asked.workers >= has["CPU"]:
         logger.warning(
             "workers: they take all %g CPUs of the cluster; Ray Data jobs beside them will wait (--cpus-per-worker)",
             has["CPU"],
@@ -211,20 +211,21 @@ def _trainer(config: TrainConfig, prior_config: PriorConfig, needs: dict[str, fl
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    elastic = config.min_workers is not None and config.min_workers < config.workers
+    asked = config.distribution
+    elastic = asked.min_workers is not None and asked.min_workers < asked.workers
     return TorchTrainer(
         _worker,
         train_loop_config={"train": config, "prior": prior_config, "threads": max(1, int(needs["CPU"]))},
         scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if elastic else config.workers,
-            elastic_resize_monitor_interval_s=config.resize_interval_s,
+            num_workers=(asked.min_workers, asked.workers) if elastic else asked.workers,
+            elastic_resize_monitor_interval_s=asked.resize_interval_s,
             use_gpu="GPU" in needs,
             resources_per_worker=needs,
         ),
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=config.out,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=asked.max_failures),
             callbacks=[_lost_workers(_path(config.out, STARTED))],
         ),
     )

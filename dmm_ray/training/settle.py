@@ -33,21 +33,22 @@ VALIDATIONS = 10
 
 def check_length(config: TrainConfig) -> None:
     """Raises UserError where a run is given both a number of samples and a time."""
-    if config.samples is not None and config.minutes is not None:
+    if config.schedule.samples is not None and config.schedule.minutes is not None:
         raise UserError("minutes: excludes samples; give --samples or --minutes, not both")
 
 
 def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
     """``config`` with what was chosen for the run in its folder, where that is left open."""
+    schedule = config.schedule
     chosen: dict[str, object] = {}
     if config.precision == "auto":
         chosen["precision"] = saved.config.precision
-    if config.minutes is not None:
-        chosen["samples"] = saved.config.samples
-    elif config.samples is None:
+    if schedule.minutes is not None:
+        chosen["samples"] = saved.config.schedule.samples
+    elif schedule.samples is None:
         chosen["samples"] = DEFAULT_SAMPLES
-    elif config.samples == saved.config.samples:
-        chosen["minutes"] = saved.config.minutes  # the number that was chosen by a trial, spelt out
+    elif schedule.samples == saved.config.schedule.samples:
+        chosen["minutes"] = saved.config.schedule.minutes  # the number that was chosen by a trial, spelt out
     return config.model_copy(update=chosen)
 
 
@@ -55,8 +56,8 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
     """``config`` with the precision of a new run, by what the devices of its workers are fast in."""
     if config.precision != "auto":
         return config
-    if config.workers == 0:
-        precision = precision_on("auto", local_device(config.device))
+    if config.distribution.workers == 0:
+        precision = precision_on("auto", local_device(config.distribution.device))
     else:
         ensure_ray()
         needs = worker_needs(config)
@@ -72,26 +73,27 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
     Raises:
         UserError: as a run, or the time is not enough for a batch.
     """
-    if config.minutes is None:
-        return config.model_copy(update={"samples": config.samples or DEFAULT_SAMPLES})
-    share = -(-config.batch // max(config.workers, 1))
+    schedule, workers = config.schedule, config.distribution.workers
+    if schedule.minutes is None:
+        return config.model_copy(update={"samples": schedule.samples or DEFAULT_SAMPLES})
+    share = -(-schedule.batch // max(workers, 1))
     trial = config.model_copy(
         update={
             "batch": share,
-            "levels_per_batch": math.gcd(config.levels_per_batch, share),
+            "levels_per_batch": math.gcd(schedule.levels_per_batch, share),
             "samples": DEFAULT_SAMPLES,
             "parallel": "ddp",
         }
     )
-    if config.workers == 0:
-        found = [try_steps(trial, prior_config, local_device(config.device))]
+    if workers == 0:
+        found = [try_steps(trial, prior_config, local_device(config.distribution.device))]
     else:
         ensure_ray()
         needs = worker_needs(config)
         device = "cuda" if "GPU" in needs else "cpu"
         # All at once: they share a machine's memory and cores, as they will in the run.
         found = call_on_workers(
-            config.workers,
+            workers,
             try_steps,
             trial,
             prior_config,
@@ -101,15 +103,18 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
             gpus=needs.get("GPU", 0.0),
         )
     step_s, validation_s = max(found)
-    batches = int((60 * config.minutes - VALIDATIONS * validation_s) / step_s)
+    batches = int((60 * schedule.minutes - VALIDATIONS * validation_s) / step_s)
     if batches < 1:
         raise UserError(
-            f"minutes: {config.minutes:g} are not enough for one batch of {step_s:.1f} s; give more"
+            f"minutes: {schedule.minutes:g} are not enough for one batch of {step_s:.1f} s; give more"
         )
-    samples = batches * config.batch
-    rate = config.batch / step_s
+    samples = batches * schedule.batch
+    rate = schedule.batch / step_s
     logger.info(
-        "samples: %d, about %g minutes at %.0f a second, by a short trial", samples, config.minutes, rate
+        "samples: %d, about %g minutes at %.0f a second, by a short trial",
+        samples,
+        schedule.minutes,
+        rate,
     )
     return config.model_copy(update={"samples": samples})
 

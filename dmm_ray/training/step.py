@@ -20,11 +20,12 @@ STREAM_TRAIN, STREAM_VALIDATION = 16, 17
 
 def learning_rate(config: TrainConfig, peak: float, batch: int) -> float:
     """Linear warm-up from 1 % of ``peak``, then a cosine to ``final_lr * peak`` at the last batch."""
-    progress = batch / config.total_batches
-    if progress < config.warmup:
-        return peak * (0.01 + 0.99 * progress / config.warmup)
-    way = (progress - config.warmup) / (1 - config.warmup)
-    return peak * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * way)) / 2)
+    optimizer = config.optimizer
+    progress = batch / config.schedule.total_batches
+    if progress < optimizer.warmup:
+        return peak * (0.01 + 0.99 * progress / optimizer.warmup)
+    way = (progress - optimizer.warmup) / (1 - optimizer.warmup)
+    return peak * (optimizer.final_lr + (1 - optimizer.final_lr) * (1 + math.cos(math.pi * way)) / 2)
 
 
 def ema_exponent(sigma_rel: float) -> float:
@@ -86,14 +87,14 @@ class FlowBatch:
     """
 
     def __init__(self, config: TrainConfig, batch: int, share: slice, z_BD: Tensor) -> None:
-        device, levels = z_BD.device, min(config.levels_per_batch, config.batch)
-        run = config.batch // levels
+        device, levels = z_BD.device, config.schedule.levels
+        run = config.schedule.batch // levels
         u_M = batch_levels(config.seed, batch, levels).to(device)
         self.u_M, self.index = u_M[share.start // run : -(-share.stop // run)], None
         level = torch.arange(share.start, share.stop, device=device) // run - share.start // run
         if share.start % run or share.stop % run:
             self.index = level
-        first = batch * config.batch
+        first = batch * config.schedule.batch
         ids = torch.arange(first + share.start, first + share.stop, device=device)
         noise = normal(config.seed, ids, z_BD.shape[1], STREAM_TRAIN)
         self.u_B = self.u_M[level]

@@ -103,7 +103,7 @@ def _tracking_errors() -> tuple[type[Exception], ...]:
 
 
 def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
-    mode: Any = os.environ.get("WANDB_MODE") or config.wandb
+    mode: Any = os.environ.get("WANDB_MODE") or config.logging.wandb
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode == "disabled":
@@ -111,7 +111,7 @@ def _wandb_run(config: TrainConfig, about: dict[str, Any]) -> Any:
     import wandb
 
     return wandb.init(
-        project=config.wandb_project,
+        project=config.logging.wandb_project,
         id=run_id(config),
         name=run_name(config),
         resume="allow",
@@ -155,7 +155,7 @@ class StatusLines(threading.Thread):
     def _show(self, last: bool = False) -> None:
         records = read_stats(self.config.out)
         if len(records) > self.seen and (last or time.monotonic() - self.shown >= SHOW_EVERY_S):
-            logger.info("%s", status_line(records[-1], self.config.total_samples))
+            logger.info("%s", status_line(records[-1], self.config.schedule.total_samples))
             self.seen, self.shown = len(records), time.monotonic()
 
 

@@ -93,7 +93,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     status = StatusLines(config)
     status.start()
     try:
-        if config.workers == 0:
+        if config.distribution.workers == 0:
             _train_here(config, prior_config, lock)
         else:
             needs = train_on_ray(config, prior_config, lock.check)
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
         status.stop()
     _calibrate(config, needs)
     checkpoint.finish(
-        config.out, config.kept_checkpoints
+        config.out, config.checkpoints.policy
     )  # last: a run that is killed before goes on from them
     remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
@@ -113,7 +113,7 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         raise UserError(
             f"layer: {store.uri} holds layers {', '.join(map(str, store.layers))}; name one with --layer"
         )
-    shape = config.shape(store.d)
+    shape = config.network.shape(store.d)
     manifest = store.manifest
     return PriorConfig(
         d=store.d,
@@ -127,17 +127,20 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         subject_layers=manifest.subject.n_layers,
         split=config.split.model_dump(),
         training={
-            "samples": config.total_samples,
+            "samples": config.schedule.total_samples,
             "seed": config.seed,
             "precision": config.precision,
             "store": manifest.config_hash,
+            "window": manifest.window,
+            "kept": manifest.kept.model_dump(),
         },
     )
 
 
 def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
     """Run in this process."""
-    run = Trainer(config, prior_config, RankInfo(0, 1, torch.device(local_device(config.device))))
+    device = torch.device(local_device(config.distribution.device))
+    run = Trainer(config, prior_config, RankInfo(0, 1, device))
     with Interrupt() as interrupt:
 
         def notice(_: int) -> Notice:
@@ -153,14 +156,14 @@ def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
 
     A cluster's workers may have GPUs that this machine lacks: there one of their size does it.
     """
-    if not config.calibration_rows or read_stats(config.out)[-1]["validation_loss"] is None:
+    if not config.validation.calibration_rows or read_stats(config.out)[-1]["validation_loss"] is None:
         return
     logger.info("calibrating the prior's percentiles")
-    device = "cpu" if config.device == "cpu" else "auto"
+    device = "cpu" if config.distribution.device == "cpu" else "auto"
     arguments = (
         config.out,
         config.activations,
-        config.calibration_rows,
+        config.validation.calibration_rows,
         config.seed,
         device,
         config.precision,

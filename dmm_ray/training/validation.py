@@ -41,7 +41,7 @@ class Validation:
             self.n, place.world
         )  # every worker calls the network equally often: some with a row that counts 0
         self.pieces = []
-        for piece in place.pieces(pairs, config.micro_batch):
+        for piece in place.pieces(pairs, config.distribution.micro_batch):
             ids = torch.arange(piece.start, piece.stop)
             self.pieces.append((ids, z_BD[ids % self.n].to(place.device)))
 
@@ -70,9 +70,9 @@ def load_validation(
     Raises:
         UserError: a row is not finite, or no rows though the best checkpoint is to be kept.
     """
-    rows = store.select(layer, config.split, VALIDATION, config.validation_rows, config.seed)
+    rows = store.select(layer, config.split, VALIDATION, config.validation.validation_rows, config.seed)
     if len(rows.doc) == 0:
-        if config.keep_best:
+        if config.checkpoints.keep_best:
             raise UserError(
                 "keep_best: no document falls into the validation part; change --split or leave it out"
             )

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config
@@ -21,20 +21,12 @@ from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.lock import WriterLock, writer_lock
 from dmm_ray.units.pool import map_units
 from dmm_ray.units.progress import Progress
-from dmm_ray.units.resources import Resources, plan_resources
+from dmm_ray.units.resources import ActorPool, Resources, plan_resources
 from dmm_ray.units.resume import Done, prepare, remove_temporary
 from dmm_ray.units.unit import Unit, unit_at
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=Config)
-
-
-class PoolSize(NamedTuple):
-    """How many actors of what size are asked for; None means the default."""
-
-    actors: int | None = None
-    cpus: float | None = None
-    gpus: float | None = None
 
 
 class Job(ABC, Generic[C]):
@@ -43,12 +35,12 @@ class Job(ABC, Generic[C]):
     Args:
         out: folder to write or to resume; an absolute path or URI.
         manifest: what the folder is to hold.
-        size: of the actor pool.
+        pool: the processes that do it.
         config: of the verb, for ``summary.json``.
     """
 
-    def __init__(self, out: str, manifest: Manifest, size: PoolSize, config: C) -> None:
-        self.out, self.manifest, self.size, self.config = out, manifest, size, config
+    def __init__(self, out: str, manifest: Manifest, pool: ActorPool, config: C) -> None:
+        self.out, self.manifest, self.pool, self.config = out, manifest, pool, config
         self.failed = 0
         """Documents that failed so far, those of units that were done before too."""
 
@@ -143,6 +135,6 @@ def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
 def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:
     """The result of each unit, as they finish, from a pool of the job's actors on Ray."""
     ensure_ray()
-    resources = plan_resources(*job.size, len(units))
+    resources = plan_resources(job.pool, len(units))
     actor, arguments = job.actor(resources, len(units))
     yield from map_units(actor, arguments, units, resources)

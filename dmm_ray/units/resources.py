@@ -1,18 +1,41 @@
-"""How many actors of what size an extraction gets."""
+"""How many actors of what size do the work: as asked for, and as the cluster has room for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 
 from dmm_ray.cluster import cluster_address, ensure_ray, workers_have_fast_bfloat16
+from dmm_ray.config import Group
 from dmm_ray.errors import UserError
+
+
+class ActorPool(Group):
+    """The processes that do the work, as far as they are chosen."""
+
+    actors: int | None = Field(default=None, ge=1)
+    """Processes that each hold a model; by default one per GPU, or one per 2 CPUs where there is none."""
+    cpus_per_actor: float | None = Field(default=None, gt=0)
+    """CPUs (and torch threads) of each; by default 2 at most without a GPU, 1 with one."""
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    """GPUs of each, a share such as 0.5 too; by default 1 where the cluster has any."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has any."""
+
+    @property
+    def gpus(self) -> float | None:
+        """GPUs asked for each actor; None for the default."""
+        if self.device == "cpu":
+            return 0.0
+        return self.gpus_per_actor or (1.0 if self.device == "cuda" else self.gpus_per_actor)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """The actor pool."""
+    """The actor pool as it is."""
 
     actors: int
     fitting: int
@@ -26,8 +49,8 @@ class Resources:
         return "cuda" if self.gpus else "cpu"
 
 
-def plan_resources(actors: int | None, cpus: float | None, gpus: float | None, units: int) -> Resources:
-    """The pool for ``units`` units on the connected cluster; None means its default.
+def plan_resources(pool: ActorPool, units: int) -> Resources:
+    """The pool for ``units`` units on the connected cluster.
 
     Raises:
         UserError: not one actor fits into a local Ray, which cannot grow.
@@ -36,25 +59,21 @@ def plan_resources(actors: int | None, cpus: float | None, gpus: float | None, u
 
     total = ray.cluster_resources()
     all_cpus, all_gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
-    gpus = gpus if gpus is not None else min(1.0, all_gpus)
-    cpus = cpus if cpus is not None else (1.0 if gpus else min(2.0, all_cpus))
+    gpus = pool.gpus if pool.gpus is not None else min(1.0, all_gpus)
+    cpus = pool.cpus_per_actor or (1.0 if gpus else min(2.0, all_cpus))
     fitting = int(min(all_cpus // cpus, all_gpus // gpus if gpus else float("inf")))
     if fitting < 1 and cluster_address() is None:
         field, asked, there = ("gpus", gpus, all_gpus) if gpus > all_gpus else ("cpus", cpus, all_cpus)
         raise UserError(f"{field}_per_actor: {asked:g} is more than the {there:g} that Ray has here")
-    count = max(1, min(actors or fitting, units))
+    count = max(1, min(pool.actors or fitting, units))
     return Resources(count, max(1, min(fitting, count)), cpus, gpus)
 
 
-def actors_have_fast_bfloat16(cpus: float | None, gpus: float | None) -> bool:
-    """Whether the devices that actors of this size get are fast in bfloat16. Connects to a cluster only to ask it.
-
-    Args:
-        cpus: of each actor; None for the default.
-        gpus: of each actor; None for the default, which takes GPUs where there are some.
-    """
+def actors_have_fast_bfloat16(pool: ActorPool) -> bool:
+    """Whether the devices that the actors get are fast in bfloat16. Connects to a cluster only to ask it."""
     if cluster_address() is None:
-        return workers_have_fast_bfloat16(0.0, float(torch.cuda.is_available()) if gpus is None else gpus)
+        gpus = float(torch.cuda.is_available()) if pool.gpus is None else pool.gpus
+        return workers_have_fast_bfloat16(0.0, gpus)
     ensure_ray()
-    resources = plan_resources(1, cpus, gpus, 1)
+    resources = plan_resources(pool.model_copy(update={"actors": 1}), 1)
     return workers_have_fast_bfloat16(resources.cpus, resources.gpus)

@@ -16,12 +16,14 @@ from stores import units_here
 from dmm_ray import ActivationPrior, ActivationStore
 from dmm_ray.batch import job
 from dmm_ray.batch.config import ScoreConfig
+from dmm_ray.batch.inputs import extract_first
 from dmm_ray.batch.verbs import score
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.extraction.verify import VerifyConfig, verify
 from dmm_ray.prior.windows import window_means
 from dmm_ray.store.info import describe
 from dmm_ray.store.split import TEST, Split
+from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.units.lock import writer_lock
 
 
@@ -195,13 +197,31 @@ def test_text_is_extracted_first(
     assert near.min() > 0.99
 
 
+def test_text_is_extracted_by_the_prior_s_own_token_selection(
+    prior: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    """As the store that it was trained on had it; a window that is given overrides the recorded one."""
+    trained = ActivationPrior.from_pretrained(prior)
+    kept = TokenSelection(keep_first=True, tokens_per_doc=3)
+    record = {"training": {"window": 24, "kept": kept.model_dump()}}
+    trained.config = trained.config.model_copy(update=record)
+    trained.save_pretrained(str(tmp_path / "prior"))
+    config = ScoreConfig(prior=str(tmp_path / "prior"), text=str(tiny_text), out=str(tmp_path), actors=1)
+    for window in (None, 16):
+        out = str(tmp_path / f"store{window}")
+        with units_here():
+            extract_first(config.model_copy(update={"window": window}), trained, 2, out)
+        manifest = ActivationStore.open(out).manifest
+        assert (manifest.kept, manifest.window) == (kept, window or 24)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     scores: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     config = ScoreConfig(**{**options, **SCORE, "out": str(tmp_path / "new"), "precision": "auto"})
-    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: fast)
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda pool: fast)
     assert job.settle_precision(config) == ("bfloat16" if fast else "float32")
-    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda cpus, gpus: pytest.fail("asked again"))
+    monkeypatch.setattr(job, "actors_have_fast_bfloat16", lambda pool: pytest.fail("asked again"))
     assert job.settle_precision(config.model_copy(update={"out": str(scores)})) == "float32"
     assert job.settle_precision(config.model_copy(update={"precision": "bfloat16"})) == "bfloat16"

@@ -111,7 +111,7 @@ def undisturbed(this: TrainConfig, out: Path, n: int) -> list[dict[str, Any]]:
     """The first ``n`` records of the same run by one worker in this process."""
     prior = PriorConfig.model_validate(json.loads(Path(this.out, "train.json").read_text())["prior"])
     alone = this.model_copy(
-        update={"out": str(out), "workers": 0, "parallel": "ddp", "checkpoint_every": this.samples}
+        update={"out": str(out), "workers": 0, "parallel": "ddp", "checkpoint_every": this.schedule.samples}
     )
     run = Trainer(alone, prior, RankInfo(0, 1, torch.device("cpu")))
     assert not run.train(lambda done: Notice.STOP if done == 2 * n else Notice.GO_ON)

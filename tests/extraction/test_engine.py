@@ -21,7 +21,6 @@ from dmm_ray.extraction.extract import choose_compute_dtype, kept_of, make_manif
 from dmm_ray.extraction.plan import CorpusSample
 from dmm_ray.store.manifest import Record
 from dmm_ray.store.reader import ActivationStore, Rows
-from dmm_ray.subject import SubjectSource
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.units.resume import finish
 from dmm_ray.units.unit import Unit, unit_at
@@ -58,7 +57,7 @@ def gpt2(tiny_subject: Path, tmp_path: Path) -> Path:
 def make_engine(out: Path, batch_tokens: int = 100, **options: Any) -> tuple[Engine, list[Unit]]:
     """An engine in this process and its units."""
     config = ExtractConfig(out=str(out), **options)
-    source = SubjectSource.resolve(config.model)
+    source = config.subject.resolve()
     corpus = Corpus.scan(config.uris)
     window = config.window or source.context
     sample = CorpusSample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
@@ -435,11 +434,11 @@ def test_computation_follows_the_machine_and_a_resume_keeps_it_on_another(
 ) -> None:
     options: dict[str, Any] = {"model": str(tiny_subject), "text": str(mixed_text), "layers": [2]}
     config = ExtractConfig(out=str(tmp_path / "a"), **options)
-    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda cpus, gpus: fast)
+    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda pool: fast)
     store, _ = extract_all(tmp_path / "a", **options)
     chosen = "bfloat16" if fast else "float32"
     assert (store.manifest.dtype, store.manifest.compute_dtype) == ("bfloat16", chosen)
-    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda cpus, gpus: not fast)
+    monkeypatch.setattr(extract_module, "actors_have_fast_bfloat16", lambda pool: not fast)
     assert choose_compute_dtype(config, config.out) == chosen
     other = config.model_copy(update={"compute_dtype": "float32" if fast else "bfloat16"})
     assert choose_compute_dtype(other, config.out) == other.compute_dtype  # which the manifest then refuses

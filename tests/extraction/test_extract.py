@@ -19,7 +19,7 @@ from dmm_ray.extraction.job import Extraction
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.units import pool
 from dmm_ray.units.actor import UnitActor
-from dmm_ray.units.resources import plan_resources
+from dmm_ray.units.resources import ActorPool, plan_resources
 from dmm_ray.units.unit import Unit
 
 
@@ -239,8 +239,8 @@ def test_a_unit_whose_process_dies_each_time_ends_the_job(
 
 def test_pool_defaults(ray_local: None) -> None:
     """4 logical CPUs, no GPU."""
-    pool = plan_resources(None, None, None, units=100)
+    pool = plan_resources(ActorPool(), units=100)
     assert (pool.actors, pool.cpus, pool.gpus, pool.device) == (2, 2.0, 0.0, "cpu")
-    assert plan_resources(None, None, None, units=1).actors == 1
-    many = plan_resources(8, 1, None, units=100)
+    assert plan_resources(ActorPool(), units=1).actors == 1
+    many = plan_resources(ActorPool(actors=8, cpus_per_actor=1), units=100)
     assert (many.actors, many.fitting) == (8, 4)

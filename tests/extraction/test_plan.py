@@ -13,7 +13,7 @@ from texts import make_texts
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import Loading
-from dmm_ray.extraction.extract import kept_of, make_manifest
+from dmm_ray.extraction.extract import make_manifest
 from dmm_ray.extraction.plan import (
     CorpusSample,
     ExtractionPlan,
@@ -37,8 +37,8 @@ def plan(tiny_text: Path, tiny_subject: Path, tmp_path: Path) -> ExtractionPlan:
     config = ExtractConfig(
         model=str(tiny_subject), text=str(tiny_text), layers=[1, 2], dtype="float32", out=str(tmp_path)
     )
-    source, corpus = SubjectSource.resolve(config.model), Corpus.scan(config.uris)
-    sample = CorpusSample.draw(corpus, 64, kept_of(config), 0, source.tokenizer)
+    source, corpus = config.subject.resolve(), Corpus.scan(config.uris)
+    sample = CorpusSample.draw(corpus, 64, config.kept, 0, source.tokenizer)
     return ExtractionPlan(make_manifest(config, "float32", source, 4, corpus, 64, sample), sample)
 
 

@@ -40,7 +40,7 @@ def config(store: str, out: Path, **changes: Any) -> TrainConfig:
 def prior_config(config: TrainConfig) -> PriorConfig:
     store = ActivationStore.open(config.activations)
     floor = variance_floor(torch.from_numpy(store.statistics(2).var))
-    return PriorConfig(d=32, layers=(2,), **config.shape(32)._asdict(), variance_floor=floor)
+    return PriorConfig(d=32, layers=(2,), **config.network.shape(32)._asdict(), variance_floor=floor)
 
 
 def result(out: Path | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -72,7 +72,7 @@ def test_a_time_becomes_samples_that_a_resume_takes_instead_of_measuring(
     with caplog.at_level(logging.INFO):
         out = Path(train(this))
     # (6 s - 10 validations of 0.5 s) of steps of 0.25 s
-    assert recorded(out)["samples"] == 4 * 256
+    assert recorded(out)["schedule"]["samples"] == 4 * 256
     assert f"samples: {4 * 256}, about 0.1 minutes at 1024 a second" in caplog.text
     (out / "summary.json").unlink()
     monkeypatch.setattr(settle, "try_steps", lambda *_: pytest.fail("measured again"))
@@ -130,7 +130,9 @@ def test_several_workers_are_tried_at_once_on_their_share(
     asked: list[tuple[Any, ...]] = []
 
     def call(workers: int, function: Any, *arguments: Any, **resources: float) -> list[tuple[float, float]]:
-        asked.append((workers, arguments[0].batch, arguments[0].levels_per_batch, resources))
+        asked.append(
+            (workers, arguments[0].schedule.batch, arguments[0].schedule.levels_per_batch, resources)
+        )
         return [(0.1, 0.0), (0.2, 0.0)]
 
     monkeypatch.setattr(settle, "call_on_workers", call)

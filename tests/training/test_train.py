@@ -23,6 +23,7 @@ from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.store.split import TEST, TRAIN, Split
+from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.training import checkpoint, ray_trainer
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
@@ -78,6 +79,9 @@ def test_a_run_learns_and_leaves_a_prior(finished, train_store):
     prior = ActivationPrior.from_pretrained(str(finished))
     assert prior.layers == (2,)
     assert prior.config.split["seed"] == 1
+    manifest = ActivationStore.open(train_store).manifest
+    assert prior.config.training["window"] == manifest.window
+    assert TokenSelection.model_validate(prior.config.training["kept"]) == manifest.kept
     assert (
         prior.config.subject["weights_hash"]
         == ActivationStore.open(train_store).manifest.subject.weights_hash
@@ -117,7 +121,7 @@ def test_a_finished_run_returns_at_once(finished, train_store):
 
 
 def test_another_configuration_is_refused_by_field(finished, train_store):
-    with pytest.raises(UserError, match=r"^lr: .* was made with 0\.003, not 0\.001;"):
+    with pytest.raises(UserError, match=r"^lr: .* was made with 0\.003, not 0\.001; choose another --out"):
         train(config(train_store, finished, lr=1e-3))
 
 
@@ -263,7 +267,7 @@ def new_run(config: TrainConfig, store: str) -> Trainer:
 
 def prior_config(config: TrainConfig, store: str) -> PriorConfig:
     floor = variance_floor(torch.from_numpy(ActivationStore.open(store).statistics(2).var))
-    return PriorConfig(d=32, layers=(2,), **config.shape(32)._asdict(), variance_floor=floor)
+    return PriorConfig(d=32, layers=(2,), **config.network.shape(32)._asdict(), variance_floor=floor)
 
 
 def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
