@@ -21,10 +21,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from dmm_ray.cluster import quiet
 from dmm_ray.config import Config, load_yaml, one_line
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.failures import Failure, keep_trace
+from dmm_ray.ray_session import quiet
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

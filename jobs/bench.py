@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from dmm_ray.cluster import quiet
+from dmm_ray.ray_session import quiet
 
 quiet()  # OpenMP reads its settings when torch is imported: what runs in this process gets what `dmm` gives the others
 

@@ -26,8 +26,8 @@ from dmm_ray.batch.job import PriorJob
 from dmm_ray.batch.operations import ScoreOperation
 from dmm_ray.batch.selection import Selection, StoreRows
 from dmm_ray.batch.verbs import store_manifest
-from dmm_ray.cluster import ensure_ray
 from dmm_ray.prior import ActivationPrior, PriorConfig
+from dmm_ray.ray_session import ensure_ray
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.units.job import run_job
 

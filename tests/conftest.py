@@ -64,7 +64,7 @@ def ray_local() -> Iterator[None]:
     """One local Ray cluster with 4 logical CPUs for the whole session, whose workers know the tests' S3 server."""
     import ray
 
-    from dmm_ray.cluster import ensure_ray
+    from dmm_ray.ray_session import ensure_ray
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings(f"http://127.0.0.1:{port_to_be()}").items():

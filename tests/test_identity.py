@@ -19,8 +19,8 @@ from dmm_ray.config import RESUMABLE, Config, Group, identity_as_saved, refuse_o
 from dmm_ray.errors import UserError
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.store.manifest import Manifest, read_manifest
-from dmm_ray.training.claim import SavedRun, saved_run
 from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.run_folder import SavedRun, saved_run
 
 SAVED = Path(__file__).parent / "saved"
 RUN: dict[str, Any] = {

@@ -29,8 +29,8 @@ from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import TEST, Split
 from dmm_ray.subject import SubjectModel, SubjectSource
 from dmm_ray.text.corpus import Corpus
-from dmm_ray.training.claim import saved_run
 from dmm_ray.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from dmm_ray.training.run_folder import saved_run
 from dmm_ray.training.train import train
 
 logger = logging.getLogger(__name__)

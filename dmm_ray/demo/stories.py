@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Final
 
 from dmm_ray.demo import lexicon, scenes
-from dmm_ray.demo.plots import HARM_PLOTS, PLOTS, Plot
+from dmm_ray.demo.story_plots import HARM_PLOTS, PLOTS, Plot
 from dmm_ray.demo.writer import Fact, Span, StoryPlan, StoryWriter
 from dmm_ray.errors import UserError
 from dmm_ray.files import write_bytes

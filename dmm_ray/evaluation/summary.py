@@ -16,8 +16,8 @@ from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
 from dmm_ray.provenance import SUMMARY
-from dmm_ray.training.claim import RUN
 from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.run_folder import RUN
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
 

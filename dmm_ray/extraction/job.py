@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.errors import UserError
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import ExtractionTask, Extractor, Loading
 from dmm_ray.extraction.plan import ExtractionPlan, calibrate, worth_calibrating
+from dmm_ray.ray_session import call_on_workers, cluster_address
 from dmm_ray.text.corpus import Corpus
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.job import Job

@@ -10,13 +10,13 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from dmm_ray.serving.api import build_api
-from dmm_ray.serving.auth import AccessTokens, tokens_of
-from dmm_ray.serving.backends import DeploymentClient, Priors
 from dmm_ray.serving.config import AppConfig
-from dmm_ray.serving.context import Context
-from dmm_ray.serving.replica import PriorDeployment
-from dmm_ray.serving.subject_replica import SubjectDeployment
+from dmm_ray.serving.deployments.handles import DeploymentClient, Priors
+from dmm_ray.serving.deployments.prior import PriorDeployment
+from dmm_ray.serving.deployments.subject import SubjectDeployment
+from dmm_ray.serving.http.api import build_api
+from dmm_ray.serving.http.auth import AccessTokens, tokens_of
+from dmm_ray.serving.http.context import Context
 
 HEALTH_REQUESTS = 64
 """Requests the ingress takes beyond what the deployments and their queues hold: health, those read or refused."""

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from dmm_ray.config import Config, load_yaml, one_line
 from dmm_ray.errors import UserError
-from dmm_ray.serving.auth import is_loopback
 from dmm_ray.serving.config import AppConfig
+from dmm_ray.serving.http.auth import is_loopback
 
 
 class HttpOptions(Config):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from ray.serve.metrics import Counter, Gauge, Histogram
+from typing import NamedTuple
 
-from dmm_ray.serving.gate import Answered
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 ROW_BUCKETS = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0]
+
+
+class Answered(NamedTuple):
+    """What is recorded of a request: nothing of what it says."""
+
+    method: str
+    route: str
+    status: int
+    rows: int
+    seconds: float
+    request_id: str
 
 
 class HttpMetrics:

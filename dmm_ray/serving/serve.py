@@ -14,11 +14,11 @@ from pathlib import Path
 
 import httpx
 
-from dmm_ray.cluster import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.failures import cause_of, keep_trace, last_error
-from dmm_ray.serving.auth import settled
+from dmm_ray.ray_session import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.serving.config import ServeConfig
+from dmm_ray.serving.http.auth import settled
 
 logger = logging.getLogger(__name__)
 APPLICATION = "dmm"

@@ -29,8 +29,8 @@ from dmm_ray.files import (
     write_bytes,
     write_json,
 )
-from dmm_ray.training.config import Policy
-from dmm_ray.training.parallel import Team
+from dmm_ray.training.config import CheckpointRetention
+from dmm_ray.training.parallel import CpuGroup
 from dmm_ray.training.state import ShardedReader
 
 logger = logging.getLogger(__name__)
@@ -38,50 +38,52 @@ FOLDER, MARKER = "checkpoints", "complete.json"
 NO_DIGEST = bytes(32)
 
 
-def part_name(rank: int, world: int) -> str:
+def part_name(rank: int, world_size: int) -> str:
     """The file with one worker's rows."""
-    return f"state-{rank:05d}-of-{world:05d}.safetensors"
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def save(
     out: str,
     samples: int,
     tensors: dict[str, Tensor],
-    policy: Policy,
+    retention: CheckpointRetention,
     validation_loss: float | None = None,
-    team: Team | None = None,
+    cpu_group: CpuGroup | None = None,
 ) -> None:
-    """Write the checkpoint after ``samples`` samples, then delete those that ``policy`` does not keep.
+    """Write the checkpoint after ``samples`` samples, then delete those that ``retention`` does not keep.
 
     Args:
         out: the run's folder.
         samples: seen so far.
         tensors: float32, on the CPU; of each worker's part its rows.
-        policy: what stays.
+        retention: what stays.
         validation_loss: of these weights.
-        team: workers that each write a part of it, at once; None where this one writes all.
+        cpu_group: workers that each write a part of it, at once; None where this one writes all.
 
     Raises:
         UserError: no space on the disk.
         CheckFailed: a tensor is not finite. No marker is written where a worker has failed.
     """
-    team, folder, digest = team or Team(), _folder(out, samples), NO_DIGEST
+    cpu_group, folder, digest = cpu_group or CpuGroup(), _folder(out, samples), NO_DIGEST
     try:
-        digest = _write_part(folder, samples, tensors, team)
+        digest = _write_part(folder, samples, tensors, cpu_group)
     finally:
-        said = team.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+        said = cpu_group.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
     digests = [bytes(d.tolist()) for d in said]
     try:
-        if team.rank == 0 and NO_DIGEST not in digests:
-            files = {part_name(i, team.world): d.hex() for i, d in enumerate(digests)}
+        if cpu_group.rank == 0 and NO_DIGEST not in digests:
+            files = {part_name(i, cpu_group.world_size): d.hex() for i, d in enumerate(digests)}
             marker = {"samples": samples, "files": files, "validation_loss": validation_loss}
             write_json(join(folder, MARKER), marker)
-            prune(out, policy)
+            prune(out, retention)
     finally:
-        team.gather(torch.zeros(1))  # nobody begins the next one while folders without a marker are deleted
+        cpu_group.gather(
+            torch.zeros(1)
+        )  # nobody begins the next one while folders without a marker are deleted
 
 
-def _write_part(folder: str, samples: int, tensors: dict[str, Tensor], team: Team) -> bytes:
+def _write_part(folder: str, samples: int, tensors: dict[str, Tensor], cpu_group: CpuGroup) -> bytes:
     """Write one worker's file; returns its SHA-256."""
     # numpy: torch would start OpenMP threads of this thread's own, after which all of the process's threads, being
     # more than the cores, hardly spin while they wait, and every training step takes twice as long.
@@ -89,18 +91,18 @@ def _write_part(folder: str, samples: int, tensors: dict[str, Tensor], team: Tea
     if bad:
         raise CheckFailed(f"{bad[0]} is not finite after {samples} samples: no checkpoint of it; lower --lr")
     data = safetensors.torch.save(tensors, {"samples": str(samples)})
-    write_bytes(join(folder, part_name(team.rank, team.world)), data)
+    write_bytes(join(folder, part_name(cpu_group.rank, cpu_group.world_size)), data)
     return hashlib.sha256(data).digest()
 
 
-def prune(out: str, policy: Policy) -> None:
-    """Delete the checkpoints that ``policy`` does not keep, and what a killed run left half-written."""
+def prune(out: str, retention: CheckpointRetention) -> None:
+    """Delete the checkpoints that ``retention`` does not keep, and what a killed run left half-written."""
     found = complete(out)
-    kept = set(found[-policy.last :] if policy.last else [])
-    if policy.every:
-        firsts = {samples // policy.every: samples for samples in reversed(found)}
+    kept = set(found[-retention.last :] if retention.last else [])
+    if retention.every:
+        firsts = {samples // retention.every: samples for samples in reversed(found)}
         kept |= {samples for block, samples in firsts.items() if block}
-    if policy.best:
+    if retention.best:
         losses = {samples: loss for samples in found if (loss := _loss(out, samples)) is not None}
         kept |= {min(losses, key=losses.__getitem__)} if losses else set()
     for samples in {int(path.split("/")[-2]) for path in list_files(join(out, FOLDER))} - kept:
@@ -131,15 +133,15 @@ class CheckpointWriter:
     An error of a write is raised by the next :meth:`save`, or on leaving. Arguments as of :func:`save`.
     """
 
-    def __init__(self, out: str, policy: Policy, team: Team | None = None) -> None:
-        self.out, self.policy, self.team = out, policy, team
+    def __init__(self, out: str, retention: CheckpointRetention, cpu_group: CpuGroup | None = None) -> None:
+        self.out, self.retention, self.cpu_group = out, retention, cpu_group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dmm-checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, samples: int, tensors: dict[str, Tensor], validation_loss: float | None = None) -> None:
         """As :func:`save`, once the one before is written. ``tensors`` must not change afterwards."""
         self.wait()
-        arguments = (self.out, samples, tensors, self.policy, validation_loss, self.team)
+        arguments = (self.out, samples, tensors, self.retention, validation_loss, self.cpu_group)
         self._pending = self._thread.submit(save, *arguments)
 
     def wait(self) -> None:
@@ -167,36 +169,36 @@ def complete(out: str) -> list[int]:
     return sorted(int(path.split("/")[-2]) for path in list_files(root, (MARKER,)))
 
 
-def newest(out: str, team: Team | None = None) -> int | None:
+def newest(out: str, cpu_group: CpuGroup | None = None) -> int | None:
     """Samples of the newest checkpoint that is whole, or None. A damaged one is passed over with a warning.
 
-    The workers of a team ask at once, and each hashes a part of the files.
+    Collective: every rank of the group must call this; each hashes a part of the files.
 
     Raises:
         CheckFailed: they found different ones.
     """
-    team = team or Team()
+    cpu_group = cpu_group or CpuGroup()
     found = complete(out)
     while True:
         samples = found.pop() if found else -1
-        said = [int(n) for n in team.gather(torch.tensor([samples]))]
+        said = [int(n) for n in cpu_group.gather(torch.tensor([samples]))]
         if set(said) != {samples}:
             raise CheckFailed(
                 f"{out}: workers found different checkpoints; --out must be one folder to all of them"
             )
         if samples < 0:
             return None
-        if all(team.gather(torch.tensor([_is_whole(_folder(out, samples), team)]))):
+        if all(cpu_group.gather(torch.tensor([_is_whole(_folder(out, samples), cpu_group)]))):
             return samples
 
 
-def _is_whole(folder: str, team: Team) -> bool:
+def _is_whole(folder: str, cpu_group: CpuGroup) -> bool:
     """Whether this worker's part of the files is there as it was written."""
     try:
         files = _files(folder)
         damaged = [
             name
-            for name in sorted(files)[team.rank :: team.world]
+            for name in sorted(files)[cpu_group.rank :: cpu_group.world_size]
             if not exists(join(folder, name)) or sha256(join(folder, name)) != files[name]
         ]
     except UserError as e:
@@ -224,12 +226,12 @@ def load(out: str, samples: int) -> ShardedReader:
     return ShardedReader([join(folder, name) for name in sorted(_files(folder))])
 
 
-def finish(out: str, policy: Policy) -> None:
-    """After the end of the run: delete all but those that ``policy`` keeps for ever."""
+def finish(out: str, retention: CheckpointRetention) -> None:
+    """After the end of the run: delete all but those that ``retention`` keeps for ever."""
     root = join(out, FOLDER)
     if not exists(root):
         return
-    prune(out, policy._replace(last=0))
+    prune(out, retention._replace(last=0))
     if not complete(out):
         remove_folder(root)
 

@@ -23,7 +23,7 @@ class Shape(NamedTuple):
     n_blocks: int
 
 
-class Policy(NamedTuple):
+class CheckpointRetention(NamedTuple):
     """Which checkpoints stay."""
 
     last: int
@@ -158,9 +158,9 @@ class CheckpointConfig(Group):
     """Keep the checkpoint with the lowest validation loss for ever."""
 
     @property
-    def policy(self) -> Policy:
+    def retention(self) -> CheckpointRetention:
         """Which checkpoints stay."""
-        return Policy(self.keep_checkpoints, self.keep_every, self.keep_best)
+        return CheckpointRetention(self.keep_checkpoints, self.keep_every, self.keep_best)
 
 
 class ValidationConfig(Group):

@@ -80,35 +80,37 @@ class Loader:
         n = share.stop - share.start
         assert n > 0
 
-        room = _Room(self._empty)
+        buffers = _BufferPool(self._empty)
 
         def load(window: Window, readers: Executor) -> LoadedWindow:
-            return self._load(window, self.order.used(window, first * size, size, share), room, readers)
+            return self._load(window, self.order.used(window, first * size, size, share), buffers, readers)
 
-        with closing(_Ahead(load, self.order.from_sample(first * size))) as ahead:
-            loaded, at = self._wait(ahead), 0
+        with closing(_Prefetcher(load, self.order.from_sample(first * size))) as prefetcher:
+            loaded, at = self._wait(prefetcher), 0
             while True:
                 batch = loaded.rows[at : at + n]
                 at += n
                 while len(batch) < n:
                     batch = batch.clone()
                     if not self.pin:
-                        room.give_back(loaded.memory)
+                        buffers.give_back(loaded.memory)
                     del loaded  # before the next but one begins to load
-                    loaded, at = self._wait(ahead), n - len(batch)
+                    loaded, at = self._wait(prefetcher), n - len(batch)
                     batch = torch.cat([batch, loaded.rows[:at]])
                 yield batch
 
-    def _wait(self, ahead: _Ahead) -> LoadedWindow:
+    def _wait(self, prefetcher: _Prefetcher) -> LoadedWindow:
         started = time.perf_counter()
-        loaded = ahead.take()
+        loaded = prefetcher.take()
         self.waited += time.perf_counter() - started
         return loaded
 
-    def _load(self, window: Window, used: np.ndarray, room: _Room, readers: Executor) -> LoadedWindow:
+    def _load(
+        self, window: Window, used: np.ndarray, buffers: _BufferPool, readers: Executor
+    ) -> LoadedWindow:
         """Rows ``used`` (n,) of a window, in that order."""
         n = len(used)
-        memory = room.take(n + 1)  # row n takes those that other workers use
+        memory = buffers.take(n + 1)  # row n takes those that other workers use
         slots = np.full(window.rows, n, dtype=np.int64)
         slots[used] = np.arange(n)
         ends = np.cumsum(self.order.counts[list(window.groups)])
@@ -153,7 +155,7 @@ class LoadedWindow(NamedTuple):
     memory: Tensor
 
 
-class _Room:
+class _BufferPool:
     """Memory for windows: that of one that is done with, where it is large enough. Page faults on fresh memory can take
     more time than all else.
 
@@ -180,7 +182,7 @@ class _Room:
         self._spare.append(memory)
 
 
-class _Ahead:
+class _Prefetcher:
     """Windows one after the other, the next being loaded by a thread while one is in use.
 
     Args:

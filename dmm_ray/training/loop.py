@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from dmm_ray.errors import UserError
 from dmm_ray.files import join
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.prior.model import ActivationPrior
-from dmm_ray.prior.module import new_denoiser
+from dmm_ray.prior.model import ActivationPrior, new_denoiser
 from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.seeds import MASK64
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.interval import Interval, batch_figures, means
 from dmm_ray.training.loader import Loader
-from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import Model, RankInfo, Team, whole
+from dmm_ray.training.metrics_window import MetricsWindow, batch_metrics, means
+from dmm_ray.training.parallel import CpuGroup, ParallelDenoiser, RankInfo, full_tensor
+from dmm_ray.training.signals import RunSignal
 from dmm_ray.training.state import check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema, FlowBatch, learning_rate
 from dmm_ray.training.tracking import Tracker
@@ -42,7 +41,7 @@ class Trainer:
     Args:
         config: of the run.
         prior_config: shape and provenance of the prior to be.
-        place: rank, world size, device. With several workers torch.distributed is set up; ``fsdp`` needs it always.
+        rank_info: rank, world size, device. With several workers torch.distributed is set up; ``fsdp`` needs it always.
 
     Raises:
         ValueError: a precision that is still open.
@@ -50,20 +49,20 @@ class Trainer:
         CheckFailed: workers found different checkpoints.
     """
 
-    def __init__(self, config: TrainConfig, prior_config: PriorConfig, place: RankInfo) -> None:
+    def __init__(self, config: TrainConfig, prior_config: PriorConfig, rank_info: RankInfo) -> None:
         if config.precision == "auto":
             raise ValueError("precision: a run is told which one; dmm_ray.training.settle chooses it")
-        self.config, self.prior_config, self.place = config, prior_config, place
+        self.config, self.prior_config, self.rank_info = config, prior_config, rank_info
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
         moments = store.statistics(self.layer)
         mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
-        self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(place.device)
+        self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(rank_info.device)
         self.loader = self._loader(store)
         torch.manual_seed(config.seed & MASK64)
-        compiled = config.compile if config.compile is not None else place.device.type == "cuda"
-        self.model = Model(
-            new_denoiser(prior_config), place, config.distribution.parallel == "fsdp", compiled
+        compiled = config.compile if config.compile is not None else rank_info.device.type == "cuda"
+        self.model = ParallelDenoiser(
+            new_denoiser(prior_config), rank_info, config.distribution.parallel == "fsdp", compiled
         )
         self.denoiser = self.model.denoiser
         self.ema = Ema(self.denoiser, config.optimizer.ema)
@@ -74,30 +73,32 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        self.team = Team(place.rank, place.world)
+        self.cpu_group = CpuGroup(rank_info.rank, rank_info.world_size)
         self.batch, past = self._resume()
-        self.interval = Interval(config, self.batch, past, place.rank, place.world, place.device)
-        self.validation = load_validation(config, store, self.layer, self.normalizer, place)
+        self.window = MetricsWindow(
+            config, self.batch, past, rank_info.rank, rank_info.world_size, rank_info.device
+        )
+        self.validation = load_validation(config, store, self.layer, self.normalizer, rank_info)
         self.peak_lr = config.peak_lr(prior_config.d)
 
-    def train(self, notice: Callable[[int], Notice]) -> bool:
+    def train(self, signal_after: Callable[[int], RunSignal]) -> bool:
         """Run on; the first worker logs, saves checkpoints and, at the end, writes the prior's folder.
 
         Args:
-            notice: asked after every batch with the number of batches done; says the same to every worker.
+            signal_after: asked after every batch with the number of batches done; says the same to every worker.
 
         Returns:
-            True at the end, False when ``notice`` stopped the run, a checkpoint of which is written then.
+            True at the end, False when ``signal_after`` stopped the run, a checkpoint of which is written then.
 
         Raises:
             UserError: rows that are not finite, a full disk.
             CheckFailed: a loss, gradient or weight is not finite.
         """
         config, schedule = self.config, self.config.schedule
-        total, share = schedule.total_batches, self.place.share(schedule.batch)
+        total, share = schedule.total_batches, self.rank_info.share(schedule.batch)
         log_every = schedule.every(config.logging.log_every, 100)
         save_every = schedule.every(config.checkpoints.checkpoint_every, 10)
-        self.interval.restart(self.loader.waited)
+        self.window.restart(self.loader.waited)
         tracker = self._tracker()
         with (
             closing(tracker) if tracker else nullcontext(),
@@ -105,14 +106,14 @@ class Trainer:
             closing(self.loader.batches(self.batch, schedule.batch, share)) as batches,
         ):
             while self.batch < total:
-                self.interval.add(self._step(next(batches), share))
+                self.window.add(self._step(next(batches), share))
                 self.batch += 1
                 if self.batch % log_every == 0 or self.batch == total:
                     self._log(tracker, log_every)
-                wanted = notice(self.batch)
-                if self.batch < total and (wanted != Notice.GO_ON or self.batch % save_every == 0):
+                wanted = signal_after(self.batch)
+                if self.batch < total and (wanted != RunSignal.CONTINUE or self.batch % save_every == 0):
                     self._save(writer)
-                    if wanted == Notice.STOP:
+                    if wanted == RunSignal.STOP:
                         return False
         self._export()
         return True
@@ -120,31 +121,31 @@ class Trainer:
     def step_seconds(self) -> Generator[float]:
         """Train on and on, giving the seconds of every step; for a trial: nothing is logged or saved."""
         size = self.config.schedule.batch
-        share = self.place.share(size)
+        share = self.rank_info.share(size)
         with closing(self.loader.batches(self.batch, size, share)) as batches:
             started = time.perf_counter()
             for rows in batches:
                 self._step(rows, share)
                 self.batch += 1
-                if self.place.device.type == "cuda":
-                    torch.cuda.synchronize(self.place.device)
+                if self.rank_info.device.type == "cuda":
+                    torch.cuda.synchronize(self.rank_info.device)
                 now = time.perf_counter()
                 yield now - started
                 started = now
 
     def _step(self, rows: Tensor, share: slice) -> Tensor:
         """One global batch; returns this rank's metrics of it without waiting for the device."""
-        config, place, size = self.config, self.place, self.config.schedule.batch
+        config, rank_info, size = self.config, self.rank_info, self.config.schedule.batch
         losses, levels = [], []
-        for piece in place.pieces(size, config.distribution.micro_batch):
+        for piece in rank_info.pieces(size, config.distribution.micro_batch):
             mine = rows[piece.start - share.start : piece.stop - share.start]
-            z_BD = self.normalizer.normalize(mine.to(place.device, non_blocking=True))
+            z_BD = self.normalizer.normalize(mine.to(rank_info.device, non_blocking=True))
             data = FlowBatch(config, self.batch, piece, z_BD)
             with self.model.accumulate(last=piece.stop == share.stop):
                 found = data.loss(self.model.called, config.precision == "bfloat16")
                 # DDP and FSDP average gradients over workers, whose shares may be uneven: this gives the mean over
                 # the global batch.
-                (found.sum() / size * place.world).backward()
+                (found.sum() / size * rank_info.world_size).backward()
             losses.append(found.detach())
             levels.append(data.u_B)
         norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip)
@@ -153,12 +154,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.batch + 1)
-        return batch_figures(torch.cat(losses), torch.cat(levels), whole(norm), share.start, size)
+        return batch_metrics(torch.cat(losses), torch.cat(levels), full_tensor(norm), share.start, size)
 
     def _log(self, tracker: Tracker | None, log_every: int) -> None:
         """Record the interval and begin the next one."""
-        config, schedule, interval = self.config, self.config.schedule, self.interval
-        sums = interval.sums()
+        config, schedule, window = self.config, self.config.schedule, self.window
+        sums = window.sums()
         validate_every = schedule.every(config.validation.validate_every, 10)
         validate = self.batch % validate_every < log_every or self.batch == schedule.total_batches
         validation_loss = self.validation_loss() if validate else None
@@ -170,34 +171,34 @@ class Trainer:
                     "lr": learning_rate(config, self.peak_lr, self.batch - 1),
                     "validation_loss": validation_loss,
                     **means(sums),
-                    **interval.speed(flops(self.denoiser, schedule.batch, levels), self.loader.waited),
-                    "memory_gb": memory_gb(self.place.device),
-                    "workers": self.place.world,
+                    **window.speed(flops(self.denoiser, schedule.batch, levels), self.loader.waited),
+                    "memory_gb": memory_gb(self.rank_info.device),
+                    "workers": self.rank_info.world_size,
                 }
             )
-        interval.clear()
-        interval.restart(self.loader.waited)
+        window.clear()
+        window.restart(self.loader.waited)
 
     def _writer(self) -> checkpoint.CheckpointWriter | None:
         """What writes this worker's part of the checkpoints; the first one's is everything unless they are sharded."""
-        if not self.model.sharded and self.place.rank > 0:
+        if not self.model.sharded and self.rank_info.rank > 0:
             return None
-        team = self.team if self.model.sharded else None
-        return checkpoint.CheckpointWriter(self.config.out, self.config.checkpoints.policy, team)
+        cpu_group = self.cpu_group if self.model.sharded else None
+        return checkpoint.CheckpointWriter(self.config.out, self.config.checkpoints.retention, cpu_group)
 
     def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
-        """Have a checkpoint written; the figures since the last record go into it."""
-        sums = self.interval.sums()
+        """Have a checkpoint written; the metrics since the last record go into it."""
+        sums = self.window.sums()
         loss = self.validation_loss() if self.config.checkpoints.keep_best else None
         if writer is not None:
             tensors = snapshot(self.denoiser, self.optimizer, self.ema)
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 tensors[INTERVAL] = sums
             writer.save(self.batch * self.config.schedule.batch, tensors, loss)
 
     def _loader(self, store: ActivationStore) -> Loader:
         config = self.config
-        pin = self.place.device.type == "cuda"
+        pin = self.rank_info.device.type == "cuda"
         loader = Loader(store, self.layer, config.split, config.schedule.shuffle_rows, config.seed, pin)
         if loader.order.epoch_rows < config.schedule.batch:
             raise UserError(
@@ -212,13 +213,13 @@ class Trainer:
             return None
         with self.ema.in_place():
             loss = self.validation.loss(self.denoiser)
-            self.model.settle()
+            self.model.reshard()
         return loss
 
     def _resume(self) -> tuple[int, Tensor | None]:
-        """Batches done and the figures since the last record, from the newest whole checkpoint."""
+        """Batches done and the metrics since the last record, from the newest whole checkpoint."""
         out = self.config.out
-        samples = checkpoint.newest(out, self.team)
+        samples = checkpoint.newest(out, self.cpu_group)
         if samples is None:
             return 0, None
         logger.info("resuming after %d samples", samples)
@@ -230,20 +231,20 @@ class Trainer:
         return samples // self.config.schedule.batch, saved.rows(INTERVAL, 0, past[0]) if past else None
 
     def _tracker(self) -> Tracker | None:
-        if self.place.rank != 0:
+        if self.rank_info.rank != 0:
             return None
         parameters = sum(p.numel() for p in self.denoiser.parameters())
         samples = self.batch * self.config.schedule.batch
-        return Tracker(self.config, samples, {"parameters": parameters}, self.place.on_ray)
+        return Tracker(self.config, samples, {"parameters": parameters}, self.rank_info.on_ray)
 
     def _export(self) -> None:
         """The first worker writes the prior's folder, of whole tensors that come one after the other."""
         weights = {}
         for name, average in self.ema.state().items():
-            tensor = whole(average)
-            if self.place.rank == 0:
+            tensor = full_tensor(average)
+            if self.rank_info.rank == 0:
                 weights[name] = tensor.cpu()
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             denoiser = new_denoiser(self.prior_config)
             denoiser.load_state_dict(weights, assign=True)
             ActivationPrior(self.prior_config, denoiser, self.normalizer).save_pretrained(self.config.out)

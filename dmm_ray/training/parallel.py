@@ -23,26 +23,26 @@ class RankInfo(NamedTuple):
     """Where a worker stands."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     on_ray: bool = False
     """In a worker of Ray Train."""
 
     def share(self, batch: int) -> slice:
         """This worker's contiguous part of a global batch."""
-        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+        return slice(batch * self.rank // self.world_size, batch * (self.rank + 1) // self.world_size)
 
     def pieces(self, batch: int, most: int | None) -> list[slice]:
         """The share cut into nearly equal parts of at most ``most`` rows, as many of them as every other worker has."""
         share, n = self.share(batch), 1
         if most is not None:
-            largest = -(-batch // self.world)
+            largest = -(-batch // self.world_size)
             n = -(-largest // most)
         ends = [share.start + (share.stop - share.start) * i // n for i in range(n + 1)]
         return [slice(low, high) for low, high in pairwise(ends)]
 
 
-class Model:
+class ParallelDenoiser:
     """The denoiser as one worker trains it.
 
     With ``fsdp`` its weights lie in shards of rows, one a worker, as DTensors; each block's, and within it each time
@@ -50,7 +50,7 @@ class Model:
 
     Args:
         denoiser: on the CPU; sharded in place.
-        place: of this worker.
+        rank_info: of this worker.
         sharded: whether to shard.
         compiled: put the network through torch.compile.
 
@@ -62,17 +62,17 @@ class Model:
         called: what a training step calls.
     """
 
-    def __init__(self, denoiser: Denoiser, place: RankInfo, sharded: bool, compiled: bool) -> None:
+    def __init__(self, denoiser: Denoiser, rank_info: RankInfo, sharded: bool, compiled: bool) -> None:
         if compiled:
-            check_compiler(place.device)
+            check_compiler(rank_info.device)
         self.denoiser, self.sharded = denoiser, sharded
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self.called: nn.Module = denoiser
         if sharded:
-            shard(denoiser, place, compiled)
+            shard(denoiser, rank_info, compiled)
             return
-        denoiser.to(place.device)
-        if place.world > 1:
+        denoiser.to(rank_info.device)
+        if rank_info.world_size > 1:
             self.called = self._ddp = nn.parallel.DistributedDataParallel(denoiser)
         if compiled:
             self.called = cast(nn.Module, torch.compile(self.called))
@@ -84,15 +84,15 @@ class Model:
         """
         return self._ddp.no_sync() if self._ddp and not last else nullcontext()
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """After a forward pass without a backward one: give back what was put together."""
         if isinstance(self.denoiser, FSDPModule):
             self.denoiser.reshard()
 
 
-def shard(denoiser: Denoiser, place: RankInfo, compiled: bool) -> None:
+def shard(denoiser: Denoiser, rank_info: RankInfo, compiled: bool) -> None:
     """Shard the weights over all workers, by rows (FSDP2), and move them to the device, block by block."""
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = init_device_mesh(rank_info.device.type, (rank_info.world_size,))
     for block in denoiser.blocks:
         if compiled:
             block.compile()
@@ -109,12 +109,12 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This worker's rows of a tensor, sharing its memory; all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor, on its device. Collective for a sharded one: every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -125,26 +125,26 @@ def first_row(tensor: Tensor) -> int:
         return 0
     chunk = -(-len(tensor) // tensor.device_mesh.size())
     start = min(len(tensor), chunk * tensor.device_mesh.get_local_rank())
-    assert len(local(tensor)) == min(chunk, len(tensor) - start)
+    assert len(local_shard(tensor)) == min(chunk, len(tensor) - start)
     return start
 
 
-class Team:
-    """Workers that tell each other small numbers, on the CPU. All of a team build it, and call it, alike.
+class CpuGroup:
+    """Ranks that exchange small tensors on the CPU (gloo). Collective: every rank must build it and call it alike.
 
     Args:
         rank: of this one.
-        world: how many they are.
+        world_size: how many they are.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def gather(self, numbers: Tensor) -> list[Tensor]:
         """What every worker says, in order of ranks; all of one shape and dtype."""
         if self._group is None:
             return [numbers]
-        found = [torch.empty_like(numbers) for _ in range(self.world)]
+        found = [torch.empty_like(numbers) for _ in range(self.world_size)]
         dist.all_gather(found, numbers, group=self._group)
         return found

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from dmm_ray.cluster import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.failures import Failure, WorkerError, keep_trace
 from dmm_ray.files import exists, filesystem, join, read_json, remove_folder, write_json
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.ray_session import cluster_address, ensure_ray, ray_messages_logged
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Trainer
-from dmm_ray.training.notices import Interrupt, RayNotices
 from dmm_ray.training.parallel import RankInfo
+from dmm_ray.training.signals import InterruptHandler, RaySignals
 
 logger = logging.getLogger(__name__)
 RAY_FOLDER, REFUSAL, STOP, STARTED, DONE = ".ray", "refused.json", "stop.json", "started.json", "done.json"
@@ -59,7 +59,7 @@ def train_on_ray(
     needs = worker_needs(config)
     warn_of_waiting(config, needs)
     trainer = _trainer(config, prior_config, needs)
-    with Interrupt() as interrupt, ray_messages_logged():
+    with InterruptHandler() as interrupt, ray_messages_logged():
         fit = _Fit(trainer)
         waiting = Waiting(config.out, needs)
         while fit.is_alive() and not interrupt.noted:
@@ -268,22 +268,22 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     torch.set_num_threads(loop_config["threads"])
     context = ray.train.get_context()
-    place = RankInfo(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
+    rank_info = RankInfo(context.get_world_rank(), context.get_world_size(), get_device(), on_ray=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     config: TrainConfig = loop_config["train"]
     refusal = _path(config.out, REFUSAL)
     if exists(refusal):
         return
     try:
-        if place.rank == 0:
-            write_json(_path(config.out, STARTED), {"workers": place.world})
-        run = Trainer(config, loop_config["prior"], place)
-        notices = RayNotices(_path(config.out, STOP), place.rank, place.world)
-        if run.train(notices) and place.rank == 0:
+        if rank_info.rank == 0:
+            write_json(_path(config.out, STARTED), {"workers": rank_info.world_size})
+        run = Trainer(config, loop_config["prior"], rank_info)
+        signals = RaySignals(_path(config.out, STOP), rank_info.rank, rank_info.world_size)
+        if run.train(signals) and rank_info.rank == 0:
             write_json(_path(config.out, DONE), {})
     except (UserError, CheckFailed) as e:
         write_json(refusal, {"message": str(e), "bad_input": isinstance(e, UserError)})
-        if place.world > 1:
+        if rank_info.world_size > 1:
             raise  # others may wait for this one: Ray ends them all, and started again they end at the check above
     except Exception as e:
         raise WorkerError(*Failure.of(e, MEMORY_OPTIONS)) from e

@@ -14,15 +14,15 @@ from contextlib import closing
 
 import torch
 
-from dmm_ray.cluster import call_on_workers, ensure_ray, workers_have_fast_bfloat16
 from dmm_ray.errors import UserError
 from dmm_ray.precision import choose_precision, precision_on
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.training.claim import SavedRun
+from dmm_ray.ray_session import call_on_workers, ensure_ray, workers_have_fast_bfloat16
 from dmm_ray.training.config import DEFAULT_SAMPLES, TrainConfig
 from dmm_ray.training.loop import Trainer
 from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import worker_needs
+from dmm_ray.training.run_folder import SavedRun
 
 logger = logging.getLogger(__name__)
 TRIAL_S, WARM_UP, FEWEST_STEPS = 5.0, 3, 5

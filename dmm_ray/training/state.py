@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmm_ray.errors import UserError
 from dmm_ray.files import iter_chunks
 from dmm_ray.prior.weights import read_header
-from dmm_ray.training.parallel import first_row, local
+from dmm_ray.training.parallel import first_row, local_shard
 from dmm_ray.training.step import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,7 +40,7 @@ def snapshot(denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) ->
         tensors[f"model.{name}"] = p.detach()
         tensors |= {f"{key}.{name}": t for key, t in optimizer.state[p].items()}
     return {
-        name: local(t).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        name: local_shard(t).to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
 
@@ -53,7 +53,7 @@ def restore(source: TensorSource, denoiser: nn.Module, optimizer: torch.optim.Op
         step = source.rows(f"step.{name}", 0, 0)
         optimizer.state[p] = {"step": step.to(p.device) if p.is_cuda else step, **state}
         for kind, t in {"model": p.detach(), "ema": averages[name], **state}.items():
-            mine, start = local(t), first_row(t)
+            mine, start = local_shard(t), first_row(t)
             mine.copy_(source.rows(f"{kind}.{name}", start, start + len(mine)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmm_ray.prior.flow import batch_levels, interpolate
 from dmm_ray.prior.noise import normal
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.parallel import local
+from dmm_ray.training.parallel import local_shard
 
 STREAM_TRAIN, STREAM_VALIDATION = 16, 17
 """Noise streams of training; inference uses others."""
@@ -51,7 +51,7 @@ class Ema:
     def update(self, batches: int) -> None:
         """Take in the weights after ``batches`` batches (from 1)."""
         beta = (1 - 1 / batches) ** (self.gamma + 1)
-        torch._foreach_lerp_([local(a) for a in self.average], self._weights(), 1 - beta)
+        torch._foreach_lerp_([local_shard(a) for a in self.average], self._weights(), 1 - beta)
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by name, sharded as the weights are."""
@@ -70,11 +70,11 @@ class Ema:
     def _swap(self) -> None:
         for weight, average in zip(self._weights(), self.average, strict=True):
             before = weight.clone()
-            weight.copy_(local(average))
-            local(average).copy_(before)
+            weight.copy_(local_shard(average))
+            local_shard(average).copy_(before)
 
     def _weights(self) -> list[Tensor]:
-        return [local(p.detach()) for p in self.source]
+        return [local_shard(p.detach()) for p in self.source]
 
 
 class FlowBatch:

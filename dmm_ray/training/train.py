@@ -7,22 +7,21 @@ import time
 
 import torch
 
-from dmm_ray.cluster import call_on_workers, cluster_address
 from dmm_ray.errors import UserError
 from dmm_ray.failures import remove_traces
 from dmm_ray.files import absolute, make_folder
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
 from dmm_ray.provenance import write_summary
+from dmm_ray.ray_session import call_on_workers, cluster_address
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.calibrate import calibrate_prior_on_store
-from dmm_ray.training.claim import claim, saved_run
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Trainer
-from dmm_ray.training.notices import Interrupt, Notice
 from dmm_ray.training.parallel import RankInfo
 from dmm_ray.training.ray_trainer import train_on_ray
+from dmm_ray.training.run_folder import claim_folder, saved_run
 from dmm_ray.training.settle import (
     check_length,
     local_device,
@@ -30,6 +29,7 @@ from dmm_ray.training.settle import (
     settle_precision,
     settle_samples,
 )
+from dmm_ray.training.signals import InterruptHandler, RunSignal
 from dmm_ray.training.tracking import StatusLines, read_stats
 from dmm_ray.units.lock import WriterLock, writer_lock
 
@@ -82,7 +82,7 @@ def _settle(config: TrainConfig, store: ActivationStore) -> TrainConfig:
         return settle_from(config, saved)
     config = settle_precision(config)
     config = settle_samples(config, _prior_config(config, store))
-    claim(config, _prior_config(config, store))
+    claim_folder(config, _prior_config(config, store))
     return config
 
 
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
         status.stop()
     _calibrate(config, needs)
     checkpoint.finish(
-        config.out, config.checkpoints.policy
+        config.out, config.checkpoints.retention
     )  # last: a run that is killed before goes on from them
     remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
@@ -141,13 +141,13 @@ def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock
     """Run in this process."""
     device = torch.device(local_device(config.distribution.device))
     run = Trainer(config, prior_config, RankInfo(0, 1, device))
-    with Interrupt() as interrupt:
+    with InterruptHandler() as interrupt:
 
-        def notice(_: int) -> Notice:
+        def signal_after(_: int) -> RunSignal:
             lock.check()
-            return Notice.STOP if interrupt.noted else Notice.GO_ON
+            return RunSignal.STOP if interrupt.noted else RunSignal.CONTINUE
 
-        if not run.train(notice):
+        if not run.train(signal_after):
             raise KeyboardInterrupt
 
 

@@ -30,40 +30,40 @@ class Validation:
     Args:
         config: of the run.
         z_BD: all validation rows, normalised, on any device; one or more.
-        place: of this worker.
+        rank_info: of this worker.
     """
 
-    def __init__(self, config: TrainConfig, z_BD: Tensor, place: RankInfo) -> None:
-        self.config, self.place, self.n = config, place, len(z_BD)
+    def __init__(self, config: TrainConfig, z_BD: Tensor, rank_info: RankInfo) -> None:
+        self.config, self.rank_info, self.n = config, rank_info, len(z_BD)
         half = 0.5 / VALIDATION_LEVELS
-        self.u_M = torch.linspace(half, 1 - half, VALIDATION_LEVELS, device=place.device)
+        self.u_M = torch.linspace(half, 1 - half, VALIDATION_LEVELS, device=rank_info.device)
         pairs = max(
-            self.n, place.world
+            self.n, rank_info.world_size
         )  # every worker calls the network equally often: some with a row that counts 0
         self.pieces = []
-        for piece in place.pieces(pairs, config.distribution.micro_batch):
+        for piece in rank_info.pieces(pairs, config.distribution.micro_batch):
             ids = torch.arange(piece.start, piece.stop)
-            self.pieces.append((ids, z_BD[ids % self.n].to(place.device)))
+            self.pieces.append((ids, z_BD[ids % self.n].to(rank_info.device)))
 
     @torch.no_grad()
     def loss(self, denoiser: nn.Module) -> float:
         """Mean over all rows. Collective: every rank must call this."""
-        total = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.rank_info.device)
         for ids, z_BD in self.pieces:
-            on_device = ids.to(self.place.device)
+            on_device = ids.to(self.rank_info.device)
             noise = normal(self.config.seed, on_device, z_BD.shape[1], STREAM_VALIDATION)
             index = on_device % VALIDATION_LEVELS
             z_u = interpolate(z_BD, noise, self.u_M[index])
             bf16 = self.config.precision == "bfloat16"
             losses = flow_loss(denoiser, z_u, noise - z_BD, self.u_M, index, bf16)
             total += losses.double()[on_device < self.n].sum()
-        if self.place.world > 1:
+        if self.rank_info.world_size > 1:
             dist.all_reduce(total)
         return float(total) / self.n
 
 
 def load_validation(
-    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, place: RankInfo
+    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, rank_info: RankInfo
 ) -> Validation | None:
     """The validation of a run; None, with a warning, where no document falls into that part.
 
@@ -79,4 +79,4 @@ def load_validation(
         logger.warning("no document falls into the validation part: no validation loss")
         return None
     check_finite(store, layer, rows)
-    return Validation(config, normalizer.normalize(rows.activation.to(place.device)), place)
+    return Validation(config, normalizer.normalize(rows.activation.to(rank_info.device)), rank_info)

@@ -9,12 +9,12 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Generic, TypeVar
 
-from dmm_ray.cluster import ensure_ray
 from dmm_ray.config import Config
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.failures import keep_trace, remove_traces
 from dmm_ray.files import make_folder
 from dmm_ray.provenance import SUMMARY, write_summary
+from dmm_ray.ray_session import ensure_ray
 from dmm_ray.store.manifest import Manifest
 from dmm_ray.store.reader import file_sizes
 from dmm_ray.units.actor import UnitActor

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from dmm_ray.cluster import ray_messages_logged
 from dmm_ray.failures import Failure
+from dmm_ray.ray_session import ray_messages_logged
 from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.resources import Resources
 from dmm_ray.units.unit import Unit

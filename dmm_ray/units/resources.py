@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dmm_ray.cluster import cluster_address, ensure_ray, workers_have_fast_bfloat16
 from dmm_ray.config import Group
 from dmm_ray.errors import UserError
+from dmm_ray.ray_session import cluster_address, ensure_ray, workers_have_fast_bfloat16
 
 
 class ActorPool(Group):

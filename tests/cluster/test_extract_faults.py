@@ -31,7 +31,7 @@ from extractions import (
 )
 from stores import extract_here
 
-from dmm_ray.cluster import quiet
+from dmm_ray.ray_session import quiet
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 TRIALS = int(os.environ.get("DMM_CHAOS_TRIALS", "1"))

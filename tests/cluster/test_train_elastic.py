@@ -18,13 +18,13 @@ import torch
 from stores import extract_here
 from texts import make_texts
 
-from dmm_ray.cluster import quiet
 from dmm_ray.prior.config import PriorConfig
+from dmm_ray.ray_session import quiet
 from dmm_ray.training import checkpoint
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Trainer
-from dmm_ray.training.notices import Notice
 from dmm_ray.training.parallel import RankInfo
+from dmm_ray.training.signals import RunSignal
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(400)]
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -114,7 +114,7 @@ def undisturbed(this: TrainConfig, out: Path, n: int) -> list[dict[str, Any]]:
         update={"out": str(out), "workers": 0, "parallel": "ddp", "checkpoint_every": this.schedule.samples}
     )
     run = Trainer(alone, prior, RankInfo(0, 1, torch.device("cpu")))
-    assert not run.train(lambda done: Notice.STOP if done == 2 * n else Notice.GO_ON)
+    assert not run.train(lambda done: RunSignal.STOP if done == 2 * n else RunSignal.CONTINUE)
     return records(out)
 
 

@@ -31,7 +31,7 @@ TRIALS = int(os.environ.get("DMM_CHAOS_TRIALS", "2"))
 """Runs in one process that are killed; half as many on Ray, where there are more than two."""
 ON_RAY: list[tuple[int, Parallel]] = [(1, "ddp"), (2, "fsdp"), (2, "ddp")]
 """Workers, and whether their weights are sharded, in turns."""
-LOG, SAVE = 3, 20
+LOG, CHECKPOINT = 3, 20
 """Batches. Records and checkpoints do not fall together: an interval under way goes into the checkpoint."""
 BATCHES, RAY_BATCHES = 600, 1200
 """Of a whole run. Workers whose driver is killed go on for some seconds, until Ray has noticed."""
@@ -71,7 +71,7 @@ def config(store: str, out: Path, workers: int, parallel: Parallel = "ddp") -> T
         parallel=parallel,
         cpus_per_worker=1,
         log_every=LOG * 64,
-        checkpoint_every=SAVE * 64,
+        checkpoint_every=CHECKPOINT * 64,
         shuffle_rows=2000,
         calibration_rows=0,
     )
@@ -170,7 +170,7 @@ def undisturbed(
 def interrupted(this: TrainConfig, before: int, draw: random.Random) -> int:
     """Resume a run and interrupt it; the samples of the checkpoint that it leaves."""
     run = Command.start(this)
-    run.until_batch(before // 64 + draw.randrange(1, SAVE))
+    run.until_batch(before // 64 + draw.randrange(1, CHECKPOINT))
     run.stop(signal.SIGINT)
     assert "interrupted: saving a checkpoint" in run.log.read_text()
     assert f"resuming after {before} samples" in run.log.read_text()
@@ -202,13 +202,13 @@ def test_driver_and_worker_killed_on_ray(ray_local, store, undisturbed, tmp_path
     draw, (workers, parallel) = random.Random(trial), ON_RAY[trial % len(ON_RAY)]
     this = config(store, tmp_path / "prior", workers, parallel)
     run = Command.start(this)
-    run.until_batch(draw.randrange(SAVE, RAY_BATCHES // 10))
+    run.until_batch(draw.randrange(CHECKPOINT, RAY_BATCHES // 10))
     run.stop(signal.SIGKILL)
 
     saved = interrupted(this, checkpoint.complete(this.out)[-1], draw)
 
     run = Command.start(this)
-    run.until_batch(min(RAY_BATCHES - 2 * SAVE, saved // 64 + draw.randrange(1, RAY_BATCHES // 5)))
+    run.until_batch(min(RAY_BATCHES - 2 * CHECKPOINT, saved // 64 + draw.randrange(1, RAY_BATCHES // 5)))
     draw.choice(run.workers()).kill()
     assert run.process.wait(LIMIT_S) == 0, run.log.read_text()
     assert f"resuming after {saved} samples" in run.log.read_text()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dmm_ray.errors import UserError
-from dmm_ray.serving.auth import VARIABLE, AccessTokens, hashes, is_loopback, settled, tokens_of
 from dmm_ray.serving.config import AppConfig, ServeConfig
+from dmm_ray.serving.http.auth import VARIABLE, AccessTokens, hashes, is_loopback, settled, tokens_of
 
 
 @pytest.fixture(autouse=True)

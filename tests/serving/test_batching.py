@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmm_ray.serving.batching import Columns, RowBatcher, Rows
+from dmm_ray.serving.deployments.batching import Columns, RowBatcher, Rows
 
 
 class Doubler:

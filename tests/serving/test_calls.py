@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmm_ray.serving.calls import PriorInfo, check_finite, to_call
 from dmm_ray.serving.config import Limits
+from dmm_ray.serving.deployments.calls import PriorInfo, check_finite, to_call
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.schemas import DenoiseBody, EncodeBody, LogProbBody, SampleBody
 

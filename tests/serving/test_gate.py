@@ -14,10 +14,10 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from dmm_ray.serving.answers import install_handlers
-from dmm_ray.serving.auth import OPEN_PATHS, AccessTokens, hashes
-from dmm_ray.serving.bodies import read_body
-from dmm_ray.serving.gate import AccessMiddleware, Answered, log_access
+from dmm_ray.serving.http.answers import install_handlers
+from dmm_ray.serving.http.auth import OPEN_PATHS, AccessTokens, hashes
+from dmm_ray.serving.http.bodies import read_body
+from dmm_ray.serving.http.gate import AccessMiddleware, Answered, log_access
 
 MOST = 1000
 

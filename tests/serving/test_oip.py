@@ -9,8 +9,8 @@ import pytest
 from dmm_ray.operations import OperationName
 from dmm_ray.protocol import from_bytes, raw_bytes
 from dmm_ray.serving.errors import RequestError
-from dmm_ray.serving.oip import InferBody, metadata, read_inference, write_answer
-from dmm_ray.serving.oip_routes import EXAMPLE
+from dmm_ray.serving.http.oip import InferBody, metadata, read_inference, write_answer
+from dmm_ray.serving.http.oip_routes import EXAMPLE
 from dmm_ray.serving.schemas import LogProbParameters, SampleParameters, request_schema
 
 X = np.array([[1.5, -2.0, 0.25], [0.0, 3.0, 1.0]], dtype=np.float32)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dmm_ray.serving.pace import TURN_S, Pace
+from dmm_ray.serving.deployments.pace import TURN_S, Pace
 
 
 def test_a_costly_request_is_cut_into_turns() -> None:

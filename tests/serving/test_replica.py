@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dmm_ray.errors import CheckFailed, UserError
-from dmm_ray.serving.calls import Call
-from dmm_ray.serving.replica import PriorDeployment
+from dmm_ray.serving.deployments.calls import Call
+from dmm_ray.serving.deployments.prior import PriorDeployment
 
 SAMPLE = (("layer", None), ("seed", 0), ("steps", 2))
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dmm_ray.serving.bodies import parse
 from dmm_ray.serving.errors import RequestError
+from dmm_ray.serving.http.bodies import parse
 from dmm_ray.serving.schemas import BODIES, Body, DenoiseBody, LogProbBody, SampleBody, request_schema
 
 GOOD = '{"activations": [[1, 2.5]]}'

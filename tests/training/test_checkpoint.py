@@ -11,21 +11,21 @@ import torch
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training import checkpoint
-from dmm_ray.training.config import Policy
+from dmm_ray.training.config import CheckpointRetention
 from dmm_ray.training.state import ShardedReader, check_architecture, restore, snapshot
 from dmm_ray.training.step import Ema
 
-LAST_2 = Policy(2)
+LAST_2 = CheckpointRetention(2)
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"x": torch.full((2,), value)}
 
 
-def save_all(out: Path, policy: Policy, losses: dict[int, float | None]) -> list[int]:
+def save_all(out: Path, retention: CheckpointRetention, losses: dict[int, float | None]) -> list[int]:
     """Save a checkpoint a loss; which are left."""
     for samples, loss in losses.items():
-        checkpoint.save(str(out), samples, tensors(float(samples)), policy, loss)
+        checkpoint.save(str(out), samples, tensors(float(samples)), retention, loss)
     return checkpoint.complete(str(out))
 
 
@@ -46,8 +46,8 @@ def test_the_last_k_are_kept(tmp_path):
 
 def test_one_in_n_samples_and_the_best_are_kept(tmp_path):
     losses = {100: 0.5, 200: 0.1, 300: 0.4, 400: None, 500: 0.2, 600: 0.3, 700: 0.3}
-    assert save_all(tmp_path, Policy(1, every=250, best=True), losses) == [200, 300, 500, 700]
-    checkpoint.finish(str(tmp_path), Policy(1, every=250, best=True))
+    assert save_all(tmp_path, CheckpointRetention(1, every=250, best=True), losses) == [200, 300, 500, 700]
+    checkpoint.finish(str(tmp_path), CheckpointRetention(1, every=250, best=True))
     assert checkpoint.complete(str(tmp_path)) == [200, 300, 500]
     checkpoint.finish(str(tmp_path), LAST_2)
     assert not (tmp_path / "checkpoints").exists()

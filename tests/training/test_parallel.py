@@ -163,8 +163,8 @@ def test_values_and_gradients_of_pieces_are_those_of_the_step():
     def losses(pieces: list[slice]) -> torch.Tensor:
         return torch.cat([FlowBatch(this, 3, piece, z[piece]).loss(net, False) for piece in pieces])
 
-    place = RankInfo(0, 1, CPU)
-    cut, whole = losses(place.pieces(64, 10)), losses(place.pieces(64, None))
+    rank_info = RankInfo(0, 1, CPU)
+    cut, whole = losses(rank_info.pieces(64, 10)), losses(rank_info.pieces(64, None))
     torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(cut.sum(), list(net.parameters())),

@@ -6,7 +6,7 @@ import torch
 
 from dmm_ray.errors import CheckFailed
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.interval import Interval, batch_figures, means, peak_tflops
+from dmm_ray.training.metrics_window import MetricsWindow, batch_metrics, means, peak_tflops
 from dmm_ray.training.tracking import Tracker, flat, read_stats, run_id, status_line
 
 CPU = torch.device("cpu")
@@ -27,17 +27,17 @@ RECORD = {
 
 
 def figures(losses: list[float], u: list[float], norm: float = 1.0, first: int = 0) -> torch.Tensor:
-    return batch_figures(torch.tensor(losses), torch.tensor(u), torch.tensor(norm), first, 8)
+    return batch_metrics(torch.tensor(losses), torch.tensor(u), torch.tensor(norm), first, 8)
 
 
-def interval(batch: int = 0, past: torch.Tensor | None = None) -> Interval:
-    return Interval(CONFIG, batch, past, 0, 1, CPU)
+def window(batch: int = 0, past: torch.Tensor | None = None) -> MetricsWindow:
+    return MetricsWindow(CONFIG, batch, past, 0, 1, CPU)
 
 
 def test_losses_by_level():
     """Decile k holds the levels 100 k + 1 to 100 (k + 1) over 1000."""
     u = [0.001, 0.1, 0.101, 0.2, 0.901, 1.0, 0.5, 0.5]
-    found = interval()
+    found = window()
     found.add(figures([1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 6.0, 6.0], u))
     found.add(figures([1.0] * 8, u))
     numbers = means(found.sums())
@@ -48,7 +48,7 @@ def test_losses_by_level():
 
 def test_every_level_has_its_decile():
     u = torch.arange(1, 1001) / 1000
-    counts = batch_figures(torch.ones(1000), u, torch.tensor(1.0), 0, 1000)[12:22]
+    counts = batch_metrics(torch.ones(1000), u, torch.tensor(1.0), 0, 1000)[12:22]
     assert counts.tolist() == [100.0] * 10
 
 
@@ -57,12 +57,12 @@ def test_an_interval_that_was_interrupted_gives_the_same_numbers():
     batches = [
         figures(torch.rand(8).tolist(), torch.rand(8).add(0.001).clamp(max=1).tolist()) for _ in range(9)
     ]
-    whole, begun = interval(), interval()
+    whole, begun = window(), window()
     for batch in batches:
         whole.add(batch)
     for batch in batches[:4]:
         begun.add(batch)
-    rest = interval(4, begun.sums())
+    rest = window(4, begun.sums())
     for batch in batches[4:]:
         rest.add(batch)
     assert torch.equal(rest.sums(), whole.sums())
@@ -78,7 +78,7 @@ def test_an_interval_that_was_interrupted_gives_the_same_numbers():
 )
 def test_what_is_not_finite_is_named(losses, norm, said):
     """The share is the second half of batch 5; batch 6 is bad because of it."""
-    found = interval(3)
+    found = window(3)
     for _ in range(2):
         found.add(figures([1.0] * 4, [0.5] * 4, first=4))
     found.add(figures(losses, [0.5] * 4, norm, first=4))
@@ -89,7 +89,7 @@ def test_what_is_not_finite_is_named(losses, norm, said):
 
 def test_speed():
     config = CONFIG.model_copy(update={"peak_tflops": 2.0})
-    found = Interval(config, 0, None, 0, 1, CPU)
+    found = MetricsWindow(config, 0, None, 0, 1, CPU)
     found.restart(1.0)
     found.started -= 10.0
     for _ in range(5):
@@ -99,7 +99,7 @@ def test_speed():
     assert speed["data_wait"] == pytest.approx(0.2, rel=0.01)
     assert speed["tflops"] == pytest.approx(0.5, rel=0.01)
     assert speed["utilisation"] == pytest.approx(0.25, rel=0.01)
-    assert "utilisation" not in interval().speed(1e12, 0.0)
+    assert "utilisation" not in window().speed(1e12, 0.0)
     assert peak_tflops(CONFIG, CPU) is None
 
 

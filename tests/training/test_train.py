@@ -16,12 +16,12 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from stores import extract_here
 
 from dmm_ray import ActivationPrior, ActivationStore
-from dmm_ray.cluster import call_on_workers
 from dmm_ray.errors import CheckFailed, UserError
 from dmm_ray.failures import Failure, WorkerError
 from dmm_ray.files import write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.normalizer import variance_floor
+from dmm_ray.ray_session import call_on_workers
 from dmm_ray.store.split import TEST, TRAIN, Split
 from dmm_ray.store.token_selection import TokenSelection
 from dmm_ray.training import checkpoint, ray_trainer
@@ -29,8 +29,8 @@ from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig, preset_shape
 from dmm_ray.training.loader import Loader
 from dmm_ray.training.loop import Trainer
-from dmm_ray.training.notices import Notice
 from dmm_ray.training.parallel import RankInfo
+from dmm_ray.training.signals import RunSignal
 from dmm_ray.training.state import snapshot
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
@@ -273,12 +273,14 @@ def prior_config(config: TrainConfig, store: str) -> PriorConfig:
 def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
     changes = {"samples": 48 * 256, "log_every": 256, "checkpoint_every": 10**9}
     whole = new_run(config(train_store, tmp_path / "whole", **changes), train_store)
-    assert whole.train(lambda _: Notice.GO_ON)
+    assert whole.train(lambda _: RunSignal.CONTINUE)
     parts = config(train_store, tmp_path / "parts", **changes)
-    assert not new_run(parts, train_store).train(lambda done: Notice.STOP if done == 40 else Notice.GO_ON)
+    assert not new_run(parts, train_store).train(
+        lambda done: RunSignal.STOP if done == 40 else RunSignal.CONTINUE
+    )
     rest = new_run(parts, train_store)
     assert rest.batch == len(curve(parts.out)) == 40
-    assert rest.train(lambda _: Notice.GO_ON)
+    assert rest.train(lambda _: RunSignal.CONTINUE)
     assert curve(parts.out) == curve(whole.config.out)
     states = [snapshot(run.denoiser, run.optimizer, run.ema) for run in (rest, whole)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
@@ -286,7 +288,7 @@ def test_saved_after_40_batches_the_next_8_are_bit_equal(train_store, tmp_path):
 
 def test_a_checkpoint_on_notice_changes_nothing(finished, train_store, tmp_path):
     run = new_run(config(train_store, tmp_path / "saved"), train_store)
-    assert run.train(lambda done: Notice.SAVE if done % 5 == 0 else Notice.GO_ON)
+    assert run.train(lambda done: RunSignal.CHECKPOINT if done % 5 == 0 else RunSignal.CONTINUE)
     assert curve(tmp_path / "saved") == curve(finished)
     assert checkpoint.complete(str(tmp_path / "saved")) == [18 * 256, 20 * 256]
 

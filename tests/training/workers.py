@@ -14,8 +14,8 @@ import torch.distributed as dist
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.training import loop
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.notices import Notice
-from dmm_ray.training.parallel import RankInfo, local
+from dmm_ray.training.parallel import RankInfo, local_shard
+from dmm_ray.training.signals import RunSignal
 
 
 def run_workers(world: int, config: TrainConfig, prior: PriorConfig, stop: int = 0) -> list[dict[str, Any]]:
@@ -49,10 +49,14 @@ def work(
     try:
         run = loop.Trainer(config, prior, RankInfo(rank, world, torch.device("cpu")))
         first = run.batch
-        run.train(lambda done: Notice.STOP if done == stop else Notice.GO_ON)
+        run.train(lambda done: RunSignal.STOP if done == stop else RunSignal.CONTINUE)
         held = [*run.denoiser.parameters(), *run.ema.average]
         held += [t for state in run.optimizer.state.values() for t in state.values() if t.ndim]
-        return {"first": first, "seen": torch.cat(seen), "bytes": sum(local(t.detach()).nbytes for t in held)}
+        return {
+            "first": first,
+            "seen": torch.cat(seen),
+            "bytes": sum(local_shard(t.detach()).nbytes for t in held),
+        }
     except Exception:  # noqa: BLE001 - told to the test, which fails with it
         return {"error": traceback.format_exc()}
     finally:

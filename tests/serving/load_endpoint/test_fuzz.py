@@ -27,7 +27,7 @@ from dmm_ray.operations import OPERATIONS, OperationName
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.serving.errors import RequestError
-from dmm_ray.serving.oip import read_inference
+from dmm_ray.serving.http.oip import read_inference
 
 REQUESTS = int(os.environ.get("DMM_FUZZ_REQUESTS", "250"))
 SEED = int(os.environ.get("DMM_FUZZ_SEED", "0"))

@@ -20,7 +20,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.interventions import Direction, Steering, load_directions
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.serving.config import AppConfig
-from dmm_ray.serving.subject_replica import SubjectDeployment
+from dmm_ray.serving.deployments.subject import SubjectDeployment
 from dmm_ray.subject import Generation, SubjectModel
 
 PROMPT = "the cat sat"
@@ -247,6 +247,6 @@ def test_what_does_not_fit_the_language_model_is_refused_at_the_start(
 
 
 def test_the_http_side_needs_no_torch() -> None:
-    modules = "text_api, dmm_ray.serving.page, dmm_ray.serving.subject_replica"
+    modules = "http.text_routes, dmm_ray.serving.http.page, dmm_ray.serving.deployments.subject"
     check = f"import dmm_ray.serving.{modules}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0

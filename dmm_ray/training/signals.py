@@ -18,22 +18,22 @@ logger = logging.getLogger(__name__)
 LOOK_S, ASK_S, AGREE_BATCHES = 1.0, 5.0, 4
 
 
-class Notice(Enum):
+class RunSignal(Enum):
     """What the world outside wants of a run after a batch."""
 
-    GO_ON = "go on"
-    SAVE = "save a checkpoint and go on"
+    CONTINUE = "go on"
+    CHECKPOINT = "save a checkpoint and go on"
     STOP = "save a checkpoint and end"
 
 
-class Interrupt:
+class InterruptHandler:
     """While it is entered, in the main thread, SIGINT and SIGTERM are noted; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.noted = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> InterruptHandler:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -49,30 +49,30 @@ class Interrupt:
         logger.warning("interrupted: saving a checkpoint; once more to end at once")
 
 
-class RayNotices:
+class RaySignals:
     """Stop requests of the driver and preemption notices of Ray, agreed on by all workers.
 
     The first worker looks now and then. What it saw travels by a sum on the CPU that is begun after one batch and read
     a few batches later, so that no worker waits for it and no device is synchronised.
     """
 
-    def __init__(self, request: str, rank: int, world: int) -> None:
+    def __init__(self, request: str, rank: int, world_size: int) -> None:
         self.request, self.rank, self.preempted = request, rank, list[str]()
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
         self.seen, self.work = torch.zeros(2), None
         self.looked = self.asked = 0.0
 
-    def __call__(self, batches: int) -> Notice:
+    def __call__(self, batches: int) -> RunSignal:
         """What to do after so many batches."""
         if batches % AGREE_BATCHES:
-            return Notice.GO_ON
+            return RunSignal.CONTINUE
         if self.work is not None:
             self.work.wait()
         stop, ask = self.seen.tolist()
         self._look()
         if stop:
-            return Notice.STOP
-        return Notice.SAVE if ask and self._preempted() else Notice.GO_ON
+            return RunSignal.STOP
+        return RunSignal.CHECKPOINT if ask and self._preempted() else RunSignal.CONTINUE
 
     def _look(self) -> None:
         """Begin the next agreement: (stop, time to ask Ray)."""

@@ -7,12 +7,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.provenance import versions
-from dmm_ray.serving import docs_page, json_routes, oip_routes, page, text_api
-from dmm_ray.serving.answers import install_handlers
-from dmm_ray.serving.auth import AccessTokens
-from dmm_ray.serving.context import Context
-from dmm_ray.serving.gate import AccessMiddleware, Answered, log_access
-from dmm_ray.serving.metrics import HttpMetrics
+from dmm_ray.serving.http import docs_page, json_routes, oip_routes, page, text_routes
+from dmm_ray.serving.http.answers import install_handlers
+from dmm_ray.serving.http.auth import AccessTokens
+from dmm_ray.serving.http.context import Context
+from dmm_ray.serving.http.gate import AccessMiddleware, log_access
+from dmm_ray.serving.metrics import Answered, HttpMetrics
 
 DESCRIPTION = """Log-probabilities, denoising, samples and meta-neurons of language-model activations.
 
@@ -35,7 +35,7 @@ def build_api(context: Context, tokens: AccessTokens | None, cors_origins: tuple
     install_handlers(api)
     json_routes.install(api, context)
     oip_routes.install(api, context)
-    text_api.install(api, context)
+    text_routes.install(api, context)
     page.install(api, context)
     docs_page.install(api)
     metrics = HttpMetrics()

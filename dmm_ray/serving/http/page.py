@@ -10,7 +10,7 @@ from importlib.resources import files
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from dmm_ray.serving.context import Context
+from dmm_ray.serving.http.context import Context
 
 POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
@@ -20,7 +20,7 @@ POLICY = (
 
 def install(api: FastAPI, context: Context) -> None:
     """Add the page to ``api``. It asks the routes under ``/v1`` what is there, so it is the same with any context."""
-    html = files("dmm_ray.serving").joinpath("page.html").read_text("utf-8")
+    html = files("dmm_ray.serving.http").joinpath("page.html").read_text("utf-8")
     headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
 
     async def page() -> HTMLResponse:

@@ -14,10 +14,10 @@ from pydantic_core import to_json
 from ray.exceptions import RayTaskError
 
 from dmm_ray.errors import UserError
-from dmm_ray.serving.backends import DeploymentClient
-from dmm_ray.serving.calls import array_call
-from dmm_ray.serving.context import Context
+from dmm_ray.serving.deployments.calls import array_call
+from dmm_ray.serving.deployments.handles import DeploymentClient
 from dmm_ray.serving.errors import DOCUMENTED, RequestError
+from dmm_ray.serving.http.context import Context
 from dmm_ray.serving.schemas import LogProbParameters, SampleParameters, request_schema
 from dmm_ray.serving.text_schemas import (
     DirectionsAnswer,

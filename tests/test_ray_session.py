@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dmm_ray import cluster
-from dmm_ray.cluster import check_cluster, cluster_address
 from dmm_ray.errors import UserError
+from dmm_ray.ray_session import check_cluster, cluster_address
 from dmm_ray.units.resources import ActorPool, plan_resources
 
 

@@ -6,28 +6,17 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dmm_ray.serving.answers import failure
-from dmm_ray.serving.auth import OPEN_PATHS, AccessTokens
+from dmm_ray.serving.http.answers import failure
+from dmm_ray.serving.http.auth import OPEN_PATHS, AccessTokens
+from dmm_ray.serving.metrics import Answered
 
 logger = logging.getLogger("ray.serve.dmm")
 SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 UNROUTED = "unrouted"
-
-
-class Answered(NamedTuple):
-    """What is recorded of a request: nothing of what it says."""
-
-    method: str
-    route: str
-    status: int
-    rows: int
-    seconds: float
-    request_id: str
 
 
 class AccessMiddleware:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmm_ray.operations import OperationName
-from dmm_ray.serving.batching import Columns, Rows
 from dmm_ray.serving.config import Limits
+from dmm_ray.serving.deployments.batching import Columns, Rows
 from dmm_ray.serving.errors import RequestError
 from dmm_ray.serving.schemas import (
     AnyBody,

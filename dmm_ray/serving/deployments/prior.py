@@ -14,10 +14,10 @@ from ray import serve
 from dmm_ray.errors import CheckFailed
 from dmm_ray.operations import OPERATIONS, LogProbArguments
 from dmm_ray.precision import PrecisionOption
-from dmm_ray.serving.batching import Columns, RowBatcher, Rows
-from dmm_ray.serving.calls import Call, PriorInfo
+from dmm_ray.serving.deployments.batching import Columns, RowBatcher, Rows
+from dmm_ray.serving.deployments.calls import Call, PriorInfo
+from dmm_ray.serving.deployments.pace import Pace
 from dmm_ray.serving.metrics import SolverMetrics
-from dmm_ray.serving.pace import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor

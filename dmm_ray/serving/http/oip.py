@@ -11,10 +11,10 @@ from pydantic_core import to_json
 
 from dmm_ray.operations import OPERATIONS, OperationName
 from dmm_ray.protocol import INTEGERS, LENGTH_HEADER, RAW, described, from_bytes, from_numbers, raw_bytes
-from dmm_ray.serving.batching import Columns
-from dmm_ray.serving.bodies import parse
 from dmm_ray.serving.config import MOST_ROWS
+from dmm_ray.serving.deployments.batching import Columns
 from dmm_ray.serving.errors import RequestError, body_error
+from dmm_ray.serving.http.bodies import parse
 from dmm_ray.serving.schemas import PARAMETERS, AnyParameters, Finite, Int64, StrictBody
 
 INPUT_TYPES = {

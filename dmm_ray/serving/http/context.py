@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from dmm_ray.serving.backends import DeploymentClient, Priors
-from dmm_ray.serving.bodies import BodyT, parse, read_body
 from dmm_ray.serving.config import Limits
+from dmm_ray.serving.deployments.handles import DeploymentClient, Priors
+from dmm_ray.serving.http.bodies import BodyT, parse, read_body
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
 from dmm_ray.operations import OPERATIONS
-from dmm_ray.serving.batching import Columns
-from dmm_ray.serving.calls import to_call
-from dmm_ray.serving.context import Context
+from dmm_ray.serving.deployments.batching import Columns
+from dmm_ray.serving.deployments.calls import to_call
 from dmm_ray.serving.errors import DOCUMENTED
+from dmm_ray.serving.http.context import Context
 from dmm_ray.serving.schemas import ANSWERS, BODIES, AnyBody, request_schema
 
 

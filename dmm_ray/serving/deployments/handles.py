@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from dmm_ray.serving.batching import Columns, Rows
-from dmm_ray.serving.calls import Call, PriorInfo, check_finite
+from dmm_ray.serving.deployments.batching import Columns, Rows
+from dmm_ray.serving.deployments.calls import Call, PriorInfo, check_finite
 from dmm_ray.serving.errors import RequestError
 
 logger = logging.getLogger("ray.serve.dmm")

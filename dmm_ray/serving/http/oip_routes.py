@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 from dmm_ray.operations import OPERATIONS, OperationName
 from dmm_ray.protocol import LENGTH_HEADER
 from dmm_ray.provenance import versions
-from dmm_ray.serving.answers import failure
-from dmm_ray.serving.calls import array_call
-from dmm_ray.serving.context import Context
+from dmm_ray.serving.deployments.calls import array_call
 from dmm_ray.serving.errors import DOCUMENTED, RequestError
-from dmm_ray.serving.oip import InferBody, metadata, read_inference, write_answer
+from dmm_ray.serving.http.answers import failure
+from dmm_ray.serving.http.context import Context
+from dmm_ray.serving.http.oip import InferBody, metadata, read_inference, write_answer
 from dmm_ray.serving.schemas import ROWS, request_schema
 
 UNREADY: dict[int | str, dict[str, Any]] = {503: DOCUMENTED[503]}

@@ -61,7 +61,7 @@ def saved_run(out: str) -> SavedRun | None:
     return SavedRun(out, train, prior)
 
 
-def claim(config: TrainConfig, prior_config: PriorConfig) -> None:
+def claim_folder(config: TrainConfig, prior_config: PriorConfig) -> None:
     """Take a free folder, whose lock is held, for this run."""
     marker = {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
     write_json(join(config.out, RUN), marker)

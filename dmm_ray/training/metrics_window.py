@@ -26,7 +26,7 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def batch_figures(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: int) -> Tensor:
+def batch_metrics(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: int) -> Tensor:
     """What a worker keeps of one global batch, without waiting for the device.
 
     Args:
@@ -57,16 +57,16 @@ def means(sums: Tensor) -> dict[str, Any]:
     return {"loss": mean[0].item(), "grad_norm": mean[1].item(), "loss_by_level": by_level}
 
 
-class Interval:
-    """The batches since the last record, whose figures stay on the device until they are asked for.
+class MetricsWindow:
+    """The batches since the last record, whose metrics stay on the device until they are asked for.
 
     Args:
         config: of the run.
         batch: global batches done.
         past: what :meth:`sums` gave when the checkpoint was written that the run goes on from.
         rank: of this worker.
-        world: number of workers.
-        device: where the figures are.
+        world_size: number of workers.
+        device: where the metrics are.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class Interval:
         batch: int,
         past: Tensor | None,
         rank: int,
-        world: int,
+        world_size: int,
         device: torch.device,
     ) -> None:
-        self.config, self.rank, self.world, self.batch = config, rank, world, batch
+        self.config, self.rank, self.world_size, self.batch = config, rank, world_size, batch
         self.past = torch.zeros(0, 2 + 2 * DECILES) if past is None else past
         self.peak = peak_tflops(config, device)
         self.new: list[Tensor] = []
         self.restart(0.0)
 
-    def add(self, figures: Tensor) -> None:
-        """Take in :func:`batch_figures` of the next batch."""
-        self.new.append(figures)
+    def add(self, metrics: Tensor) -> None:
+        """Take in :func:`batch_metrics` of the next batch."""
+        self.new.append(metrics)
         self.fresh += 1
 
     def sums(self) -> Tensor:
@@ -100,7 +100,7 @@ class Interval:
         if self.new:
             new = torch.stack(self.new)
             sums, ends = new[:, :-2].contiguous(), new[:, -2:]
-            if self.world > 1:
+            if self.world_size > 1:
                 if self.rank > 0:
                     sums[:, 1] = 0  # every worker has the norm
                 dist.all_reduce(sums)
@@ -115,7 +115,7 @@ class Interval:
         """Name the first batch, and the rows in it where some have a loss that is not finite."""
         index = int((~sums.isfinite()).any(1).nonzero()[0])
         ends = ends[index] * torch.tensor([1, -1], device=ends.device)
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(ends, op=dist.ReduceOp.MIN)
         low, high = int(ends[0]), -int(ends[1])
         size, first = self.config.schedule.batch, (self.batch + index) * self.config.schedule.batch
@@ -130,7 +130,7 @@ class Interval:
         )
 
     def clear(self) -> None:
-        """Forget the figures: they are recorded."""
+        """Forget the metrics: they are recorded."""
         self.past = self.past[:0]
 
     def restart(self, waited: float) -> None:
@@ -145,4 +145,4 @@ class Interval:
             "samples_per_s": self.fresh * self.config.schedule.batch / seconds,
             "data_wait": (waited - self.waited) / seconds,
             "tflops": tflops,
-        } | ({"utilisation": tflops / (self.peak * self.world)} if self.peak else {})
+        } | ({"utilisation": tflops / (self.peak * self.world_size)} if self.peak else {})
