@@ -158,3 +158,11 @@ def test_a_prior_s_identity_is_its_shape() -> None:
     prior = PriorConfig(d=8, layers=(1,), d_model=16, d_mlp=16, n_blocks=1, variance_floor=1e-6)
     moved = prior.model_copy(update={"subject": {"id": "elsewhere"}, "training": {"samples": 3}})
     assert moved.identity() == prior.identity()
+
+
+def test_drawn_rows_have_no_corpus_and_keep_the_hash_that_earlier_versions_gave_them() -> None:
+    found = Manifest.model_validate_json((SAVED / "sample.json").read_text())
+    assert (found.corpus, found.documents) == (None, 10)
+    assert found.sealed().config_hash == found.config_hash
+    with pytest.raises(UserError, match="drawn from a prior have no text"):
+        _ = found.text

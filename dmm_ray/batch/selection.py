@@ -140,7 +140,7 @@ def _hashes(store: ActivationStore, layer: int, selection: Selection) -> Iterato
 
 def expected_rows(store: ActivationStore, selection: Selection, rows: int | None) -> int:
     """How many rows are chosen, about."""
-    documents = store.manifest.corpus.documents
+    documents = store.manifest.documents
     sample = np.linspace(0, documents - 1, min(documents, 4096)).astype(np.int64)
     inside = round(store.rows * float(selection.documents(sample).mean()))
     return max(1, min(inside, rows or inside))

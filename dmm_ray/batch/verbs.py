@@ -25,7 +25,6 @@ from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D, check_probes
 from dmm_ray.store.manifest import (
     DTYPES,
     ROW_GROUP_ROWS,
-    CorpusEntry,
     Derivation,
     DtypeName,
     Manifest,
@@ -114,13 +113,13 @@ def store_manifest(
 ) -> Manifest:
     """The manifest of results on a store's rows: the store's own, and what is done with it."""
     source = inputs.store.manifest
-    per_unit = documents_per_unit(config, inputs.expected, source.corpus.documents, row_bytes + NAME_BYTES)
+    per_unit = documents_per_unit(config, inputs.expected, source.documents, row_bytes + NAME_BYTES)
     changes = {
         "layers": (inputs.layer,),
         "dtype": dtype or source.dtype,
         "row_group_rows": ROW_GROUP_ROWS,
         "documents_per_unit": per_unit,
-        "units": count_units(source.corpus.documents, per_unit),
+        "units": count_units(source.documents, per_unit),
         "derived": Derivation(
             verb=verb,
             prior=inputs.prior,
@@ -152,9 +151,8 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
     return Manifest(
         subject=subject, tokenizer_hash=known.get("tokenizer_hash", ""), layers=(layer,), dtype=config.dtype,
         compute_dtype=settle_precision(config), d=prior.d, window=1, kept=TokenSelection(keep_first=True),
-        exclude=(), covariance=False,
-        corpus=CorpusEntry(uris=(), hash="", documents=config.n, text_field="", separator=None),
-        seed=config.seed, documents_per_unit=per_unit, units=count_units(config.n, per_unit),
+        exclude=(), covariance=False, corpus=None, seed=config.seed,
+        documents_per_unit=per_unit, units=count_units(config.n, per_unit),
         derived=Derivation(
             verb="sample", prior=locate(config.prior), prior_hash=hash_prior(prior.config, prior.state_dict()),
             activations=None, activations_hash=None, arguments=arguments_of(config),

@@ -139,7 +139,7 @@ def pick_device(device: str) -> str:
 
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:
     """The text that the store was extracted from. Raises UserError if it is missing or another."""
-    entry = store.manifest.corpus
+    entry = store.manifest.text
     uris = [config.text] if isinstance(config.text, str) else config.text or list(entry.uris)
     corpus = Corpus.scan(uris, entry.text_field, entry.separator)
     if corpus.hash != entry.hash:

@@ -124,7 +124,7 @@ class ExtractionPlan:
         """What is planned, for the log."""
         m = self.manifest
         return (
-            f"plan: about {self.sample.rows:,} rows of {m.corpus.documents:,} documents in each of "
+            f"plan: about {self.sample.rows:,} rows of {m.documents:,} documents in each of "
             f"{len(m.layers)} layers (d {m.d}, {m.dtype}), {self.bytes / 1e6:,.1f} MB "
             f"in {m.units * len(m.layers):,} shards"
         )

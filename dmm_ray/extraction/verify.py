@@ -180,15 +180,15 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     asked = config.subject.recorded(m.subject.id, m.subject.revision, m.subject.block_path)
     try:
         source = asked.resolve()
-        corpus = Corpus.scan(m.corpus.uris, m.corpus.text_field, m.corpus.separator)
+        corpus = Corpus.scan(m.text.uris, m.text.text_field, m.text.separator)
     except UserError as e:
         logger.warning("no rows computed again: %s", e)
         return []
     warn_of_versions(m.subject, store.uri)
     if changed := changed_part(source, m):
         return [f"{source.model_id}: {changed} is no longer what the store was extracted with"]
-    if corpus.hash != m.corpus.hash:
-        return [f"{', '.join(m.corpus.uris)}: the text is no longer what the store was extracted from"]
+    if corpus.hash != m.text.hash:
+        return [f"{', '.join(m.text.uris)}: the text is no longer what the store was extracted from"]
     subject = SubjectModel.from_pretrained(
         source.model_id,
         layers=m.layers,

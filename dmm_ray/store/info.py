@@ -51,8 +51,7 @@ def describe(uri: str) -> list[str]:
         *_resolved_lines(m),
         f"layers     {', '.join(map(str, m.layers))} of {m.subject.n_layers} ({m.hook}), d {m.d}",
         f"numbers    {m.dtype}, computed in {m.compute_dtype}",
-        f"text       {', '.join(m.corpus.uris)}: {m.corpus.documents:,} documents",
-        f"window     {m.window} tokens; kept: {_kept_line(m)}",
+        *_text_lines(m),
         f"rows       {figures.rows:,} per layer, {figures.bytes / 1e6:,.1f} MB",
         f"units      {len(done)} of {m.units} done, {m.documents_per_unit} documents each",
         f"documents  {figures.failed} failed, {figures.long} longer than the window",
@@ -71,6 +70,16 @@ def _resolved_lines(m: Manifest) -> list[str]:
     return [
         *(f"code       {name} {digest[:16]}" for name, digest in resolved.code.items()),
         f"versions   {', '.join(f'{name} {version}' for name, version in resolved.versions.items())}",
+    ]
+
+
+def _text_lines(m: Manifest) -> list[str]:
+    """The text that the rows were extracted from, if they were."""
+    if m.corpus is None:
+        return []
+    return [
+        f"text       {', '.join(m.corpus.uris)}: {m.corpus.documents:,} documents",
+        f"window     {m.window} tokens; kept: {_kept_line(m)}",
     ]
 
 

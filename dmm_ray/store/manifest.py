@@ -6,7 +6,7 @@ import hashlib
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -137,7 +137,8 @@ class Manifest(Config):
     dtype: DtypeName
     compute_dtype: Precision
     d: int
-    corpus: CorpusEntry
+    corpus: CorpusEntry | None
+    """None for rows that were drawn from a prior: they were extracted from no text."""
     window: int
     kept: TokenSelection
     exclude: tuple[Excluded, ...]
@@ -160,9 +161,10 @@ class Manifest(Config):
             "version": self.version,
             **self.subject.parts(self.tokenizer_hash),
             "block_path": self.subject.block_path,
-            "text": self.corpus.hash,
-            "text_field": self.corpus.text_field,
-            "text_separator": self.corpus.separator,
+            # Empty strings, not missing keys, without a corpus: the hash of stores that earlier versions drew.
+            "text": self.corpus.hash if self.corpus else "",
+            "text_field": self.corpus.text_field if self.corpus else "",
+            "text_separator": self.corpus.separator if self.corpus else None,
             "layers": list(self.layers),
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
@@ -175,6 +177,35 @@ class Manifest(Config):
         }
         derived = self.derived.identity() if self.derived else {}
         return {**derived, **{name: value for name, value in extracted.items() if name not in derived}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_text(cls, values: Any) -> Any:
+        """Earlier versions recorded an empty corpus for drawn rows."""
+        if (
+            isinstance(values, dict)
+            and isinstance(corpus := values.get("corpus"), dict)
+            and not corpus.get("uris")
+        ):
+            return {**values, "corpus": None}
+        return values
+
+    @property
+    def documents(self) -> int:
+        """What units are cut from: documents of the corpus, or drawn rows, each of which counts as one."""
+        if self.corpus is not None:
+            return self.corpus.documents
+        assert self.derived is not None
+        return int(self.derived.arguments["n"])
+
+    @property
+    def text(self) -> CorpusEntry:
+        """The text that the rows were extracted from. Raises UserError for rows that were drawn from a prior."""
+        if self.corpus is None:
+            raise UserError(
+                "activations: rows that were drawn from a prior have no text; give an extracted store"
+            )
+        return self.corpus
 
     @property
     def verb(self) -> str:

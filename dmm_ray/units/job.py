@@ -100,7 +100,7 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
     """Do the units that are not ``done``, logging rate and time left; rows per second, or None where all are."""
     manifest = job.manifest
     todo = [
-        unit_at(unit, manifest.corpus.documents, manifest.documents_per_unit)
+        unit_at(unit, manifest.documents, manifest.documents_per_unit)
         for unit in range(manifest.units)
         if unit not in done.units
     ]
@@ -123,7 +123,7 @@ def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
         return UserError(result["error"])
     if "unit" not in result:
         return CheckFailed(f"{result['error']}; {keep_trace('actors', result['trace'], out)}")
-    unit = unit_at(result["unit"], manifest.corpus.documents, manifest.documents_per_unit)
+    unit = unit_at(result["unit"], manifest.documents, manifest.documents_per_unit)
     last = unit.stop - 1
     documents = f"document {last}" if unit.first == last else f"documents {unit.first} to {last}"
     where = keep_trace(f"unit-{unit.unit:06d}", result["trace"], out)

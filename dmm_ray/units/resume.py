@@ -137,7 +137,7 @@ def finish(out: str, manifest: Manifest) -> dict[str, Any]:
         total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
     if figures.rows == 0:
         raise UserError(
-            f"text: {', '.join(manifest.corpus.uris)}: no document has a token that is to be kept; "
+            f"text: {', '.join(manifest.text.uris)}: no document has a token that is to be kept; "
             "see --keep-first, --min-position and --max-position"
         )
     write_moments(out, STATISTICS, total)
