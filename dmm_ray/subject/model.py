@@ -72,7 +72,7 @@ class SubjectModel:
         max_memory: Mapping[str, str] | None = None,
         offload_folder: str | None = None,
     ) -> SubjectModel:
-        """Load a model folder or hub id.
+        """Load a model from a folder, a GGUF file or the hub.
 
         Args:
             model: a folder that holds config.json, or a hub id.
@@ -118,7 +118,7 @@ class SubjectModel:
 
     @property
     def model_id(self) -> str:
-        """The absolute folder or hub id it came from."""
+        """The absolute path or hub id it came from."""
         return self.source.model_id
 
     @property

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from dmm_ray.errors import UserError
 from dmm_ray.files import hash_json, sha256
 from dmm_ray.subject.blocks import find_blocks, text_model
+from dmm_ray.subject.gguf import is_gguf, unpack
 from dmm_ray.subject.hub import download
 from dmm_ray.subject.identity import code_hashes, rope_settings, tokenizer_file_hashes, tokenizer_hash
 from dmm_ray.subject.loading import (
@@ -40,27 +41,36 @@ class SubjectSource:
     """A model folder, found or downloaded, with its configuration but not its weights."""
 
     model_id: str
-    """What the user asked for: an absolute folder or a hub id."""
+    """What the user asked for: an absolute path or a hub id."""
     folder: Path
     revision: str | None
     """The resolved hub commit; None for a local folder."""
     config: Any
     trust_remote_code: bool = False
+    gguf: dict[str, str] | None = None
+    """Name and SHA-256 of the GGUF file that ``folder`` was unpacked from, if it was."""
 
     @classmethod
     def resolve(
         cls, model: str, revision: str | None = None, trust_remote_code: bool = False
     ) -> SubjectSource:
-        """Find ``model``: a local folder, or a hub id that is fetched at ``revision`` into the hub's cache.
+        """Find ``model``: a local folder or GGUF file, or a hub id that is fetched at ``revision`` into its cache.
 
         Raises:
-            UserError: neither a folder nor reachable on the hub, or a folder without a readable config.json.
+            UserError: neither here nor reachable on the hub, a folder without a readable config.json, or a GGUF file
+                that cannot be unpacked.
         """
-        local = Path(model).expanduser()
-        if local.is_dir():
+        local, packed = Path(model).expanduser(), None
+        if is_gguf(local):
+            model_id, commit = str(local.absolute()), None
+            folder, digest = unpack(local.absolute())
+            packed = {local.name: digest}
+        elif local.is_dir():
             folder, model_id, commit = local.absolute(), str(local.absolute()), None
         elif local.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
-            raise UserError(f"model: no folder at {model}; give a folder that holds config.json, or a hub id")
+            raise UserError(
+                f"model: no folder at {model}; give a folder that holds config.json, a .gguf file or a hub id"
+            )
         else:
             folder, model_id = download(model, revision), model
             commit = folder.name
@@ -79,7 +89,7 @@ class SubjectSource:
                 f"model: {model} ({config.model_type}) is an encoder-decoder; "
                 "give a causal language model or an encoder"
             )
-        return cls(model_id, folder, commit, config, trust_remote_code)
+        return cls(model_id, folder, commit, config, trust_remote_code, packed)
 
     @cached_property
     def skeleton(self) -> Any:
@@ -112,7 +122,9 @@ class SubjectSource:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json and of each weight file (safetensors where there are any), by name."""
+        """SHA-256 of the GGUF file, or of config.json and each weight file (safetensors if there are any), by name."""
+        if self.gguf is not None:
+            return self.gguf
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
             raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")

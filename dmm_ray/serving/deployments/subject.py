@@ -46,7 +46,7 @@ class SubjectDeployment:
     """Answers the text routes' calls, one forward pass at a time.
 
     Args:
-        model: the language model's folder or hub id.
+        model: the language model's folder, GGUF file or hub id.
         directions: folder of steering directions, if any.
         priors: folder or hub id of each prior by name, the default one first.
         device: where it computes, ``cpu`` or ``cuda``.
