@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmm_ray.baselines.base import FLOOR, gain, levels_of, shrink
+from dmm_ray.baselines.base import FLOOR
+from dmm_ray.gaussians.levels import gain, levels_of, shrink
 from dmm_ray.seeds import torch_rng
 
 COVARIANCE_CHUNK = 65536
@@ -37,6 +38,7 @@ class Gaussian:
         self.seconds = seconds
         d = len(mean_d)
         self.n_parameters = d + d * (d + 1) // 2
+        self.flops_per_row = 4 * d * d
 
     @classmethod
     def fit(cls, z_nd: Tensor) -> Self:

@@ -8,8 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmm_ray.baselines.base import levels_of, shrink, velocity_from_mean
+from dmm_ray.baselines.base import velocity_from_mean
 from dmm_ray.baselines.gaussian import moments
+from dmm_ray.gaussians.levels import levels_of, shrink
 from dmm_ray.seeds import torch_rng
 
 
@@ -25,6 +26,7 @@ class PCA:
         self.vectors = vectors_dk
         self.seconds = seconds
         self.n_parameters = mean_d.numel() + vectors_dk.numel() + values_k.numel()
+        self.flops_per_row = 4 * vectors_dk.numel()
 
     @property
     def components(self) -> int:

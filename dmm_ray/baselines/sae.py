@@ -1,124 +1,74 @@
-"""A TopK sparse autoencoder (Gao et al. 2024), trained on clean rows or to restore noised ones."""
+"""Sparse autoencoders as denoisers: TopK (Gao et al. 2024), and those with a threshold (BatchTopK, JumpReLU, ReLU)."""
 
 from __future__ import annotations
-
-import time
-from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmm_ray.baselines.base import levels_of, velocity_from_mean
-from dmm_ray.seeds import torch_rng
+from dmm_ray.baselines.base import velocity_from_mean
+from dmm_ray.gaussians.levels import levels_of
 
-BATCH = 512
-PEAK_LR = 5e-3
-WARMUP = 0.05
-HIGHEST_LEVEL = 0.7
-"""Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
-REVIVE_EVERY = 100
-"""Batches after which, in the first half of training, latents that never fired are pointed at badly restored rows."""
-SAE_CHUNK = 16384
+CHUNK_FLOATS = 1 << 24
+DEAD_ROWS = 65536
 
 
 class SAE:
-    """``x0 = D topk(relu(E (z - b) + c)) + b``, the rows of D (latents, d) of unit norm.
+    """``x0 = a(E (z - b) + c) D + b``, where ``a`` keeps the k largest latents, or those above a threshold.
 
     As a denoiser it sees ``z_u / (1 - u)``, an unbiased view of the clean row; at u = 1, where nothing is left to see,
     it gives the mean.
+
+    Args:
+        encoder: (l, d) for l latents.
+        encoder_bias: (l,).
+        decoder: (l, d).
+        bias: (d,), taken from the input and added to the output.
+        mean: (d,) of the training rows.
+        k: latents that may be active in a row (TopK), or on average (BatchTopK); None where there is no such number.
+        threshold: (l,) what a latent must exceed; None for TopK.
     """
 
-    def __init__(self, mean_d: Tensor, latents: int, k: int, seed: int = 0) -> None:
-        generator = torch_rng(seed)
-        directions_ld = F.normalize(torch.randn(latents, len(mean_d), generator=generator), dim=1).to(
-            mean_d.device
-        )
-        self.k = min(k, latents)
-        self.mean = mean_d.float()
-        self.bias = self.mean.clone()
-        self.decoder = directions_ld
-        self.encoder = directions_ld.clone()
-        self.threshold = torch.zeros(latents, device=mean_d.device)
-        self.seconds = 0.0
-        self.n_parameters = sum(p.numel() for p in self._weights())
-
-    def _weights(self) -> list[Tensor]:
-        return [self.encoder, self.threshold, self.decoder, self.bias]
-
-    @classmethod
-    def fit(
-        cls, z_nd: Tensor, *, latents: int, k: int, samples: int, noised: bool = False, seed: int = 0
-    ) -> Self:
-        """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
-
-        With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
-        """
-        start = time.perf_counter()
-        model = cls(z_nd.mean(0), latents, k, seed)
-        with torch.enable_grad():
-            model._train(z_nd, samples, noised, torch_rng(seed))
-        model.seconds = time.perf_counter() - start
-        return model
-
-    def _train(self, z_nd: Tensor, samples: int, noised: bool, generator: torch.Generator) -> None:
-        weights = [w.requires_grad_() for w in self._weights()]
-        optimizer = torch.optim.Adam(weights, lr=PEAK_LR, betas=(0.9, 0.99))
-        batches = max(samples // BATCH, 1)
-        fired_l = torch.zeros(len(self.threshold), dtype=torch.bool, device=z_nd.device)
-        order_n = torch.empty(0, dtype=torch.int64)
-        for step in range(batches):
-            if len(order_n) < BATCH:
-                order_n = torch.cat([order_n, torch.randperm(len(z_nd), generator=generator)])
-            target_nd = z_nd[order_n[:BATCH].to(z_nd.device)]
-            order_n = order_n[BATCH:]
-            source_nd = noisy_view(target_nd, generator) if noised else target_nd
-            done = step / batches
-            optimizer.param_groups[0]["lr"] = PEAK_LR * min(
-                (step + 1) / (WARMUP * batches + 1), (1 - done) / 0.8, 1
-            )
-            values_nk, which_nk = self._encode(source_nd)
-            error_nd = self._decode(values_nk, which_nk) - target_nd
-            optimizer.zero_grad(set_to_none=True)
-            error_nd.square().sum(1).mean().backward()
-            optimizer.step()
-            with torch.no_grad():
-                fired_l[which_nk[values_nk > 0]] = True
-                if (step + 1) % REVIVE_EVERY == 0:
-                    if done < 0.5:
-                        self._revive(~fired_l, target_nd, error_nd, optimizer)
-                    fired_l.zero_()
-                self.decoder.copy_(F.normalize(self.decoder, dim=1))
-        for weight in weights:
-            weight.requires_grad_(False)
-
-    def _revive(
-        self, dead_l: Tensor, target_nd: Tensor, error_nd: Tensor, optimizer: torch.optim.Adam
+    def __init__(
+        self,
+        encoder: Tensor,
+        encoder_bias: Tensor,
+        decoder: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        k: int | None,
+        threshold: Tensor | None = None,
     ) -> None:
-        """Point dead latents at what the worst restored rows of the batch still lack."""
-        dead = dead_l.nonzero()[:, 0][: len(error_nd)]
-        worst = error_nd.square().sum(1).topk(len(dead)).indices
-        directions = F.normalize(-error_nd[worst], dim=1)
-        self.decoder[dead] = directions
-        self.encoder[dead] = directions
-        self.threshold[dead] = 0
-        for weight in (self.encoder, self.threshold, self.decoder):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[weight][moment][dead] = 0
+        self.encoder = encoder
+        self.encoder_bias = encoder_bias
+        self.decoder = decoder
+        self.bias = bias
+        self.mean = mean
+        self.k = k
+        self.threshold = threshold
+        self.seconds = 0.0
+        self.dead = 0
+        """Latents that are active in none of the training rows looked at."""
 
-    def _encode(self, z_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest latents of each row, not negative, and which they are, (n, k)."""
-        values_nk, which_nk = F.linear(z_nd - self.bias, self.encoder, self.threshold).topk(
-            self.k, dim=1, sorted=False
-        )
-        return values_nk.relu(), which_nk
+    @property
+    def latents(self) -> int:
+        """The number of latents, l."""
+        return len(self.encoder_bias)
 
-    def _decode(self, values_nk: Tensor, which_nk: Tensor) -> Tensor:
-        return F.embedding_bag(which_nk, self.decoder, per_sample_weights=values_nk, mode="sum") + self.bias
+    @property
+    def n_parameters(self) -> int:
+        """Weights and biases."""
+        return sum(w.numel() for w in (self.encoder, self.encoder_bias, self.decoder, self.bias))
+
+    @property
+    def flops_per_row(self) -> int:
+        """Of a reconstruction: latents that are not active are left out of a TopK one."""
+        active = self.latents if self.k is None or self.threshold is not None else self.k
+        return 2 * len(self.bias) * (self.latents + active)
 
     def reconstruct(self, z_nd: Tensor) -> Tensor:
         """The plain reconstruction (n, d) of rows."""
-        return torch.cat([self._decode(*self._encode(chunk)) for chunk in z_nd.split(SAE_CHUNK)])
+        return torch.cat([self._reconstruct(rows) for rows in self._chunks(z_nd)])
 
     def posterior_mean(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
         """``SAE(z_u / (1 - u))``; the mean at u = 1."""
@@ -129,9 +79,29 @@ class SAE:
         """``(z_u - x0) / u``: what the reconstruction leaves out is taken for noise."""
         return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
 
+    def count_dead(self, z_nd: Tensor) -> int:
+        """Latents that are active in none of the first ``DEAD_ROWS`` rows (n, d)."""
+        fired_l = torch.zeros(self.latents, dtype=torch.bool, device=z_nd.device)
+        for rows in self._chunks(z_nd[:DEAD_ROWS]):
+            latents_nl = self._latents(rows)
+            if self.threshold is None:
+                values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+                fired_l[which_nk[values_nk > 0]] = True
+            else:
+                fired_l |= (latents_nl > self.threshold).any(0)
+        return int((~fired_l).sum())
 
-def noisy_view(z_nd: Tensor, generator: torch.Generator) -> Tensor:
-    """``z_u / (1 - u) = z + noise * u / (1 - u)`` with u uniform in [0, HIGHEST_LEVEL], a level a row."""
-    u_n1 = torch.rand(len(z_nd), 1, generator=generator).to(z_nd.device) * HIGHEST_LEVEL
-    noise_nd = torch.randn(z_nd.shape, generator=generator).to(z_nd.device)
-    return z_nd + noise_nd * (u_n1 / (1 - u_n1))
+    def _latents(self, z_nd: Tensor) -> Tensor:
+        return F.linear(z_nd - self.bias, self.encoder, self.encoder_bias).relu_()
+
+    def _reconstruct(self, z_nd: Tensor) -> Tensor:
+        latents_nl = self._latents(z_nd)
+        if self.threshold is None:
+            values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+            return (
+                F.embedding_bag(which_nk, self.decoder, per_sample_weights=values_nk, mode="sum") + self.bias
+            )
+        return (latents_nl * (latents_nl > self.threshold)) @ self.decoder + self.bias
+
+    def _chunks(self, z_nd: Tensor) -> tuple[Tensor, ...]:
+        return z_nd.split(max(CHUNK_FLOATS // self.latents, 64))

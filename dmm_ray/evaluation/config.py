@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dmm_ray.config import Config
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.subject.config import ModelSource
 
+T = TypeVar("T")
+OneOrMore = Annotated[
+    tuple[T, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
+]
+"""A value may stand for a list of one."""
+Sizes = OneOrMore[Annotated[int, Field(ge=1)]]
+
 
 class EvaluateConfig(Config):
-    """Compare a prior with a Gaussian, PCA, a mixture, a sparse autoencoder and an untrained prior."""
+    """Compare a prior with a Gaussian, PCA, mixtures, sparse autoencoders and an untrained prior."""
 
     prior: str
     """Prior folder or hub id."""
@@ -29,15 +38,27 @@ class EvaluateConfig(Config):
     train_rows: int = Field(default=400_000, ge=1)
     """Training rows that the baselines are fitted on, in whole documents."""
     validation_rows: int = Field(default=4_000, ge=1)
-    """Validation rows that choose the mixture's size."""
-    mixture_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128, 512, 2048), min_length=1)
-    """Numbers of components tried; the best on validation rows is reported."""
-    sae_latents: int | None = Field(default=None, ge=1)
-    """Latents of the sparse autoencoders; default 16 for each dimension."""
-    sae_k: int = Field(default=16, ge=1)
-    """Latents that may be active in a row."""
+    """Validation rows that choose the sizes and options of mixtures and sparse autoencoders."""
+    mixture_sizes: Sizes = (128, 512, 2048, 8192)
+    """Numbers of diagonal Gaussians tried, rising until one is worse; at least 20 training rows for each are needed."""
+    analyser_sizes: Sizes = (128, 512)
+    """Numbers of factor analysers tried, likewise."""
+    analyser_ranks: Sizes = (8, 16)
+    """Factors of each that are tried, rising likewise, with the best number of analysers."""
+    sae_latents: Sizes | None = None
+    """Latents of the sparse autoencoders, one number or several to try; default 16, 8 and 32 for each dimension."""
+    sae_k: Sizes = (16, 32, 64)
+    """Latents that may be active in a row, one number or several to try."""
+    sae_lr: OneOrMore[Annotated[float, Field(gt=0)]] = (5e-3, 2e-3, 1e-3)
+    """Peak learning rates of the sparse autoencoders, one or several to try."""
+    sae_kinds: OneOrMore[Literal["topk", "batch_topk"]] = ("topk", "batch_topk")
+    """Sparse autoencoders to try: topk, batch_topk."""
     sae_samples: int = Field(default=600_000, ge=1)
-    """Rows each of the two sparse autoencoders is trained on, repeats counted."""
+    """Rows each of the two sparse autoencoders is trained on, repeats counted; trials see a sixth of that."""
+    sae_minutes: float = Field(default=4.0, gt=0)
+    """Time for both sparse autoencoders, about: trials are left out, and rows, where it is too short."""
+    pretrained_sae: str | None = None
+    """Folder or URI of a trained sparse autoencoder of this layer (cfg.json and safetensors), compared as well."""
     lm_documents: int = Field(default=100, ge=0)
     """Test documents for the delta LM loss; 0 leaves it out."""
     lm_levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.5, 0.7)

@@ -109,5 +109,8 @@ def plain(inputs: EvaluationInputs, methods: Methods, rows: Tensor) -> Iterator:
     """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
     prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
-    for name, z_hat in (("pca", methods.pca.reconstruct(z)), ("sae", methods.sae_plain.reconstruct(z))):
-        yield name, prior.normalizer.denormalize(z_hat, row).cpu()
+    found = {"pca": methods.pca, "sae": methods.sae_plain.sae}
+    if methods.sae_pretrained is not None:
+        found["sae_pretrained"] = methods.sae_pretrained
+    for name, method in found.items():
+        yield name, prior.normalizer.denormalize(method.reconstruct(z), row).cpu()

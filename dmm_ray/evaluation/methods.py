@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dmm_ray.baselines import PCA, SAE, BaselineDenoiser, Density, Gaussian, Mixture, fit_best
+from dmm_ray.baselines import (
+    PCA,
+    SAE,
+    BaselineDenoiser,
+    Density,
+    Gaussian,
+    SAEGrid,
+    TunedSAE,
+    load_sae,
+    tune_sae,
+)
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import EvaluationInputs, EvaluationRows
+from dmm_ray.gaussians import ChosenMixture, GaussianMixture, choose_analysers, choose_diagonal
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.prior.flow import posterior_mean
 
 logger = logging.getLogger(__name__)
-KEYS = ("prior", "gaussian", "pca", "mixture", "sae", "untrained")
-"""The methods of the report. The autoencoder is the better of two, ``sae_plain`` and ``sae_noised``."""
+KEYS = ("prior", "gaussian", "pca", "mixture", "factor_analysers", "sae", "untrained")
+"""The methods of every report. The autoencoder is the better of two, ``sae_plain`` and ``sae_noised``."""
 SAE_VARIANTS = ("sae_plain", "sae_noised")
-LATENTS_PER_DIM = 16
+PRETRAINED_SAE = "sae_pretrained"
+"""One more method, where the user gives one."""
+LATENTS_PER_DIM = (16, 8, 32)
 METHOD_CHUNK = 8192
 
 
@@ -32,6 +46,7 @@ class PriorDenoiser:
         self.prior = prior
         self.layer = layer
         self.n_parameters = sum(p.numel() for p in prior.denoiser.parameters())
+        self.flops_per_row = 2 * self.n_parameters
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
         """The network's velocity (n, d), by chunks of rows."""
@@ -48,27 +63,41 @@ class PriorDenoiser:
         return posterior_mean(z_nd, self.velocity(z_nd, u_n), u_n)
 
 
+class Sampled(Protocol):
+    """A baseline that rows can be drawn from."""
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` normalised rows (n, d)."""
+        ...
+
+
 @dataclass
 class Methods:
-    """Fitted denoisers by name (``KEYS`` with ``SAE_VARIANTS`` in the place of ``sae``), and notes on the fits."""
+    """Fitted denoisers, and how they were chosen."""
 
     prior: PriorDenoiser
     untrained: PriorDenoiser
     gaussian: Gaussian
     pca: PCA
-    mixture: Mixture
-    sae_plain: SAE
-    sae_noised: SAE
-    mixture_losses: dict[int, float] = field(default_factory=dict)
+    mixture: ChosenMixture
+    factor_analysers: ChosenMixture
+    sae_plain: TunedSAE
+    sae_noised: TunedSAE
+    sae_pretrained: SAE | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The methods of the report: ``KEYS``, and the pretrained autoencoder where there is one."""
+        return KEYS if self.sae_pretrained is None else (*KEYS, PRETRAINED_SAE)
 
     @property
     def denoisers(self) -> dict[str, BaselineDenoiser]:
-        """Every method."""
+        """Every method by name, with ``SAE_VARIANTS`` in the place of ``sae``."""
         return {
             **self.priors,
             "gaussian": self.gaussian,
             "pca": self.pca,
-            "mixture": self.mixture,
+            **self.mixtures,
             **self.saes,
         }
 
@@ -78,59 +107,110 @@ class Methods:
         return {"prior": self.prior, "untrained": self.untrained}
 
     @property
+    def mixtures(self) -> dict[str, GaussianMixture]:
+        """Those of diagonal Gaussians and of factor analysers."""
+        return {"mixture": self.mixture.mixture, "factor_analysers": self.factor_analysers.mixture}
+
+    @property
     def saes(self) -> dict[str, SAE]:
-        """Both autoencoders."""
-        return {"sae_plain": self.sae_plain, "sae_noised": self.sae_noised}
+        """Every autoencoder."""
+        own = {"sae_plain": self.sae_plain.sae, "sae_noised": self.sae_noised.sae}
+        return own if self.sae_pretrained is None else {**own, PRETRAINED_SAE: self.sae_pretrained}
 
     @property
     def densities(self) -> dict[str, Density]:
         """The baselines that have a log-probability in d dimensions."""
-        return {"gaussian": self.gaussian, "mixture": self.mixture}
+        return {"gaussian": self.gaussian, **self.mixtures}
+
+    @property
+    def sampled(self) -> dict[str, Sampled]:
+        """The baselines that rows can be drawn from."""
+        return {"gaussian": self.gaussian, "pca": self.pca, **self.mixtures}
 
     def about(self) -> dict[str, dict[str, object]]:
-        """Size and fitting time of each method; the prior's training time is in its own folder."""
+        """Size, cost, fitting time and choice of each method; the prior's training time is in its own folder."""
         notes: dict[str, dict[str, object]] = {
             "pca": {"components": self.pca.components},
-            "mixture": {
-                "components": self.mixture.components,
-                "validation_loss_by_size": {str(k): v for k, v in self.mixture_losses.items()},
-            },
-            **{name: {"latents": len(sae.threshold), "k": sae.k} for name, sae in self.saes.items()},
+            "mixture": _about_mixture(self.mixture),
+            "factor_analysers": _about_mixture(self.factor_analysers),
+            **{name: {"latents": sae.latents, "k": sae.k} for name, sae in self.saes.items()},
         }
+        for name, tuned in (("sae_plain", self.sae_plain), ("sae_noised", self.sae_noised)):
+            notes[name] |= _about_sae(tuned)
         return {
-            name: {"parameters": m.n_parameters, "seconds": round(m.seconds, 2), **notes.get(name, {})}
+            name: {
+                "parameters": m.n_parameters,
+                "flops_per_row": m.flops_per_row,
+                "seconds": round(m.seconds, 2),
+                **notes.get(name, {}),
+            }
             for name, m in self.denoisers.items()
         }
 
 
+def _about_mixture(chosen: ChosenMixture) -> dict[str, object]:
+    mixture = chosen.mixture
+    return {
+        "components": mixture.components,
+        "rank": mixture.rank,
+        "rotated": mixture.basis is not None,
+        "variance_floor": chosen.floor,
+        "validation_loss_by_size": chosen.losses,
+        "components_lowered_to": chosen.lowered,
+    }
+
+
+def _about_sae(tuned: TunedSAE) -> dict[str, object]:
+    return {
+        "kind": tuned.options.kind,
+        "lr": tuned.options.lr,
+        "samples": tuned.samples,
+        "dead_latents": tuned.sae.dead,
+        "validation_by_options": tuned.losses,
+        "trials_left_out": tuned.left_out,
+    }
+
+
 def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
-    """Fit every baseline on the training rows; the mixture's size is chosen on the validation rows."""
-    train, d = inputs.train.z, inputs.prior.d
+    """Fit every baseline on the training rows; sizes and options are chosen on the validation rows.
+
+    Raises:
+        UserError: a pretrained autoencoder that cannot be read.
+    """
+    train, validation = inputs.train.z, inputs.validation.z
     start = time.perf_counter()
-    gaussian, pca = Gaussian.fit(train), PCA.fit(train)
-    mixture, losses = fit_best(train, inputs.validation.z, config.mixture_sizes, config.seed)
-    latents = config.sae_latents or LATENTS_PER_DIM * d
-    plain, noised = (
-        SAE.fit(
-            train,
-            latents=latents,
-            k=config.sae_k,
-            samples=config.sae_samples,
-            noised=noised,
-            seed=config.seed,
-        )
-        for noised in (False, True)
-    )
-    logger.info("baselines fitted on %d rows in %.1f s", len(train), time.perf_counter() - start)
-    return Methods(
+    pretrained = None
+    if config.pretrained_sae is not None:
+        normalizer, row = inputs.prior.normalizer, inputs.prior.layer_index(inputs.layer)
+        pretrained = load_sae(config.pretrained_sae, normalizer.mean[row], normalizer.var[row].sqrt())
+    plain, noised = (_fit_sae(config, inputs, noised) for noised in (False, True))
+    methods = Methods(
         prior=PriorDenoiser(inputs.prior, inputs.layer),
         untrained=PriorDenoiser(untrained_twin(inputs.prior, config.seed), inputs.layer),
-        gaussian=gaussian,
-        pca=pca,
-        mixture=mixture,
+        gaussian=Gaussian.fit(train),
+        pca=PCA.fit(train),
+        mixture=choose_diagonal(train, validation, config.mixture_sizes, config.seed),
+        factor_analysers=choose_analysers(
+            train, validation, config.analyser_sizes, config.analyser_ranks, config.seed
+        ),
         sae_plain=plain,
         sae_noised=noised,
-        mixture_losses=losses,
+        sae_pretrained=pretrained,
+    )
+    logger.info("baselines fitted on %d rows in %.1f s", len(train), time.perf_counter() - start)
+    return methods
+
+
+def _fit_sae(config: EvaluateConfig, inputs: EvaluationInputs, noised: bool) -> TunedSAE:
+    widths = config.sae_latents or tuple(share * inputs.prior.d for share in LATENTS_PER_DIM)
+    return tune_sae(
+        inputs.train.z,
+        inputs.validation.z,
+        SAEGrid(widths, config.sae_k, config.sae_lr, config.sae_kinds),
+        config.sae_samples,
+        noised=noised,
+        seconds=30 * config.sae_minutes,
+        seed=config.seed,
     )
 
 

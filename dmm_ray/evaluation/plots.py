@@ -21,7 +21,9 @@ COLORS = {
     "gaussian": "#30638e",
     "pca": "#5fa8d3",
     "mixture": "#3c8d53",
+    "factor_analysers": "#c58b1b",
     "sae": "#9a6dd7",
+    "sae_pretrained": "#5f3aa0",
     "untrained": "#8d8d8d",
     "real": "#444444",
 }
@@ -30,7 +32,9 @@ NAMES = {
     "gaussian": "Gaussian",
     "pca": "PCA (95 %)",
     "mixture": "mixture",
+    "factor_analysers": "factor analysers",
     "sae": "SAE",
+    "sae_pretrained": "pretrained SAE",
     "untrained": "untrained prior",
 }
 PICTURES = {
@@ -113,7 +117,7 @@ def scatter(test_nd: Tensor, drawn: Mapping[str, Tensor]) -> Figure:
     real = project(test_nd[at.to(test_nd.device)])
     panels = {"real": real} | {
         k: project(drawn[k][:SCATTER_ROWS])
-        for k in ("prior", "mixture", "gaussian", "untrained")
+        for k in ("prior", "mixture", "factor_analysers", "gaussian", "untrained")
         if k in drawn
     }
     figure = Figure(figsize=(2.1 * len(panels), 2.4), layout="constrained", facecolor="white")

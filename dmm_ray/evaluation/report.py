@@ -10,6 +10,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from dmm_ray.evaluation.plots import NAMES, PICTURES
+from dmm_ray.evaluation.summary import MIXTURES
 from dmm_ray.files import exists, join, read_bytes, write_bytes
 
 REPORT = "report.html"
@@ -68,14 +69,22 @@ def _opening(summary: Mapping[str, Any]) -> str:
     rows, relative = summary["rows"], summary["relative"]
     flow, delta = (_compared(relative[k]) for k in _HEADLINES)
     return (
-        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, a "
-        "mixture of many Gaussians, a sparse autoencoder and an untrained network of its own shape, all fitted on "
+        f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, "
+        "mixtures of many Gaussians and of factor analysers, sparse autoencoders and an untrained network of its own "
+        "shape, all fitted on "
         f"{rows['train']:,} rows of training documents. On {rows['test']:,} rows of {rows['test_documents']:,} test "
         f"documents its flow-matching loss is {flow} the full-covariance Gaussian's and "
-        f"{_compared(relative['flow_matching_loss_vs_mixture'])} the mixture's; what it costs the language model to "
+        f"{_best_mixture(summary, 'flow_matching_loss')}; what it costs the language model to "
         f"have the layer noised half-way and restored is {delta} the best of Gaussian, PCA and SAE and "
-        f"{_compared(relative['delta_lm_loss_vs_mixture'])} the mixture.</p>{_training(summary)}"
+        f"{_best_mixture(summary, 'delta_lm_loss')}.</p>{_training(summary)}"
     )
+
+
+def _best_mixture(summary: Mapping[str, Any], figure: str) -> str:
+    """``10 % above the better mixture (diagonal)``: the prior against the better of both."""
+    known = {k: v for k in MIXTURES if (v := summary["fidelity"][figure].get(k)) is not None}
+    best = min(known, key=known.__getitem__, default=MIXTURES[0])
+    return f"{_compared(summary['relative'][f'{figure}_vs_{best}'])} the better mixture's ({NAMES[best]})"
 
 
 def _training(summary: Mapping[str, Any]) -> str:
@@ -152,16 +161,18 @@ def _table(
     heads = [REPORT_COLUMNS[k] for k in columns]
     if with_size:
         heads[1:1] = ["at u = 0.4 to 0.6"]
-        heads += ["parameters", "fit, s"]
+        heads += ["parameters", "FLOPs per row", "fit, s"]
     lines = ["<tr><th></th>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>"]
-    middle = {k: _middle(summary["by_level"][k]) for k in NAMES}
-    for name, label in NAMES.items():
+    middle = {k: _middle(levels) for k, levels in summary["by_level"].items() if k in NAMES}
+    shown = {name: label for name, label in NAMES.items() if name in summary["by_level"]}
+    for name, label in shown.items():
         cells = [_cell(figures[k], errors.get(k) or {}, name, k) for k in columns]
         if with_size:
             about = _about(summary["methods"], name)
             cells[1:1] = [_cell(middle, {}, name, "middle")]
             cells += [
                 f"<td>{_count(about.get('parameters'))}</td>",
+                f"<td>{_count(about.get('flops_per_row'))}</td>",
                 f"<td>{_number(about.get('seconds'), 1)}</td>",
             ]
         lines.append(f'<tr class="{name}"><td>{_label(summary, name, label)}</td>{"".join(cells)}</tr>')
@@ -169,7 +180,7 @@ def _table(
         cells = [f"<td>{_number(figures[k].get('floor'))}</td>" for k in columns]
         if with_size:
             cells[1:1] = ["<td>–</td>"]
-            cells += ["<td>–</td>", "<td>–</td>"]
+            cells += ["<td>–</td>"] * 3
         lines.append(f"<tr><td>real rows (floor)</td>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
@@ -197,17 +208,22 @@ def _about(methods: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if name != "sae":
         return methods.get(name, {})
     plain, noised = methods["sae_plain"], methods["sae_noised"]
-    return {"parameters": plain["parameters"], "seconds": plain["seconds"] + noised["seconds"]}
+    return plain | {"seconds": plain["seconds"] + noised["seconds"]}
 
 
 def _label(summary: Mapping[str, Any], name: str, label: str) -> str:
     methods = summary["methods"]
     if name == "mixture":
         return f"mixture of {methods['mixture']['components']:,}"
+    if name == "factor_analysers":
+        about = methods["factor_analysers"]
+        return f"{about['components']:,} factor analysers of rank {about['rank']}"
     if name == "pca":
         return f"PCA, {methods['pca']['components']} components"
     if name == "sae":
         return f"SAE, {methods['sae_plain']['latents']:,} latents, k = {methods['sae_plain']['k']}"
+    if name == "sae_pretrained":
+        return f"pretrained SAE, {methods['sae_pretrained']['latents']:,} latents"
     return label
 
 

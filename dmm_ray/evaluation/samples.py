@@ -28,8 +28,7 @@ def draw(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> 
         )
         for name, method in methods.priors.items()
     }
-    for name in ("gaussian", "pca", "mixture"):
-        found[name] = getattr(methods, name).sample(n, seed)
+    found |= {name: method.sample(n, seed) for name, method in methods.sampled.items()}
     order = torch.from_numpy(numpy_rng(seed).permutation(len(inputs.train.z))[:n])
     found["floor"] = inputs.train.z[order.to(inputs.train.z.device)]
     return found

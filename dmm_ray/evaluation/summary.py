@@ -11,7 +11,7 @@ import numpy as np
 from dmm_ray.evaluation import likelihood
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import EvaluationInputs
-from dmm_ray.evaluation.methods import KEYS, Methods
+from dmm_ray.evaluation.methods import PRETRAINED_SAE, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
 from dmm_ray.evaluation.statistics import Estimate
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
@@ -19,7 +19,8 @@ from dmm_ray.provenance import SUMMARY
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.run_folder import RUN
 
-DELTA_LM_RIVALS = ("gaussian", "pca", "sae")
+DELTA_LM_RIVALS = ("gaussian", "pca", "sae", PRETRAINED_SAE)
+MIXTURES = ("mixture", "factor_analysers")
 
 
 def summarize(
@@ -27,11 +28,11 @@ def summarize(
 ) -> Figures:
     """The results, for ``summary.json``."""
     log_det = likelihood.log_determinant_per_dim(inputs)
-    fidelity_all, stderr_all = _fidelity(tables, "all")
-    fidelity_unseen, stderr_unseen = _fidelity(tables, "unseen")
+    fidelity_all, stderr_all = _fidelity(tables, methods, "all")
+    fidelity_unseen, stderr_unseen = _fidelity(tables, methods, "unseen")
     sampled = tables["samples"]
     for name, key in (("frechet_distance", "frechet"), ("two_sample_auc", "auc")):
-        fidelity_all[name] = {k: sampled[key].get(k) for k in (*KEYS, "floor")}
+        fidelity_all[name] = {k: sampled[key].get(k) for k in (*methods.keys, "floor")}
     return {
         "fidelity": fidelity_all,
         "fidelity_unseen_prefix": fidelity_unseen if inputs.unseen is not None else None,
@@ -82,9 +83,9 @@ def relative(figures: Figures) -> Figures:
     flow, delta = figures["flow_matching_loss"], figures["delta_lm_loss"]
     rivals = [delta[k] for k in DELTA_LM_RIVALS if delta.get(k) is not None]
     return {
-        **{f"flow_matching_loss_vs_{k}": _ratio(flow["prior"], flow[k]) for k in KEYS if k != "prior"},
+        **{f"flow_matching_loss_vs_{k}": _ratio(flow["prior"], flow[k]) for k in flow if k != "prior"},
         "delta_lm_loss_vs_best_of_gaussian_pca_sae": _ratio(delta["prior"], min(rivals, default=None)),
-        "delta_lm_loss_vs_mixture": _ratio(delta["prior"], delta["mixture"]),
+        **{f"delta_lm_loss_vs_{k}": _ratio(delta["prior"], delta[k]) for k in MIXTURES},
     }
 
 
@@ -129,15 +130,15 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fidelity(tables: dict[str, Figures], rows: str) -> tuple[Figures, Figures]:
+def _fidelity(tables: dict[str, Figures], methods: Methods, rows: str) -> tuple[Figures, Figures]:
     """The figures on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
     flow = tables["flow"][rows] or {}
     delta = tables["lm"].get("levels", {}).get(HEADLINE_LEVEL, {})
     nll = tables["nll"].get(rows, {})
     estimates: dict[str, dict[str, Estimate | None]] = {
-        "flow_matching_loss": {k: flow[k].overall if k in flow else None for k in KEYS},
-        "delta_lm_loss": {k: delta.get(k, {}).get(rows) for k in KEYS},
-        "nll_nats_per_dim": {k: nll.get(k) for k in ("prior", "gaussian", "mixture")},
+        "flow_matching_loss": {k: flow[k].overall if k in flow else None for k in methods.keys},
+        "delta_lm_loss": {k: delta.get(k, {}).get(rows) for k in methods.keys},
+        "nll_nats_per_dim": {k: nll.get(k) for k in ("prior", *methods.densities)},
     }
     return (
         {name: {k: e and e.mean for k, e in row.items()} for name, row in estimates.items()},

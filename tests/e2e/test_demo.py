@@ -37,6 +37,7 @@ def test_demo_leaves_a_report_and_refuses_another_one_there(tmp_path):
         "gaussian",
         "pca",
         "mixture",
+        "factor_analysers",
         "sae",
         "untrained",
     }

@@ -21,7 +21,7 @@ from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import read_record, record_name
 from dmm_ray.store.reader import ActivationStore
 
-KEYS = {"prior", "gaussian", "pca", "mixture", "sae", "untrained"}
+KEYS = {"prior", "gaussian", "pca", "mixture", "factor_analysers", "sae", "untrained"}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,12 @@ def finished(tmp_path_factory, request):
         activations=store,
         out=str(out),
         mixture_sizes=(4, 32),
+        analyser_sizes=(4,),
+        analyser_ranks=(2, 4),
         sae_latents=64,
-        sae_k=8,
+        sae_k=(8, 16),
+        sae_lr=5e-3,
+        sae_kinds="topk",
         sae_samples=30_000,
         lm_documents=8,
         nll_rows=32,
@@ -54,7 +58,7 @@ def test_summary_has_the_fixed_keys_and_finite_figures(finished):
     assert {"fidelity", "inputs", "versions", "seconds"} <= set(summary)
     fidelity = summary["fidelity"]
     assert set(fidelity["flow_matching_loss"]) == set(fidelity["delta_lm_loss"]) == KEYS
-    assert set(fidelity["nll_nats_per_dim"]) == {"prior", "gaussian", "mixture"}
+    assert set(fidelity["nll_nats_per_dim"]) == {"prior", "gaussian", "mixture", "factor_analysers"}
     assert set(fidelity["frechet_distance"]) == set(fidelity["two_sample_auc"]) == KEYS | {"floor"}
     for name, row in fidelity.items():
         missing = {k for k, v in row.items() if v is None}
@@ -88,7 +92,12 @@ def test_methods_tell_their_size_and_time(finished):
     assert set(methods) == (KEYS - {"sae"}) | {"sae_plain", "sae_noised"}
     assert all(m["parameters"] > 0 for m in methods.values())
     assert methods["prior"]["seconds"] > 0
-    assert set(methods["mixture"]["validation_loss_by_size"]) == {"4", "32"}
+    assert all(m["flops_per_row"] > 0 for m in methods.values())
+    assert {"4", "32"} < set(methods["mixture"]["validation_loss_by_size"])
+    assert set(methods["factor_analysers"]["validation_loss_by_size"]) == {"4 x 2", "4 x 4"}
+    assert methods["mixture"]["components_lowered_to"] is None
+    assert len(methods["sae_plain"]["validation_by_options"]) == 2
+    assert 0 <= methods["sae_noised"]["dead_latents"] < 64
 
 
 def test_unseen_prefixes_leave_out_test_documents_that_training_repeats(finished, config):
@@ -113,7 +122,16 @@ def test_report_is_self_contained_and_names_every_method(finished):
     page = (out / "report.html").read_text()
     for word in ("http://", "https://", "<script", "<link", 'src="/', "$"):
         assert word not in page
-    for word in ("mixture of", "SAE", "Gaussian", "untrained", "unseen", "prefers-color-scheme", "viewport"):
+    for word in (
+        "mixture of",
+        "factor analysers of rank",
+        "SAE",
+        "Gaussian",
+        "untrained",
+        "unseen",
+        "prefers-color-scheme",
+        "viewport",
+    ):
         assert word in page
     assert page.count("data:image/png;base64,") == 4
     assert {p.name for p in out.glob("*.png")} == {

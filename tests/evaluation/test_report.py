@@ -7,7 +7,7 @@ import pytest
 
 from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
 
-KEYS = ("prior", "gaussian", "pca", "mixture", "sae", "untrained")
+KEYS = ("prior", "gaussian", "pca", "mixture", "factor_analysers", "sae", "untrained")
 
 
 def read(path):
@@ -20,17 +20,19 @@ def summary():
     fidelity = {
         "flow_matching_loss": row,
         "delta_lm_loss": row | {"mixture": 0.5},
-        "nll_nats_per_dim": {"prior": -0.25, "gaussian": 1.0, "mixture": None},
+        "nll_nats_per_dim": {"prior": -0.25, "gaussian": 1.0, "mixture": None, "factor_analysers": None},
         "frechet_distance": row | {"sae": None, "floor": 0.1},
         "two_sample_auc": row | {"prior": 0.3, "gaussian": 0.55, "floor": 0.5},
     }
     relative = {
         "flow_matching_loss_vs_gaussian": -0.4,
         "flow_matching_loss_vs_mixture": 0.1,
+        "flow_matching_loss_vs_factor_analysers": -0.2,
         "delta_lm_loss_vs_best_of_gaussian_pca_sae": -0.6,
         "delta_lm_loss_vs_mixture": 1.0,
+        "delta_lm_loss_vs_factor_analysers": 0.5,
     }
-    size = {"parameters": 12345, "seconds": 1.5}
+    size = {"parameters": 12345, "flops_per_row": 2e6, "seconds": 1.5}
     return {
         "fidelity": fidelity,
         "fidelity_unseen_prefix": None,
@@ -40,7 +42,8 @@ def summary():
         "stderr_unseen_prefix": None,
         "by_level": {k: [1.0] * 10 for k in KEYS},
         "methods": {
-            k: size | {"components": 7, "latents": 9, "k": 2} for k in (*KEYS, "sae_plain", "sae_noised")
+            k: size | {"components": 7, "rank": 3, "latents": 9, "k": 2}
+            for k in (*KEYS, "sae_plain", "sae_noised")
         },
         "delta_lm": {"published_protocol": {"prior": 0.7, "pca": 0.04, "sae": 0.1}},
         "rows": {"train": 1000, "test": 100, "test_documents": 10, "unseen_prefix_share": None},
@@ -53,7 +56,9 @@ def summary():
 def test_says_plainly_what_is_better_and_what_is_worse(tmp_path, summary):
     page = read(write_report(str(tmp_path), summary))
     assert "40 % below the full-covariance Gaussian" in page
-    assert "10 % above the mixture" in page
+    assert "10 % above the better mixture's (mixture)" in page
+    assert "7 factor analysers of rank 3" in page
+    assert "2.00 M" in page
     assert "-60 %" in page
     assert "prior 0.700, PCA 0.040, SAE 0.100" in page
     assert "Text scored" not in page

@@ -1,0 +1,276 @@
+"""Training TopK and BatchTopK autoencoders on clean rows or to restore noised ones, and choosing their options.
+
+BatchTopK (Bussmann et al. 2024) keeps the k n largest latents of a batch of n rows; afterwards latents count above the
+average of the smallest that were kept. Latents that do not fire are pointed at what badly restored rows lack, as in
+neuron resampling (Bricken et al. 2023), in the first half of the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmm_ray.baselines.sae import SAE
+from dmm_ray.gaussians.choice import flow_matching_loss
+from dmm_ray.seeds import torch_rng
+
+logger = logging.getLogger(__name__)
+BATCH = 512
+WARMUP = 0.05
+HIGHEST_LEVEL = 0.7
+"""Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
+REVIVE_EVERY = 100
+"""Batches after which latents that did not fire are revived."""
+THRESHOLD_DECAY = 0.99
+"""Of the running average of a batch's smallest kept latent."""
+TRIAL_SHARE = 6
+"""A trial of options sees the samples of the final training over this."""
+PROBE_BATCHES = 20
+"""Batches that tell how long a training takes."""
+TRIALS_TIME = 0.5
+"""Share of the time that trials may take."""
+RESTORED_LEVEL = 0.5
+"""Noise level at which a noise-trained autoencoder is judged."""
+Kind = Literal["topk", "batch_topk"]
+
+
+class SAEOptions(NamedTuple):
+    """What is tuned."""
+
+    latents: int
+    k: int
+    lr: float = 5e-3
+    kind: Kind = "topk"
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.latents} latents, k = {self.k}, lr {self.lr:g}"
+
+
+class SAEGrid(NamedTuple):
+    """Values to try of each option, the first of each to begin with."""
+
+    latents: Sequence[int]
+    k: Sequence[int]
+    lr: Sequence[float]
+    kind: Sequence[Kind]
+
+    @property
+    def first(self) -> SAEOptions:
+        """Where the search begins."""
+        return SAEOptions(self.latents[0], self.k[0], self.lr[0], self.kind[0])
+
+
+@dataclass
+class TunedSAE:
+    """An autoencoder, and how it came about."""
+
+    sae: SAE
+    """Its ``seconds`` are those of trials and training."""
+    options: SAEOptions
+    samples: int
+    """Rows that it saw in training, repeats counted; fewer than asked for where time did not allow them."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """What each trial scored on validation rows, by its options."""
+    left_out: int = 0
+    """Trials that there was no time for."""
+
+
+def tune_sae(
+    z: Tensor,
+    validation: Tensor,
+    grid: SAEGrid,
+    samples: int,
+    *,
+    noised: bool,
+    seconds: float,
+    seed: int = 0,
+) -> TunedSAE:
+    """Train an autoencoder with the options that validation rows prefer.
+
+    One option after the other, learning rate first, is set to the value that did best in a short training. The plain
+    one is judged by its flow-matching loss. That of any reconstruction is decided at the lowest noise levels, so the
+    noise-trained one is judged by its error in restoring rows from half-way noise, which is what it is trained for.
+
+    Args:
+        z: (n, d) training rows.
+        validation: (m, d) rows of other documents.
+        grid: values of the options.
+        samples: rows that the final training sees, repeats counted.
+        noised: train to restore noised rows.
+        seconds: for trials and training, about.
+        seed: of weights, order and noise.
+    """
+    start = time.perf_counter()
+    best, losses, left_out = grid.first, {}, 0
+    short = max(samples // TRIAL_SHARE, BATCH)
+
+    def score(options: SAEOptions) -> float:
+        sae = train_sae(z, options, short, noised=noised, seed=seed)
+        losses[str(options)] = loss = _judge(sae, validation, noised, seed)
+        logger.info("SAE, %s, %s: %.4f", "noise-trained" if noised else "plain", options, loss)
+        return loss
+
+    for name in ("lr", "k", "latents", "kind"):
+        for value in getattr(grid, name)[1:]:
+            if time.perf_counter() - start > TRIALS_TIME * seconds:
+                left_out += 1
+                continue
+            if str(best) not in losses:
+                score(best)
+            options = best._replace(**{name: value})
+            if str(options) not in losses and score(options) < losses[str(best)]:
+                best = options
+    if left_out:
+        logger.warning("SAE: no time for %d trials of options; sae_minutes gives more", left_out)
+    affordable = _affordable(z, best, noised, seconds - (time.perf_counter() - start))
+    if affordable < samples:
+        logger.warning("SAE: trained on %d samples, not %d; sae_minutes gives more", affordable, samples)
+    sae = train_sae(z, best, min(samples, affordable), noised=noised, seed=seed)
+    sae.dead = sae.count_dead(z)
+    sae.seconds = time.perf_counter() - start
+    return TunedSAE(sae, best, min(samples, affordable), losses, left_out)
+
+
+def train_sae(z: Tensor, options: SAEOptions, samples: int, *, noised: bool = False, seed: int = 0) -> SAE:
+    """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
+
+    With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
+    """
+    with torch.enable_grad():
+        return _Training(z, options, max(samples // BATCH, 1), noised, seed).run()
+
+
+def _affordable(z: Tensor, options: SAEOptions, noised: bool, seconds: float) -> int:
+    """Samples that a training sees in so many seconds, at least one trial's worth of batches."""
+    begin = time.perf_counter()
+    train_sae(z, options, PROBE_BATCHES * BATCH, noised=noised)
+    each = (time.perf_counter() - begin) / PROBE_BATCHES
+    return BATCH * max(int(seconds / each), PROBE_BATCHES)
+
+
+def _judge(sae: SAE, validation: Tensor, noised: bool, seed: int) -> float:
+    if not noised:
+        return flow_matching_loss(sae, validation, seed=seed)
+    noise = torch.randn(validation.shape, generator=torch_rng(seed)).to(validation.device)
+    z_u = (1 - RESTORED_LEVEL) * validation + RESTORED_LEVEL * noise
+    return float((sae.posterior_mean(z_u, RESTORED_LEVEL) - validation).square().mean())
+
+
+class _Code(NamedTuple):
+    """Active latents of a batch, row after row."""
+
+    values: Tensor
+    """(m,), not negative."""
+    latents: Tensor
+    """(m,) which they are."""
+    starts: Tensor
+    """(n,) where each row's begin."""
+
+
+class _Training:
+    """One autoencoder's training."""
+
+    def __init__(self, z: Tensor, options: SAEOptions, batches: int, noised: bool, seed: int) -> None:
+        self.z, self.options, self.batches, self.noised = z, options, batches, noised
+        self.generator = torch_rng(seed)
+        mean = z.mean(0)
+        directions = torch.randn(options.latents, len(mean), generator=self.generator).to(z)
+        self.decoder = F.normalize(directions, dim=1)
+        self.encoder, self.bias = self.decoder.clone(), mean.clone()
+        self.encoder_bias = torch.zeros(options.latents, device=z.device)
+        self.mean, self.k = mean, min(options.k, options.latents)
+        self.weights = [self.encoder, self.encoder_bias, self.decoder, self.bias]
+        for weight in self.weights:
+            weight.requires_grad_()
+        self.optimizer = torch.optim.Adam(self.weights, lr=options.lr, betas=(0.9, 0.99))
+        self.smallest: float | None = None
+
+    def run(self) -> SAE:
+        """Train to the end."""
+        fired_l = torch.zeros(self.options.latents, dtype=torch.bool, device=self.z.device)
+        for step, target in enumerate(self._targets()):
+            done = step / self.batches
+            warm, falling = (step + 1) / (WARMUP * self.batches + 1), (1 - done) / 0.8
+            self.optimizer.param_groups[0]["lr"] = self.options.lr * min(warm, falling, 1)
+            code, error = self._step(target)
+            with torch.no_grad():
+                fired_l[code.latents[code.values > 0]] = True
+                if (step + 1) % REVIVE_EVERY == 0:
+                    if done < 0.5:
+                        self._revive(~fired_l, error)
+                    fired_l.zero_()
+                self.decoder.copy_(F.normalize(self.decoder, dim=1))
+        for weight in self.weights:
+            weight.requires_grad_(False)
+        threshold = None
+        if self.options.kind == "batch_topk":
+            threshold = torch.full_like(self.encoder_bias, self.smallest or 0.0)
+        return SAE(self.encoder, self.encoder_bias, self.decoder, self.bias, self.mean, self.k, threshold)
+
+    def _targets(self) -> Iterator[Tensor]:
+        """Batches of rows in shuffled passes."""
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(self.batches):
+            if len(order) < BATCH:
+                order = torch.cat([order, torch.randperm(len(self.z), generator=self.generator)])
+            yield self.z[order[:BATCH].to(self.z.device)]
+            order = order[BATCH:]
+
+    def _step(self, target: Tensor) -> tuple[_Code, Tensor]:
+        """One update: the batch's code and its errors (n, d)."""
+        source = noisy_view(target, self.generator) if self.noised else target
+        code = self._encode(source)
+        restored = F.embedding_bag(
+            code.latents, self.decoder, code.starts, per_sample_weights=code.values, mode="sum"
+        )
+        error = restored + self.bias - target
+        self.optimizer.zero_grad(set_to_none=True)
+        error.square().sum(1).mean().backward()
+        self.optimizer.step()
+        return code, error.detach()
+
+    def _encode(self, source: Tensor) -> _Code:
+        latents_nl = F.linear(source - self.bias, self.encoder, self.encoder_bias)
+        n, width = latents_nl.shape
+        if self.options.kind == "topk":
+            values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+            starts = torch.arange(0, n * self.k, self.k, device=source.device)
+            return _Code(values_nk.relu().flatten(), which_nk.flatten(), starts)
+        at = latents_nl.detach().flatten().topk(n * self.k, sorted=False).indices.sort().values
+        values = latents_nl.flatten()[at].relu()
+        counts = torch.bincount(at // width, minlength=n)
+        self._note_smallest(values.detach())
+        return _Code(values, at % width, counts.cumsum(0) - counts)
+
+    def _note_smallest(self, values: Tensor) -> None:
+        positive = values[values > 0]
+        if len(positive):
+            least = float(positive.min())
+            decay = 0.0 if self.smallest is None else THRESHOLD_DECAY
+            self.smallest = decay * (self.smallest or 0.0) + (1 - decay) * least
+
+    def _revive(self, dead_l: Tensor, error: Tensor) -> None:
+        """Point dead latents at what the worst restored rows of the batch still lack."""
+        dead = dead_l.nonzero()[:, 0][: len(error)]
+        worst = error.square().sum(1).topk(len(dead)).indices
+        directions = F.normalize(-error[worst], dim=1)
+        self.decoder[dead] = directions
+        self.encoder[dead] = directions
+        self.encoder_bias[dead] = 0
+        for weight in (self.encoder, self.encoder_bias, self.decoder):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[weight][moment][dead] = 0
+
+
+def noisy_view(z: Tensor, generator: torch.Generator) -> Tensor:
+    """``z_u / (1 - u) = z + noise * u / (1 - u)`` of rows (n, d), each with its own u in [0, HIGHEST_LEVEL]."""
+    u_n1 = torch.rand(len(z), 1, generator=generator).to(z.device) * HIGHEST_LEVEL
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    return z + noise * (u_n1 / (1 - u_n1))

@@ -1,0 +1,47 @@
+"""Noise levels, and what a Gaussian of known variance says of the clean row at one.
+
+Path: ``z_u = (1 - u) z + u * noise``; the velocity is ``noise - z``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def gain(variance: Tensor, u: Tensor | float) -> Tensor:
+    """``C(u) = (u - (1 - u) v) / ((1 - u)^2 v + u^2)``, elementwise.
+
+    For ``z ~ N(m, v)`` the optimal velocity is ``-m + C(u) (z_u - (1 - u) m)``: no division by u, exact at u = 0
+    (``-z``) and u = 1 (``z_u - m``).
+    """
+    return (u - (1 - u) * variance) / ((1 - u) ** 2 * variance + u * u)
+
+
+def shrink(variance: Tensor, u: Tensor | float) -> Tensor:
+    """``S(u) = (1 - u) v / ((1 - u)^2 v + u^2)``: for ``z ~ N(m, v)``, ``E[z | z_u] = m + S(u) (z_u - (1 - u) m)``."""
+    return (1 - u) * variance / ((1 - u) ** 2 * variance + u * u).clamp_min(1e-30)
+
+
+def levels_of(u: Tensor | float, n: int, device: torch.device) -> Tensor:
+    """``u`` as (n,) float32 noise levels on ``device``."""
+    return torch.as_tensor(u, dtype=torch.float32, device=device).expand(n)
+
+
+def map_levels(z: Tensor, u: Tensor | float, function: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """``function(rows, level)`` of the rows of each distinct level, put back in order.
+
+    Args:
+        z: (N, D).
+        u: a number or one per row (N,).
+        function: rows (n, D) and their level to as many rows.
+    """
+    if not isinstance(u, Tensor) or u.ndim == 0:
+        return function(z, float(u))
+    values, which = torch.unique(u, return_inverse=True)
+    order = torch.argsort(which, stable=True)
+    groups = z[order].split(torch.bincount(which, minlength=len(values)).tolist())
+    found = torch.cat([function(rows, level) for rows, level in zip(groups, values.tolist(), strict=True)])
+    return torch.empty_like(found).index_copy_(0, order, found)
