@@ -15,7 +15,7 @@ from dmm_ray.gaussians import (
     fit_diagonal,
     flow_matching_loss,
 )
-from dmm_ray.gaussians.assign import CANDIDATES, likeliest
+from dmm_ray.gaussians.assign import SCORED_COMPONENTS, likeliest
 from dmm_ray.gaussians.clusters import gather, kmeans
 from dmm_ray.gaussians.diagonal import from_sums
 
@@ -123,7 +123,7 @@ def test_ranking_components_first_finds_the_likeliest_of_many(rank: int) -> None
     z = model.sample(3_000)
     exact = model.at(0.0).log_joint(z)
     found = exact.gather(1, likeliest(model)(z)[:, None])[:, 0]
-    assert k > CANDIDATES
+    assert k > SCORED_COMPONENTS
     assert float((found >= exact.max(1).values - 1e-2).float().mean()) > 0.97
 
 
