@@ -174,7 +174,7 @@ class ValidationConfig(Group):
     """Validation rows that the scores' percentiles are calibrated on after training; 0 leaves the prior without."""
 
 
-class LoggingConfig(Group):
+class TrackingConfig(Group):
     """What a run shows."""
 
     log_every: int | None = Field(default=None, ge=1)
@@ -220,7 +220,7 @@ class TrainConfig(Config):
     """Which checkpoints are written and kept; a resumed run may keep others."""
     validation: ValidationConfig = ValidationConfig()
     """What is measured on validation documents."""
-    logging: LoggingConfig = LoggingConfig()
+    logging: TrackingConfig = TrackingConfig()
     """What a run shows."""
 
     @model_validator(mode="after")
