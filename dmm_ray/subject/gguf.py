@@ -21,8 +21,8 @@ from dmm_ray.files import sha256
 from dmm_ray.subject.quiet import first_line, quiet
 
 logger = logging.getLogger(__name__)
-SUFFIX = ".gguf"
-MAGIC = b"GGUF"
+GGUF_SUFFIX = ".gguf"
+GGUF_MAGIC = b"GGUF"
 CACHE_VARIABLE = "DMM_CACHE"
 """Environment variable: where unpacked models are kept; defaults to ~/.cache/dmm-ray."""
 REFUSALS = (
@@ -41,7 +41,7 @@ REFUSALS = (
 
 def is_gguf(path: Path) -> bool:
     """Whether ``path`` is a file that is named as GGUF files are."""
-    return path.suffix.lower() == SUFFIX and path.is_file()
+    return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
 
 
 def unpack(path: Path) -> tuple[Path, str]:
@@ -95,8 +95,8 @@ def _unpack_into(folder: Path, path: Path) -> None:
 def _check_header(path: Path) -> None:
     """Raises UserError for another kind of file, one that is cut short, or missing packages."""
     with path.open("rb") as file:
-        if file.read(4) != MAGIC:
-            raise UserError(f"model: {path} is not a GGUF file (it does not begin with {MAGIC.decode()})")
+        if file.read(4) != GGUF_MAGIC:
+            raise UserError(f"model: {path} is not a GGUF file (it does not begin with {GGUF_MAGIC.decode()})")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"model: a GGUF file needs {package}; pip install 'dmm-ray[gguf]'")
