@@ -96,7 +96,9 @@ def _check_header(path: Path) -> None:
     """Raises UserError for another kind of file, one that is cut short, or missing packages."""
     with path.open("rb") as file:
         if file.read(4) != GGUF_MAGIC:
-            raise UserError(f"model: {path} is not a GGUF file (it does not begin with {GGUF_MAGIC.decode()})")
+            raise UserError(
+                f"model: {path} is not a GGUF file (it does not begin with {GGUF_MAGIC.decode()})"
+            )
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"model: a GGUF file needs {package}; pip install 'dmm-ray[gguf]'")
