@@ -191,10 +191,13 @@ def build(
 
 
 def _nested(model: type[Config], arg: str) -> str:
-    """``--lr`` as ``--optimizer.lr``, the spelling that the parser knows of a field in a group."""
+    """``--lr`` as ``--optimizer.lr``, ``--d_model`` as ``--network.d-model``: the spelling that the parser knows."""
     match = re.fullmatch(r"--(no-)?([a-z][a-z0-9_-]*)(=.*)?", arg, re.DOTALL)
-    group = model.owners().get(match[2].replace("-", "_")) if match else None
-    return f"--{match[1] or ''}{group}.{match[2]}{match[3] or ''}" if match and group else arg
+    if match is None:
+        return arg
+    negation, name, value = match[1] or "", match[2].replace("_", "-"), match[3] or ""
+    group = model.owners().get(name.replace("-", "_"))
+    return f"--{negation}{group}.{name}{value}" if group else f"--{negation}{name}{value}"
 
 
 def _flat(model: type[Config], text: str) -> str:

@@ -113,10 +113,10 @@ def test_another_run_is_refused(run: SavedRun) -> None:
     with pytest.raises(UserError) as refused:
         run.check(other, run.prior)
     for said in (
-        "batch: ",
-        "64, not 128",
+        "split.seed: ",
+        "1, not 2",
+        "batch: 64, not 128",
         "lr: 0.003, not 0.1",
-        "split.seed: 1, not 2",
         "split.train: 0.6, not 0.9",
     ):
         assert said in str(refused.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmm_ray import cluster
+from dmm_ray import ray_session
 from dmm_ray.errors import UserError
 from dmm_ray.ray_session import check_cluster, cluster_address
 from dmm_ray.units.resources import ActorPool, plan_resources
@@ -68,7 +68,7 @@ def test_a_cluster_that_is_gone(closed: str, tiny_subject: Path, tiny_text: Path
 
 
 def test_what_is_not_a_cluster(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "ANSWER_S", 2.0)
+    monkeypatch.setattr(ray_session, "ANSWER_S", 2.0)
     monkeypatch.setenv("RAY_ADDRESS", silent)
     with pytest.raises(UserError, match=rf"RAY_ADDRESS: no Ray cluster answers at {silent} within 2 s"):
         check_cluster(silent)

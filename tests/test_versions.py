@@ -34,7 +34,7 @@ def requirements(*extras: str) -> list[Requirement]:
 def test_every_dependency_has_a_lower_bound(module: Any, tmp_path: Path) -> None:
     pins = {Requirement(line).name: str(Requirement(line).specifier) for line in module.oldest()}
     assert pins["ray"] == "==2.60"
-    assert set(pins) == {r.name for r in requirements("s3", "gcs", "large")}
+    assert set(pins) == {r.name for r in requirements("s3", "gcs", "large", "gguf")}
     (tmp_path / "p.toml").write_text('[project]\ndependencies = ["torch"]\n[project.optional-dependencies]\n')
     with pytest.raises(ValueError, match="torch: give it a lower bound"):
         module.oldest(tmp_path / "p.toml")

@@ -186,7 +186,7 @@ def _score(config: DemoConfig, prior: str, store_uri: str, model: str, layer: in
 def _test_text(store_uri: str, prior: str) -> str:
     """The first test document of at least 30 words, or the longest of the first 100."""
     split = Split.model_validate(read_json(join(prior, "config.json"))["split"])
-    entry = ActivationStore.open(store_uri).manifest.corpus
+    entry = ActivationStore.open(store_uri).manifest.text
     corpus = Corpus.scan(entry.uris, entry.text_field, entry.separator)
     longest = ""
     for document in corpus.read(0, corpus.n_documents):

@@ -69,6 +69,8 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], context: int, vocabula
         UserError: a prompt without tokens, token ids outside of the vocabulary, a chat that the template refuses.
         TooLongError: one that leaves no room for a token.
     """
+    if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+        raise UserError("prompts: expected a list of prompts; put a single one into a list of its own")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(
         encode(tokenizer, texts, context)

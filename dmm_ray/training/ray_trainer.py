@@ -91,7 +91,9 @@ def _failure(config: TrainConfig, error: Exception) -> str:
         ),
         key=lambda found: (LOST_PEER.search(found[1].cause) is not None, found[0]),
     )
-    restarts = f" after {config.max_failures} restarts" if config.max_failures else ""
+    restarts = (
+        f" after {config.distribution.max_failures} restarts" if config.distribution.max_failures else ""
+    )
     if failures:
         rank, failure = failures[0]
         where = keep_trace(f"rank-{rank}", failure.trace, config.out)

@@ -17,7 +17,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.extraction import extract as extract_module
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.engine import Engine, ExtractionTask, Loading
-from dmm_ray.extraction.extract import choose_compute_dtype, kept_of, make_manifest
+from dmm_ray.extraction.extract import choose_compute_dtype, make_manifest
 from dmm_ray.extraction.plan import CorpusSample
 from dmm_ray.store.manifest import Record
 from dmm_ray.store.reader import ActivationStore, Rows
@@ -60,7 +60,7 @@ def make_engine(out: Path, batch_tokens: int = 100, **options: Any) -> tuple[Eng
     source = config.subject.resolve()
     corpus = Corpus.scan(config.uris)
     window = config.window or source.context
-    sample = CorpusSample.draw(corpus, window, kept_of(config), config.seed, source.tokenizer)
+    sample = CorpusSample.draw(corpus, window, config.kept, config.seed, source.tokenizer)
     manifest = make_manifest(
         config, choose_compute_dtype(config, str(out)), source, 3, corpus, window, sample
     )

@@ -189,3 +189,11 @@ def test_bad_prompts_are_named(language: SubjectModel) -> None:
         language.generate([[0], [0]], ids=[1])
     with pytest.raises(TooLongError, match="prompt: fills the model's context"):
         language.generate([[0] * 64])
+
+
+@pytest.mark.parametrize("prompts", ["the cat", [3, 4, 5]])
+def test_one_prompt_that_is_not_in_a_list_is_refused(
+    language: SubjectModel, prompts: str | list[int]
+) -> None:
+    with pytest.raises(UserError, match="^prompts: expected a list of prompts"):
+        language.generate(prompts)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_too_short_a_time_and_both_lengths_are_refused(
 def test_without_a_length_a_run_has_the_documented_one(train_store: str, tmp_path: Path) -> None:
     this = config(train_store, tmp_path / "a", samples=None)
     found = settle.settle_samples(this, train_prior_config(this))
-    assert found.samples == DEFAULT_SAMPLES
+    assert found.schedule.samples == DEFAULT_SAMPLES
 
 
 def test_several_workers_are_tried_at_once_on_their_share(
@@ -139,7 +139,7 @@ def test_several_workers_are_tried_at_once_on_their_share(
     this = config(train_store, tmp_path / "a", samples=None, minutes=1.0, workers=2, cpus_per_worker=1)
     found = settle.settle_samples(this, train_prior_config(this))
     assert asked == [(2, 128, 64, {"cpus": 1.0, "gpus": 0.0})]
-    assert found.samples == 300 * 256  # the slowest worker sets the pace
+    assert found.schedule.samples == 300 * 256  # the slowest worker sets the pace
 
 
 def test_steps_of_a_trial_do_not_end_with_the_run_s_samples(train_store: str, tmp_path: Path) -> None:

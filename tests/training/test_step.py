@@ -6,7 +6,7 @@ import torch
 from dmm_ray.errors import UserError
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.parallel import Model, RankInfo
+from dmm_ray.training.parallel import ParallelDenoiser, RankInfo
 from dmm_ray.training.step import Ema, FlowBatch, ema_exponent, learning_rate
 
 CONFIG = TrainConfig(activations="a", out="b", samples=1000 * 64, batch=64, levels_per_batch=16, warmup=0.1)
@@ -70,7 +70,9 @@ def test_values_and_gradients_are_those_of_the_plain_formulation(how: str):
     torch.manual_seed(0)
     net, z = Denoiser(6, 12, 16, 1), torch.randn(64, 6)
     data = FlowBatch(CONFIG, 2, slice(0, 64), z)
-    model = Model(net, RankInfo(0, 1, torch.device("cpu")), sharded=False, compiled=how == "compiled").called
+    model = ParallelDenoiser(
+        net, RankInfo(0, 1, torch.device("cpu")), sharded=False, compiled=how == "compiled"
+    ).called
     losses = data.loss(model, False)
     gradients = torch.autograd.grad(losses.mean(), list(net.parameters()))
     u_B = data.u_M.repeat_interleave(4)
@@ -85,7 +87,9 @@ def test_values_and_gradients_are_those_of_the_plain_formulation(how: str):
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"compile: .*needs a C"):
-        Model(Denoiser(6, 12, 16, 1), RankInfo(0, 1, torch.device("cpu")), sharded=False, compiled=True)
+        ParallelDenoiser(
+            Denoiser(6, 12, 16, 1), RankInfo(0, 1, torch.device("cpu")), sharded=False, compiled=True
+        )
 
 
 def test_levels_must_divide_the_batch():
