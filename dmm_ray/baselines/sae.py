@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dmm_ray.baselines.base import velocity_from_mean
 from dmm_ray.gaussians.levels import levels_of
 
-CHUNK_FLOATS = 1 << 24
+SAE_FLOATS = 1 << 24
 DEAD_ROWS = 65536
 
 
@@ -85,11 +85,16 @@ class SAE:
         for rows in self._chunks(z_nd[:DEAD_ROWS]):
             latents_nl = self._latents(rows)
             if self.threshold is None:
-                values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+                values_nk, which_nk = self._topk(latents_nl)
                 fired_l[which_nk[values_nk > 0]] = True
             else:
                 fired_l |= (latents_nl > self.threshold).any(0)
         return int((~fired_l).sum())
+
+    def _topk(self, latents_nl: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.k is not None
+        values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+        return values_nk, which_nk
 
     def _latents(self, z_nd: Tensor) -> Tensor:
         return F.linear(z_nd - self.bias, self.encoder, self.encoder_bias).relu_()
@@ -97,11 +102,11 @@ class SAE:
     def _reconstruct(self, z_nd: Tensor) -> Tensor:
         latents_nl = self._latents(z_nd)
         if self.threshold is None:
-            values_nk, which_nk = latents_nl.topk(self.k, dim=1, sorted=False)
+            values_nk, which_nk = self._topk(latents_nl)
             return (
                 F.embedding_bag(which_nk, self.decoder, per_sample_weights=values_nk, mode="sum") + self.bias
             )
         return (latents_nl * (latents_nl > self.threshold)) @ self.decoder + self.bias
 
     def _chunks(self, z_nd: Tensor) -> tuple[Tensor, ...]:
-        return z_nd.split(max(CHUNK_FLOATS // self.latents, 64))
+        return z_nd.split(max(SAE_FLOATS // self.latents, 64))

@@ -75,8 +75,11 @@ def load_sae(path: str, mean_d: Tensor, scale_d: Tensor) -> SAE:
         (found["bias"] - mean) / scale,
         torch.zeros_like(mean),
     )
-    put = [part.float().contiguous().to(mean_d.device) for part in parts]
-    return SAE(*put, k, None if threshold is None else threshold.float().to(mean_d.device))
+    encoder, encoder_bias, decoder, bias, mean = (
+        part.float().contiguous().to(mean_d.device) for part in parts
+    )
+    threshold = None if threshold is None else threshold.float().to(mean_d.device)
+    return SAE(encoder, encoder_bias, decoder, bias, mean, k, threshold)
 
 
 def _config(path: str) -> dict[str, Any]:

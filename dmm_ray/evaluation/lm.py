@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmm_ray.baselines import PCA, SAE
 from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import Methods
 from dmm_ray.prior.flow import interpolate
@@ -109,7 +110,7 @@ def plain(inputs: EvaluationInputs, methods: Methods, rows: Tensor) -> Iterator:
     """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
     prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
-    found = {"pca": methods.pca, "sae": methods.sae_plain.sae}
+    found: dict[str, PCA | SAE] = {"pca": methods.pca, "sae": methods.sae_plain.sae}
     if methods.sae_pretrained is not None:
         found["sae_pretrained"] = methods.sae_pretrained
     for name, method in found.items():

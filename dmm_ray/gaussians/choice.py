@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -79,13 +80,11 @@ def choose_analysers(
     first, *others = sorted({min(rank, z.shape[1] - 1) for rank in ranks})
     sizes = search.affordable(sizes)
     for size in sizes:
-        if not search.improves(f"{size} x {first}", size, lambda z, c: fit_analysers(z, c, first, seed=seed)):
+        if not search.improves(f"{size} x {first}", size, partial(fit_analysers, rank=first, seed=seed)):
             break
     best = search.size
     for rank in others:
-        if not search.improves(
-            f"{best} x {rank}", best, lambda z, c, rank=rank: fit_analysers(z, c, rank, seed=seed)
-        ):
+        if not search.improves(f"{best} x {rank}", best, partial(fit_analysers, rank=rank, seed=seed)):
             break
     return search.chosen()
 

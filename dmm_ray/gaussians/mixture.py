@@ -27,6 +27,8 @@ from dmm_ray.gaussians.levels import gain, map_levels, shrink
 from dmm_ray.seeds import torch_rng
 
 LOG_2PI = math.log(2 * math.pi)
+CERTAIN = 1 - 1e-7
+"""A responsibility that is 1 in float32."""
 MIXTURE_FLOATS = 1 << 24
 """A chunk of rows makes about this many numbers at once."""
 
@@ -248,8 +250,10 @@ class NoisedMixture:
         inner.addmm_(rows, (precision_KD * means + 2 * a * bend_KD * means).T)
         if self.mixture.rank:
             inner += self._factor_part(rows, y_NKR)
-        divergence = (share * (trace_K + inner)).sum(1) - (score * velocity).sum(1)
-        return self._turned_back(velocity), divergence
+        spread = (share * inner).sum(1) - (score * velocity).sum(1)
+        # Far out one component has all of the responsibility, and this is the difference of two equal, large numbers.
+        spread = torch.where(share.max(1).values >= CERTAIN, 0.0, spread)
+        return self._turned_back(velocity), (share * trace_K).sum(1) + spread
 
     @functools.cached_property
     def _divergence_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

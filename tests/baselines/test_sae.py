@@ -23,9 +23,9 @@ def models() -> tuple[SAE, SAE, SAE]:
     """Plain TopK, noise-trained TopK, plain BatchTopK."""
     z, options = sparse_rows(8_000), SAEOptions(latents=64, k=4)
     return (
-        train_sae(z, options, 100_000),
-        train_sae(z, options, 100_000, noised=True),
-        train_sae(z, options._replace(kind="batch_topk"), 100_000),
+        train_sae(z, options, 300_000),
+        train_sae(z, options, 300_000, noised=True),
+        train_sae(z, options._replace(kind="batch_topk"), 300_000),
     )
 
 
@@ -111,8 +111,8 @@ def test_tuning_takes_the_options_that_validation_prefers() -> None:
     for noised in (False, True):
         tuned = tune_sae(z, validation, grid, 60_000, noised=noised, seconds=600)
         assert tuned.options.lr == 5e-3
-        assert tuned.options.k == 4 or noised
         assert len(tuned.losses) == 5
+        assert min(tuned.losses, key=tuned.losses.__getitem__) == str(tuned.options)
         assert tuned.left_out == 0
         assert tuned.samples == 60_000
         assert tuned.sae.seconds > 0

@@ -12,7 +12,7 @@ from dmm_ray.config import Config
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import load, training_tokens
 from dmm_ray.evaluation.lm import Documents, draw, restorations, sampled
-from dmm_ray.evaluation.methods import fit
+from dmm_ray.evaluation.methods import SAE_VARIANTS, fit
 from dmm_ray.evaluation.stages import measure_lm
 from dmm_ray.extraction.config import ExtractConfig
 from dmm_ray.extraction.verify import VerifyConfig
@@ -81,7 +81,9 @@ def test_prior_and_posterior_means_restore_the_same_noised_rows(config):
     found = dict(restorations(inputs, methods, rows, ids, u=0.5, seed=11))
     own = inputs.prior.denoise(rows, u=0.5, mode="mean", ids=ids, seed=11)
     assert torch.allclose(found["prior_mean"], own, atol=1e-4)
-    assert set(found) == {"prior_mean", "untrained", "gaussian", "pca", "mixture", "sae_plain", "sae_noised"}
+    assert set(found) == {"prior_mean", "untrained", "gaussian", "pca", "mixture", "factor_analysers"} | set(
+        SAE_VARIANTS
+    )
     drawn = sampled(inputs, rows, ids, u=0.5, seed=11)
     assert (drawn - own).square().mean() < 4 * (rows - own).square().mean()
 
@@ -117,4 +119,4 @@ def test_documents_that_failed_are_not_read_again(tiny_text: Path) -> None:
     [ExtractConfig, VerifyConfig, EvaluateConfig, ScoreConfig, DenoiseConfig, EncodeConfig, AppConfig],
 )
 def test_code_of_a_model_s_own_can_be_allowed_wherever_one_is_loaded(config: type[Config]) -> None:
-    assert "trust_remote_code" in config.owners()
+    assert "trust_remote_code" in config.owners() or "trust_remote_code" in config.model_fields

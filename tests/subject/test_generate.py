@@ -195,5 +195,5 @@ def test_bad_prompts_are_named(language: SubjectModel) -> None:
 def test_one_prompt_that_is_not_in_a_list_is_refused(
     language: SubjectModel, prompts: str | list[int]
 ) -> None:
-    with pytest.raises(UserError, match="^prompts: expected a list of prompts"):
+    with pytest.raises(UserError, match=r"^prompts: expected a list of prompts"):
         language.generate(prompts)  # type: ignore[arg-type]
