@@ -45,8 +45,10 @@ class PriorDenoiser:
     def __init__(self, prior: ActivationPrior, layer: int) -> None:
         self.prior = prior
         self.layer = layer
-        self.n_parameters = sum(p.numel() for p in prior.denoiser.parameters())
-        self.flops_per_row = 2 * self.n_parameters
+        network = sum(p.numel() for p in prior.denoiser.parameters())
+        base = prior.base
+        self.n_parameters = network + (base.n_parameters if base is not None else 0)
+        self.flops_per_row = 2 * network + (base.flops_per_row if base is not None else 0)
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
         """The network's velocity (n, d), by chunks of rows."""
@@ -215,9 +217,10 @@ def _fit_sae(config: EvaluateConfig, inputs: EvaluationInputs, noised: bool) -> 
 
 
 def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
-    """A prior of the same shape and normaliser with random weights."""
+    """A prior of the same shape and normaliser with random weights, without a base."""
     statistics = prior.normalizer
-    twin = ActivationPrior.untrained(prior.config, statistics.mean.cpu(), statistics.var.cpu(), seed)
+    alone = prior.config.model_copy(update={"base": "none"})
+    twin = ActivationPrior.untrained(alone, statistics.mean.cpu(), statistics.var.cpu(), seed)
     twin.precision = prior.precision
     return twin.to(prior.device)
 

@@ -1,7 +1,13 @@
 """Mixtures of Gaussians in torch: their closed forms at every noise level, and how they are fitted."""
 
 from dmm_ray.gaussians.analysers import fit_analysers
-from dmm_ray.gaussians.choice import ChosenMixture, choose_analysers, choose_diagonal, flow_matching_loss
+from dmm_ray.gaussians.choice import (
+    ChosenMixture,
+    choose_analysers,
+    choose_diagonal,
+    fit_gaussian,
+    flow_matching_loss,
+)
 from dmm_ray.gaussians.clusters import Clusters, find_clusters
 from dmm_ray.gaussians.diagonal import fit_diagonal
 from dmm_ray.gaussians.mixture import GaussianMixture, NoisedMixture
@@ -16,5 +22,6 @@ __all__ = [
     "find_clusters",
     "fit_analysers",
     "fit_diagonal",
+    "fit_gaussian",
     "flow_matching_loss",
 ]

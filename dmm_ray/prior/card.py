@@ -126,6 +126,7 @@ def _facts(config: PriorConfig, parameters: int) -> dict[str, Any]:
         "layers": _layers(config),
         "width of an activation": config.d,
         "network": f"{config.n_blocks} gated blocks, d_model {config.d_model}, d_mlp {config.d_mlp}",
+        "base": config.base,
         "parameters": f"{parameters:,}",
         "variance floor": f"{config.variance_floor:.3g}",
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dmm_ray.config import RESUMABLE, Config
+from dmm_ray.prior.base import BaseKind
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -32,6 +33,8 @@ class PriorConfig(Config):
     """Hidden width of a denoiser block."""
     n_blocks: int = Field(gt=0)
     """Number of denoiser blocks."""
+    base: BaseKind = "none"
+    """Closed-form velocity that the network's output is added to; its tensors are in the weight file."""
     variance_floor: float = Field(gt=0)
     """Variances below this are raised to it by the normaliser, in squared activation units."""
     subject: dict[str, Any] = Field(default={}, json_schema_extra=RESUMABLE)
@@ -45,6 +48,8 @@ class PriorConfig(Config):
     def _layers_distinct(self) -> PriorConfig:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("layers: each layer once")
+        if self.base != "none" and self.multi_layer:
+            raise ValueError("base: a prior of several layers has none; model one layer, or give base none")
         return self
 
     @property

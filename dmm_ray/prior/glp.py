@@ -73,6 +73,10 @@ def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: a prior that the format cannot hold, or no permission.
     """
+    if config.base != "none":
+        raise UserError(
+            f"prior: has a {config.base} base, which the published format cannot hold; train one with --base none"
+        )
     statistics = {
         name: _by_block(config, tensors[f"normalizer.{name}"], name == "var") for name in ("mean", "var")
     }

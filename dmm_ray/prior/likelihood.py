@@ -138,11 +138,17 @@ def integrate_log_prob(
 
     def traced(z: Tensor, u: float, number: int) -> tuple[Tensor, Tensor, Tensor]:
         def along(s: Tensor, t_KND: Tensor) -> tuple[Tensor, Tensor]:
-            return field.tangents(s, u, t_KND)
+            return field.network_tangents(s, u, t_KND)
 
         if probes == 0:
-            return exact_trace(along, z, chunk)
-        return hutchinson_trace(along, z, piece.ids, seed, number, probes, chunk)
+            v, divergence, variance = exact_trace(along, z, chunk)
+        else:
+            v, divergence, variance = hutchinson_trace(along, z, piece.ids, seed, number, probes, chunk)
+        if field.base is None:
+            return v, divergence, variance
+        # The base's divergence is exact: probes are spent on the network alone.
+        base_v, base_divergence = field.base.at(u).velocity_and_divergence(z)
+        return v + base_v, divergence + base_divergence, variance
 
     with as_asked(piece.z.device):  # the trace's sums as well as the field's products
         z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)

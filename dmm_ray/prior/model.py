@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from dmm_ray.arguments import as_integer, as_number
 from dmm_ray.errors import UserError
+from dmm_ray.files import join
+from dmm_ray.gaussians import GaussianMixture
 from dmm_ray.operations import Mode
 from dmm_ray.precision import Precision, PrecisionOption, precision_on
 from dmm_ray.prior import folder, publish
+from dmm_ray.prior.base import base_from_tensors
 from dmm_ray.prior.calibration import Calibration
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.denoising import Restorer, largest_levels, row_levels
@@ -55,15 +58,23 @@ class ActivationPrior(nn.Module):
         denoiser: the network.
         normalizer: statistics of each layer.
         calibration: tables behind the percentiles, or None.
+        base: the closed-form velocity that the network corrects, or None.
         velocities: the network as a field, in several number formats.
         precision: the one that the operations take where they are told none.
     """
 
-    def __init__(self, config: PriorConfig, denoiser: Denoiser, normalizer: Normalizer) -> None:
+    def __init__(
+        self,
+        config: PriorConfig,
+        denoiser: Denoiser,
+        normalizer: Normalizer,
+        base: GaussianMixture | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.denoiser = denoiser
         self.normalizer = normalizer
+        self.base = base
         self.calibration: Calibration | None = None
         self.velocities = Velocities(config)
         self.precision: Precision = "float32"
@@ -86,14 +97,24 @@ class ActivationPrior(nn.Module):
         return self.denoiser.in_proj.weight.device
 
     @classmethod
-    def untrained(cls, config: PriorConfig, mean: Tensor, var: Tensor, seed: int = 0) -> Self:
-        """A prior with random weights, from per-layer statistics mean and var, (d,) or (L, d)."""
+    def untrained(
+        cls,
+        config: PriorConfig,
+        mean: Tensor,
+        var: Tensor,
+        seed: int = 0,
+        base: GaussianMixture | None = None,
+    ) -> Self:
+        """A prior with random weights, from per-layer statistics mean and var, (d,) or (L, d).
+
+        With a base its last layer is zero: it begins as the base.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(as_seed(seed) & MASK64)
             denoiser = new_denoiser(config)
         shape = (len(config.layers), config.d)
         normalizer = Normalizer(mean.reshape(shape), var.reshape(shape), config.variance_floor)
-        return cls(config, denoiser, normalizer)
+        return cls(config, denoiser, normalizer, base)
 
     @classmethod
     def from_pretrained(
@@ -117,6 +138,7 @@ class ActivationPrior(nn.Module):
         """
         path = folder.resolve(str(source), revision)
         config, tensors = folder.load(path)
+        base = base_from_tensors(tensors, config.base, config.d, join(path, folder.WEIGHTS))
         statistics = Normalizer(
             tensors.pop("normalizer.mean"), tensors.pop("normalizer.var"), config.variance_floor
         )
@@ -129,7 +151,7 @@ class ActivationPrior(nn.Module):
             raise UserError(
                 f"{source}: weights do not fit config.json: {' '.join(str(e).split())[:300]}"
             ) from e
-        prior = cls(config, denoiser, statistics).to(device)
+        prior = cls(config, denoiser, statistics, base).to(device)
         prior.precision = precision_on(precision, device)
         prior.calibration = Calibration.load(path)
         prior._check_calibration()
@@ -452,7 +474,7 @@ class ActivationPrior(nn.Module):
 
     def _field(self, layer_index: int, precision: PrecisionOption | None = None) -> VelocityField:
         chosen = self.precision if precision is None else precision_on(precision, self.device)
-        return self.velocities.field(self.denoiser, layer_index, chosen)
+        return self.velocities.field(self.denoiser, layer_index, chosen, self.base)
 
     def _rows(self, x: Any, ids: Ids, layer_index: int) -> PriorRows:
         return PriorRows(x, ids, self.config, self.normalizer, layer_index)
@@ -467,5 +489,9 @@ class ActivationPrior(nn.Module):
 
 
 def new_denoiser(config: PriorConfig) -> Denoiser:
-    """An initialised denoiser of the shape that ``config`` says."""
-    return Denoiser(config.d, config.d_model, config.d_mlp, config.n_blocks, config.multi_layer)
+    """An initialised denoiser of the shape that ``config`` says; with a base, one that corrects nothing yet."""
+    denoiser = Denoiser(config.d, config.d_model, config.d_mlp, config.n_blocks, config.multi_layer)
+    if config.base != "none":
+        nn.init.zeros_(denoiser.out_proj.weight)
+        nn.init.zeros_(denoiser.out_proj.bias)
+    return denoiser

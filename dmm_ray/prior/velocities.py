@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmm_ray.gaussians import GaussianMixture
 from dmm_ray.precision import Precision
+from dmm_ray.prior.base import BaseLevels
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.network import Denoiser
 from dmm_ray.prior.precision import as_asked
@@ -49,6 +51,7 @@ class Velocities:
             Tensor
         ] = []  # views of the weights, and below their numbers when they were last looked at
         self._numbers: Tensor | None = None
+        self._levels: BaseLevels | None = None
         self._networks: dict[Precision, _Network] = {}
         self._gates: dict[Precision, dict[Key, list[Tensor]]] = {}
 
@@ -56,20 +59,30 @@ class Velocities:
         """Compile the networks from now on, with ``options`` of torch.compile."""
         self.options, self._weights = options, ()
 
-    def field(self, denoiser: Denoiser, layer_index: int, precision: Precision = "float32") -> VelocityField:
-        """The velocity at the layer of index ``layer_index``."""
+    def field(
+        self,
+        denoiser: Denoiser,
+        layer_index: int,
+        precision: Precision = "float32",
+        base: GaussianMixture | None = None,
+    ) -> VelocityField:
+        """The velocity at the layer of index ``layer_index``, of the network and of the base if there is one."""
         # In-place updates count up the version; a move or a cast changes the address. Weights that were loaded in
         # inference mode have no version: nothing outside of that mode can write into them.
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters())
+        held = [*denoiser.parameters(), *(base.buffers() if base is not None else ())]
+        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in held)
         if weights != self._weights or self._written():
             self._weights, self._networks, self._gates = weights, {}, {}
-            self._samples = [sampled(p) for p in denoiser.parameters() if p.is_contiguous()]
+            self._samples = [sampled(p) for p in held if p.numel() and p.is_contiguous()]
+            self._levels = None if base is None else BaseLevels(base)
             self._numbers = torch.cat(self._samples)
         if precision not in self._networks:
             self._networks[precision] = self._network(denoiser, precision)
         depth = self.config.depth(self.config.layers[layer_index]) if self.config.multi_layer else None
         known = self._gates.setdefault(precision, {})
-        return VelocityField(self._networks[precision], layer_index, depth, known, self._remembered)
+        return VelocityField(
+            self._networks[precision], layer_index, depth, known, self._remembered, self._levels
+        )
 
     def _written(self) -> bool:
         """Whether a number has changed that was looked at."""
@@ -99,6 +112,7 @@ class VelocityField:
         depth: its layer condition, where the prior has one.
         known: time paths by (layer_index, u), shared by all fields of a prior; the least recently used go first.
         remembered: most of them.
+        base: what the network corrects.
     """
 
     def __init__(
@@ -108,17 +122,19 @@ class VelocityField:
         depth: float | None,
         known: dict[Key, list[Tensor]],
         remembered: int,
+        base: BaseLevels | None = None,
     ) -> None:
         self.network, self.layer_index, self.depth = network, layer_index, depth
-        self.known, self.remembered = known, remembered
+        self.known, self.remembered, self.base = known, remembered, base
 
     def __call__(self, z: Tensor, u: float) -> Tensor:
         """The velocity (n, d) of rows at one noise level."""
         with as_asked(z.device):
-            return self.network.velocity(z.to(self.network.dtype), self._path(u, z.device)).to(z.dtype)
+            v = self.network.velocity(z.to(self.network.dtype), self._path(u, z.device)).to(z.dtype)
+            return v if self.base is None else v + self.base.at(u).velocity(z)
 
-    def tangents(self, z: Tensor, u: float, t_KND: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity (n, d) and its derivatives along t (K, n, d)."""
+    def network_tangents(self, z: Tensor, u: float, t_KND: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's own output (n, d), without the base, and its derivatives along t (K, n, d)."""
         dtype = self.network.dtype
         with as_asked(z.device):
             v, along = self.network.tangents(z.to(dtype), self._path(u, z.device), t_KND.to(dtype))
@@ -136,7 +152,8 @@ class VelocityField:
         with as_asked(z.device):
             gates = self._new_path(u_M)
             found = self.network.velocity(z.to(self.network.dtype), gates, index if len(u_M) > 1 else None)
-        return found.to(z.dtype)
+            found = found.to(z.dtype)
+            return found if self.base is None else found + self.base.base.velocity(z, u_N)
 
     def _path(self, u: float, device: torch.device) -> list[Tensor]:
         gates = self.known.pop((self.layer_index, u), None)

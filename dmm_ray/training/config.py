@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from dmm_ray.config import RESUMABLE, Config, Group
 from dmm_ray.precision import PrecisionOption
+from dmm_ray.prior.base import BaseKind
 from dmm_ray.prior.flow import NOISE_LEVELS
 from dmm_ray.store.split import Split
 
@@ -50,6 +51,20 @@ class NetworkConfig(Group):
         """The denoiser's size for activations of width d."""
         base = preset_shape(self.preset, d)
         return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
+
+
+class BaseConfig(Group):
+    """A closed-form velocity that the network only has to correct."""
+
+    base: BaseKind = "none"
+    """none; gaussian of full covariance; mixture of diagonal Gaussians in one basis; factor_analysers. Fitted on
+    training rows before the first step."""
+    base_rows: int = Field(default=400_000, ge=1)
+    """Training rows that it is fitted on, in whole documents."""
+    base_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128, 512, 2048), min_length=1)
+    """Numbers of Gaussians tried, rising until one is worse on validation rows."""
+    base_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 16), min_length=1)
+    """Factors of each factor analyser that are tried, likewise."""
 
 
 class ScheduleConfig(Group):
@@ -210,6 +225,8 @@ class TrainConfig(Config):
     """Of the initial weights, the data order and every sample's noise."""
     network: NetworkConfig = NetworkConfig()
     """Size of the denoiser."""
+    closed_form: BaseConfig = BaseConfig()
+    """A closed-form velocity that the network only has to correct."""
     schedule: ScheduleConfig = ScheduleConfig()
     """How many samples, in which batches and order."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -20,6 +20,7 @@ from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.seeds import MASK64
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
+from dmm_ray.training.base import load_base
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loader import Loader
 from dmm_ray.training.metrics_window import MetricsWindow, batch_metrics, means
@@ -58,6 +59,8 @@ class Trainer:
         moments = store.statistics(self.layer)
         mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
         self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(rank_info.device)
+        base = load_base(config, prior_config)
+        self.base = None if base is None else base.to(rank_info.device)
         self.loader = self._loader(store)
         torch.manual_seed(config.seed & MASK64)
         compiled = config.compile if config.compile is not None else rank_info.device.type == "cuda"
@@ -78,7 +81,7 @@ class Trainer:
         self.window = MetricsWindow(
             config, self.batch, past, rank_info.rank, rank_info.world_size, rank_info.device
         )
-        self.validation = load_validation(config, store, self.layer, self.normalizer, rank_info)
+        self.validation = load_validation(config, store, self.layer, self.normalizer, rank_info, self.base)
         self.peak_lr = config.peak_lr(prior_config.d)
 
     def train(self, signal_after: Callable[[int], RunSignal]) -> bool:
@@ -140,7 +143,7 @@ class Trainer:
         for piece in rank_info.pieces(size, config.distribution.micro_batch):
             mine = rows[piece.start - share.start : piece.stop - share.start]
             z_BD = self.normalizer.normalize(mine.to(rank_info.device, non_blocking=True))
-            data = FlowBatch(config, self.batch, piece, z_BD)
+            data = FlowBatch(config, self.batch, piece, z_BD, self.base)
             with self.model.accumulate(last=piece.stop == share.stop):
                 found = data.loss(self.model.called, config.precision == "bfloat16")
                 # DDP and FSDP average gradients over workers, whose shares may be uneven: this gives the mean over
@@ -247,7 +250,8 @@ class Trainer:
         if self.rank_info.rank == 0:
             denoiser = new_denoiser(self.prior_config)
             denoiser.load_state_dict(weights, assign=True)
-            ActivationPrior(self.prior_config, denoiser, self.normalizer).save_pretrained(self.config.out)
+            prior = ActivationPrior(self.prior_config, denoiser, self.normalizer, self.base)
+            prior.save_pretrained(self.config.out)
 
 
 def flops(denoiser: nn.Module, rows: int, levels: int) -> float:

@@ -11,6 +11,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import exists, filesystem, join, read_json, write_json
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.provenance import SUMMARY
+from dmm_ray.training.base import FILE
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.units.lock import LOCK
 
@@ -70,5 +71,5 @@ def claim_folder(config: TrainConfig, prior_config: PriorConfig) -> None:
 def _check_empty(out: str) -> None:
     fs, path = filesystem(out)
     found = {p.rstrip("/").split("/")[-1] for p in fs.ls(path, detail=False)} if fs.isdir(path) else set()
-    if others := sorted(found - {LOCK}):
+    if others := sorted(found - {LOCK, FILE}):
         raise UserError(f"{out}: holds {others[0]}, not a run of ours; choose another --out")

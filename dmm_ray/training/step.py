@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dmm_ray.gaussians import GaussianMixture
 from dmm_ray.prior.flow import batch_levels, interpolate
 from dmm_ray.prior.noise import normal
 from dmm_ray.training.config import TrainConfig
@@ -80,13 +81,22 @@ class Ema:
 class FlowBatch:
     """Rows ``share`` of a global batch on the path: what the network sees and what it should say.
 
+    With a base the target is what the base leaves of the velocity.
+
     Sample i of a batch has level ``i // run`` of it; a share that does not cut a run needs no index per row.
 
     Attributes:
         u_B: noise level of every row.
     """
 
-    def __init__(self, config: TrainConfig, batch: int, share: slice, z_BD: Tensor) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        batch: int,
+        share: slice,
+        z_BD: Tensor,
+        base: GaussianMixture | None = None,
+    ) -> None:
         device, levels = z_BD.device, config.schedule.levels
         run = config.schedule.batch // levels
         u_M = batch_levels(config.seed, batch, levels).to(device)
@@ -99,11 +109,17 @@ class FlowBatch:
         noise = normal(config.seed, ids, z_BD.shape[1], STREAM_TRAIN)
         self.u_B = self.u_M[level]
         self.z_u = interpolate(z_BD, noise, self.u_B)
-        self.target = noise - z_BD
+        self.target = residual(noise - z_BD, self.z_u, self.u_B, base)
 
     def loss(self, model: nn.Module, bf16: bool) -> Tensor:
         """As :func:`flow_loss`."""
         return flow_loss(model, self.z_u, self.target, self.u_M, self.index, bf16)
+
+
+@torch.no_grad()
+def residual(velocity: Tensor, z_u: Tensor, u_B: Tensor, base: GaussianMixture | None) -> Tensor:
+    """What a base leaves of the velocity (B, D) of rows z_u (B, D) at levels u (B,)."""
+    return velocity if base is None else velocity - base.velocity(z_u, u_B)
 
 
 def flow_loss(

@@ -16,6 +16,7 @@ from dmm_ray.provenance import write_summary
 from dmm_ray.ray_session import call_on_workers, cluster_address
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
+from dmm_ray.training.base import settle_base
 from dmm_ray.training.calibrate import calibrate_prior_on_store
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.loop import Trainer
@@ -81,6 +82,7 @@ def _settle(config: TrainConfig, store: ActivationStore) -> TrainConfig:
     if saved is not None:
         return settle_from(config, saved)
     config = settle_precision(config)
+    settle_base(config, _prior_config(config, store), local_device(config.distribution.device))
     config = settle_samples(config, _prior_config(config, store))
     claim_folder(config, _prior_config(config, store))
     return config
@@ -121,6 +123,7 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_model=shape.d_model,
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
+        base=config.closed_form.base,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
         subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
         | {"tokenizer_hash": manifest.tokenizer_hash},

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmm_ray.errors import UserError
+from dmm_ray.gaussians import GaussianMixture
 from dmm_ray.prior.flow import interpolate
 from dmm_ray.prior.noise import normal
 from dmm_ray.prior.normalizer import Normalizer
@@ -17,7 +18,7 @@ from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import VALIDATION
 from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.parallel import RankInfo
-from dmm_ray.training.step import STREAM_VALIDATION, flow_loss
+from dmm_ray.training.step import STREAM_VALIDATION, flow_loss, residual
 
 logger = logging.getLogger(__name__)
 VALIDATION_LEVELS = 64
@@ -31,9 +32,12 @@ class Validation:
         config: of the run.
         z_BD: all validation rows, normalised, on any device; one or more.
         rank_info: of this worker.
+        base: of the prior.
     """
 
-    def __init__(self, config: TrainConfig, z_BD: Tensor, rank_info: RankInfo) -> None:
+    def __init__(
+        self, config: TrainConfig, z_BD: Tensor, rank_info: RankInfo, base: GaussianMixture | None = None
+    ) -> None:
         self.config, self.rank_info, self.n = config, rank_info, len(z_BD)
         half = 0.5 / VALIDATION_LEVELS
         self.u_M = torch.linspace(half, 1 - half, VALIDATION_LEVELS, device=rank_info.device)
@@ -43,19 +47,24 @@ class Validation:
         self.pieces = []
         for piece in rank_info.pieces(pairs, config.distribution.micro_batch):
             ids = torch.arange(piece.start, piece.stop)
-            self.pieces.append((ids, z_BD[ids % self.n].to(rank_info.device)))
+            self.pieces.append((ids, *self._pair(ids, z_BD[ids % self.n].to(rank_info.device), base)))
+
+    def _pair(self, ids: Tensor, z_BD: Tensor, base: GaussianMixture | None) -> tuple[Tensor, Tensor]:
+        """Noised rows and what the network should say of them, (B, D) each."""
+        on_device = ids.to(self.rank_info.device)
+        noise = normal(self.config.seed, on_device, z_BD.shape[1], STREAM_VALIDATION)
+        u_B = self.u_M[on_device % VALIDATION_LEVELS]
+        z_u = interpolate(z_BD, noise, u_B)
+        return z_u, residual(noise - z_BD, z_u, u_B, base)
 
     @torch.no_grad()
     def loss(self, denoiser: nn.Module) -> float:
         """Mean over all rows. Collective: every rank must call this."""
         total = torch.zeros((), dtype=torch.float64, device=self.rank_info.device)
-        for ids, z_BD in self.pieces:
+        bf16 = self.config.precision == "bfloat16"
+        for ids, z_u, target in self.pieces:
             on_device = ids.to(self.rank_info.device)
-            noise = normal(self.config.seed, on_device, z_BD.shape[1], STREAM_VALIDATION)
-            index = on_device % VALIDATION_LEVELS
-            z_u = interpolate(z_BD, noise, self.u_M[index])
-            bf16 = self.config.precision == "bfloat16"
-            losses = flow_loss(denoiser, z_u, noise - z_BD, self.u_M, index, bf16)
+            losses = flow_loss(denoiser, z_u, target, self.u_M, on_device % VALIDATION_LEVELS, bf16)
             total += losses.double()[on_device < self.n].sum()
         if self.rank_info.world_size > 1:
             dist.all_reduce(total)
@@ -63,7 +72,12 @@ class Validation:
 
 
 def load_validation(
-    config: TrainConfig, store: ActivationStore, layer: int, normalizer: Normalizer, rank_info: RankInfo
+    config: TrainConfig,
+    store: ActivationStore,
+    layer: int,
+    normalizer: Normalizer,
+    rank_info: RankInfo,
+    base: GaussianMixture | None = None,
 ) -> Validation | None:
     """The validation of a run; None, with a warning, where no document falls into that part.
 
@@ -79,4 +93,5 @@ def load_validation(
         logger.warning("no document falls into the validation part: no validation loss")
         return None
     check_finite(store, layer, rows)
-    return Validation(config, normalizer.normalize(rows.activation.to(rank_info.device)), rank_info)
+    z_BD = normalizer.normalize(rows.activation.to(rank_info.device))
+    return Validation(config, z_BD, rank_info, base)

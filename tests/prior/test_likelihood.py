@@ -102,7 +102,7 @@ def test_held_probes_would_be_worse():
     signs = rademacher(0, ids, 16)[None]
 
     def held(z, u, number):
-        v, along = field.tangents(z, u, signs)
+        v, along = field.network_tangents(z, u, signs)
         return v, (along[0] * signs[0]).sum(1), torch.zeros(len(z))
 
     z_1, divergence, _ = solver.integrate_with_trace(field, held, x, solver.points(0, 1, 16))

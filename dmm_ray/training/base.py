@@ -1,0 +1,119 @@
+"""The base of a prior (``dmm_ray.prior.base``), fitted on training rows before the first step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dmm_ray.errors import UserError
+from dmm_ray.files import exists, hash_json, join, read_bytes, write_bytes
+from dmm_ray.gaussians import GaussianMixture, choose_analysers, choose_diagonal, fit_gaussian
+from dmm_ray.prior.base import base_from_tensors
+from dmm_ray.prior.config import PriorConfig
+from dmm_ray.prior.normalizer import Normalizer
+from dmm_ray.prior.weights import read_header
+from dmm_ray.store.match import check_finite
+from dmm_ray.store.reader import ActivationStore
+from dmm_ray.store.split import TRAIN, VALIDATION
+from dmm_ray.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+FILE = "base.safetensors"
+IDENTITY = "identity"
+"""Metadata of the file: the hash of all that decides what is in it."""
+CHOICE_ROWS = 4096
+"""Validation rows that its size is chosen on."""
+
+
+def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> None:
+    """Fit the base of a run and write it into the run's folder, unless it is there.
+
+    Args:
+        config: of the run.
+        prior_config: of the prior to be.
+        device: where to compute.
+
+    Raises:
+        UserError: no validation rows to choose its size on, or rows that contain NaN or Inf.
+    """
+    if config.closed_form.base == "none":
+        return
+    path, identity = join(config.out, FILE), _identity(config, prior_config)
+    if exists(path) and _identity_of(path) == identity:
+        return
+    started = time.perf_counter()
+    base, losses = _fit(config, prior_config, torch.device(device))
+    tensors = {name: t.cpu().contiguous() for name, t in base.state_dict().items()}
+    metadata = {IDENTITY: identity, "validation_loss": json.dumps(losses)}
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    logger.info(
+        "base: %s of %d components, rank %d, validation loss %.4f, fitted in %.0f s",
+        config.closed_form.base,
+        base.components,
+        base.rank,
+        min(losses.values()),
+        time.perf_counter() - started,
+    )
+
+
+def load_base(config: TrainConfig, prior_config: PriorConfig) -> GaussianMixture | None:
+    """The base in a run's folder; None for a run without one."""
+    if config.closed_form.base == "none":
+        return None
+    path = join(config.out, FILE)
+    tensors = safetensors.torch.load(read_bytes(path))
+    found = {f"base.{name}": tensor for name, tensor in tensors.items()}
+    return base_from_tensors(found, config.closed_form.base, prior_config.d, path)
+
+
+def _identity(config: TrainConfig, prior_config: PriorConfig) -> str:
+    parts: dict[str, Any] = {
+        **config.closed_form.identity(),
+        "store": prior_config.training.get("store"),
+        "layers": prior_config.layers,
+        "split": config.split.model_dump(),
+        "seed": config.seed,
+    }
+    return hash_json(parts)
+
+
+def _identity_of(path: str) -> str | None:
+    data = read_bytes(path)
+    header, _ = read_header(lambda start, stop: data[start:stop])
+    return header.get("__metadata__", {}).get(IDENTITY)
+
+
+def _fit(
+    config: TrainConfig, prior_config: PriorConfig, device: torch.device
+) -> tuple[GaussianMixture, dict[str, float]]:
+    """The base, and the validation loss of all that were tried."""
+    asked, seed = config.closed_form, config.seed
+    (layer,) = prior_config.layers
+    store = ActivationStore.open(config.activations)
+    moments = store.statistics(layer)
+    mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
+    normalizer = Normalizer(mean, var, prior_config.variance_floor).to(device)
+
+    def rows(part: int, most: int) -> Tensor:
+        found = store.select(layer, config.split, part, most, seed)
+        check_finite(store, layer, found)
+        return normalizer.normalize(found.activation.to(device))
+
+    z, validation = rows(TRAIN, asked.base_rows), rows(VALIDATION, CHOICE_ROWS)
+    if len(validation) == 0:
+        raise UserError("base: no document falls into the validation part, which its size is chosen on")
+    logger.info("base: fitting a %s on %d rows", asked.base, len(z))
+    if asked.base == "gaussian":
+        gaussian, loss = fit_gaussian(z, validation)
+        return gaussian, {"1": loss}
+    if asked.base == "mixture":
+        chosen = choose_diagonal(z, validation, asked.base_sizes, seed)
+    else:
+        chosen = choose_analysers(z, validation, asked.base_sizes, asked.base_ranks, seed)
+    return chosen.mixture, chosen.losses
