@@ -159,7 +159,7 @@ def ray_messages_logged() -> Iterator[None]:
 def call_on_workers(
     workers: int, function: Callable[..., T], *arguments: object, cpus: float, gpus: float
 ) -> list[T]:
-    """Call ``function`` on the cluster in so many processes at once, each with the resources of a worker.
+    """Call ``function`` on the cluster in ``workers`` parallel processes, each with the resources of a worker.
 
     Raises:
         Exception: what the first of them raises that raises something.

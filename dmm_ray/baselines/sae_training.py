@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 BATCH = 512
 WARMUP = 0.05
 HIGHEST_LEVEL = 0.7
-"""Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
+"""Highest noise level trained on: beyond it, rows divided by 1 - u would dominate the loss."""
 REVIVE_EVERY = 100
 """Batches after which latents that did not fire are revived."""
 THRESHOLD_DECAY = 0.99
@@ -148,7 +148,7 @@ def train_sae(z: Tensor, options: SAEOptions, samples: int, *, noised: bool = Fa
 
 
 def _affordable(z: Tensor, options: SAEOptions, noised: bool, seconds: float) -> int:
-    """Samples that a training sees in so many seconds, at least one trial's worth of batches."""
+    """Samples that fit into ``seconds`` of training, at least one probe's worth of batches."""
     begin = time.perf_counter()
     train_sae(z, options, PROBE_BATCHES * BATCH, noised=noised)
     each = (time.perf_counter() - begin) / PROBE_BATCHES

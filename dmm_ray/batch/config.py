@@ -63,14 +63,14 @@ class StoreJobConfig(JobConfig):
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only documents of this part of the prior's own split."""
     rows: int | None = Field(default=None, ge=1)
-    """Take only so many rows, drawn by seed; default all."""
+    """Score only this many rows, drawn by seed; defaults to all."""
 
     @model_validator(mode="after")
     def _store_or_text(self) -> StoreJobConfig:
         if self.activations is None and self.text is None:
             raise ValueError("activations: give --activations STORE, or --text to extract them first")
         if self.text is None and (self.subject.model or self.subject.revision or self.window):
-            raise ValueError("text: --model, --revision and --window are of no use without --text")
+            raise ValueError("text: --model, --revision and --window require --text")
         return self
 
 

@@ -78,7 +78,7 @@ class ScoreOperation:
 
     @property
     def width(self) -> int:
-        """One number a column."""
+        """One number per column."""
         return len(self.columns)
 
     @property
@@ -124,7 +124,7 @@ def _asked(
     subject: Tensor | int,
     ids: Tensor,
 ) -> Found:
-    """What the prior finds, on the CPU. Raises UserError where that is not finite."""
+    """The prior's results, on the CPU. Raises UserError if they contain NaN or Inf."""
     columns = ask(prior, kind.NAME, subject, ids, config.told(kind, layer))
     found = {name: column.cpu() for name, column in columns.items() if column is not None}
     _check_answers(next(iter(found.values())), ids)

@@ -1,4 +1,4 @@
-"""What a client raises: the endpoint says no, or does not answer."""
+"""Exceptions of the client: the endpoint refuses a request or is unavailable."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ STATUS_EVERY_S = 15.0
 
 
 class Steps:
-    """Says, at each step and every so often within it, where the flow stands. A context: it says nothing after it.
+    """Logs progress at each step and at intervals within it. A context manager.
 
     Args:
         minutes: for all steps; None where nobody has said how long they may take.

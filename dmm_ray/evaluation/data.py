@@ -162,7 +162,7 @@ def read_part(
     """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
 
     Raises:
-        UserError: there are none, or one is not finite.
+        UserError: there are no rows, or one contains NaN or Inf.
     """
     rows = store.select(layer, split, part, max_rows, seed)
     check_finite(store, layer, rows)

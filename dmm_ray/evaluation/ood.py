@@ -31,7 +31,7 @@ class Uniformity(NamedTuple):
     distance: float
     """Largest difference between their distribution and the uniform one (Kolmogorov and Smirnov)."""
     p_value: float
-    """Share of resamples of documents, centred, with a distance as large: small says not uniform.
+    """Share of centred document resamples whose distance is at least as large; a small value means not uniform.
 
     What the calibration's own rows leave uncertain is not in it.
     """

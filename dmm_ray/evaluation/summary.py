@@ -122,7 +122,7 @@ def about(config: EvaluateConfig, methods: Methods) -> Figures:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite as None: JSON has no other way to say that there is none."""
+    """``value`` with NaN and Inf replaced by None: JSON cannot represent them."""
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

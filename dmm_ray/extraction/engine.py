@@ -277,7 +277,7 @@ class UnitResult:
 
 
 def _flags(rows: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the rows (n, d) to keep hold a value that is not finite; which have a norm far over the median."""
+    """Masks of the rows (n, d) to keep that contain NaN or Inf, and of those whose norm is far above the median."""
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
     finite = torch.isfinite(norm)
     if not finite.all():

@@ -136,7 +136,7 @@ class _Search:
         return sorted({min(size, most) for size in sizes})
 
     def improves(self, name: str, size: int, fit: Callable[[Tensor, Clusters], GaussianMixture]) -> bool:
-        """Whether ``fit`` of so many clusters gives a mixture better than the best so far."""
+        """Whether ``fit`` with ``size`` clusters beats the best mixture so far."""
         if self._clusters is None or self._clusters[0] != size:
             self._clusters = size, find_clusters(self.z, size, self.seed)
             self.seconds += self._clusters[1].seconds

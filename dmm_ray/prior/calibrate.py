@@ -45,7 +45,7 @@ def calibrate(
         seed: of its probes and of the velocity error's noise.
 
     Raises:
-        UserError: as ``log_prob``; ids that are not pairs; a score that is not finite.
+        UserError: as ``log_prob``; ids that are not pairs; a score that is NaN or Inf.
     """
     index = prior.layer_index(layer)
     pairs = np.asarray(torch.as_tensor(ids).numpy(force=True))

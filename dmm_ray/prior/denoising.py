@@ -26,7 +26,7 @@ def check_mode(mode: str) -> None:
 
 
 def row_levels(u: Any, n: int) -> Tensor:
-    """One noise level a row, (n,) float64 on the CPU, from a number or (n,).
+    """One noise level per row, (n,) float64 on the CPU, from a number or (n,).
 
     Raises:
         UserError: another length, or a level that is not in [0, 1].
@@ -36,7 +36,7 @@ def row_levels(u: Any, n: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"u: one number or {n} of them are needed (got {u!r})") from e
     if len(levels) not in (1, n):
-        raise UserError(f"u: one noise level or one a row is needed, got {len(levels)} for {n} rows")
+        raise UserError(f"u: expected one noise level or one per row, got {len(levels)} for {n} rows")
     good = (levels >= 0) & (levels <= 1)
     if not good.all():
         bad = float(levels[~good][0])

@@ -301,7 +301,7 @@ class ActivationPrior(nn.Module):
 
         Args:
             x: (n, d), finite.
-            u: how far: 0 gives the row back, 1 forgets it; one number, or one a row (n,), equal ones solved together.
+            u: noise level (0 returns the row, 1 discards it), a number or one per row (n,); equal levels share a solve.
             steps: intervals from u to 0 (``sample`` only), two network evaluations each (midpoint).
             mode: ``sample`` follows the flow to a natural state; ``mean`` takes E[z | z_u] in one evaluation.
             layer: see the class, as for all that is not here.

@@ -11,11 +11,11 @@ from torch import Tensor
 QUANTILE_LEVELS = 257
 """Quantiles kept of a score, at the levels (k + 1/2) / 257."""
 TAIL = 12
-"""The tails' slope is taken between the outermost quantile and the one so many further in (about 5 % of the rows)."""
+"""The tails' slope is taken between the outermost quantile and the one this many further in (about 5 % of rows)."""
 ROUNDING = 1e-5
 """Of a score, relative: what float32 sums, and another batch or machine, may change."""
 MIN_ROWS = 128
-"""Positions are pooled until a bucket has so many rows."""
+"""Positions are pooled until a bucket has this many rows."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class PriorRows:
         positions: second column of ids that are pairs, (n,), or None.
 
     Raises:
-        UserError: another shape, no rows, a row that is not finite, ids that do not fit.
+        UserError: wrong shape, no rows, a row that contains NaN or Inf, ids that do not fit.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import filesystem, is_local, iter_chunks
 
 HEADER_BYTES = 8
-"""A safetensors file begins with the length of its header, a little-endian integer of so many bytes."""
+"""Size of the little-endian header length that a safetensors file begins with."""
 SAMPLED = 256
 """Numbers of each tensor that a fingerprint and a check for changes look at, at most."""
 LFS = b"version https://git-lfs"

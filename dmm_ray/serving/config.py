@@ -82,7 +82,7 @@ class AppConfig(Config):
     body_timeout_s: float = Field(default=30.0, gt=0)
     """How long the body of a request may take to arrive, seconds; then 408."""
     drain_s: float = Field(default=30.0, ge=0)
-    """How long a process that is being replaced or stopped may go on with its requests, seconds."""
+    """Seconds that a process being replaced or stopped has to finish its requests."""
     hung_s: float = Field(default=900.0, gt=0)
     """A solver call that takes longer is taken for hung and its process replaced, seconds."""
     auth: Literal["tokens", "none"] | None = None

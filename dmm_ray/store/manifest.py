@@ -25,13 +25,13 @@ ROW_GROUP_ROWS = 4096
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DtypeName = Literal["bfloat16", "float32"]
 Excluded = Literal["nonfinite", "outliers"]
-"""Rows that may be left out, in every layer where they are so in one: with a value that is not finite, or with a
-norm over ``OUTLIER_NORM`` times the median of their unit."""
+"""Rows that can be excluded, from all layers if they qualify in one: rows that contain NaN or Inf, or whose norm is
+over ``OUTLIER_NORM`` times the median of their unit."""
 OUTLIER_NORM = 10.0
 
 
 class ResolvedEntry(Config):
-    """What else decides a row, as it was once the model was loaded."""
+    """What else determines a row, recorded after the model was loaded."""
 
     chat_template: str | None
     """SHA-256; None for a tokenizer without one."""
@@ -255,7 +255,7 @@ class Record(Config):
     excluded: int
     """Rows left out by ``exclude``."""
     nonfinite: dict[str, int]
-    """Rows with a value that is not finite, by layer, before any are left out; the moments leave them out."""
+    """Rows that contain NaN or Inf, by layer, before exclusion; the moments leave them out."""
     outliers: dict[str, int]
     """Rows with a norm over ``OUTLIER_NORM`` times the unit's median, by layer, before any are left out."""
     files: dict[str, FileEntry]

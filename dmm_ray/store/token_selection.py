@@ -19,7 +19,7 @@ class TokenSelection(Group):
     long_documents: Literal["cut", "split"] = "cut"
     """Cut a document longer than the window, or split it into windows that do not see each other."""
     tokens_per_doc: Literal["all", "last"] | int = "all"
-    """Tokens kept of each document: all, the last, or so many drawn by seed."""
+    """Tokens kept per document: all, the last, or this many drawn by seed."""
     min_position: int = Field(default=0, ge=0)
     """Leave out earlier positions."""
     max_position: int | None = Field(default=None, ge=0)

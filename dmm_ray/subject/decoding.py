@@ -84,7 +84,7 @@ class Decoding:
 
         Raises:
             NoCacheError: the model gives no cache.
-            UserError: an edit fails, or the model gives NaN or Inf for a sequence that goes on.
+            UserError: an edit fails, or the model returns NaN or Inf for an unfinished sequence.
         """
         going = torch.ones_like(self._mask[:, :1])
         if tokens is not None:

@@ -48,7 +48,7 @@ def unpack(path: Path) -> tuple[Path, str]:
     """The folder with the unpacked model of a GGUF file, and the file's SHA-256.
 
     Weights are dequantised to float32, so the folder has 4 bytes per weight. It is named after the file's hash and
-    appears whole or not at all; processes that ask at once wait for the first of them.
+    appears whole or not at all; concurrent processes wait for the first one.
 
     Args:
         path: of the file.

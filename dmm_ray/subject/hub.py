@@ -23,7 +23,7 @@ _UNWANTED = ["original/*", "consolidated*", "*/*.safetensors"]
 def download(model: str, revision: str | None) -> Path:
     """The folder of a hub model's snapshot in the hub's cache, its name being the commit.
 
-    Safetensors are taken where there are any. The cache locks each file: processes that ask at once share one
+    Safetensors are taken where there are any. The cache locks each file: concurrent processes share one
     download.
 
     Raises:

@@ -15,7 +15,7 @@ def logit_lens(runner: ModelRunner, rows: Tensor) -> Tensor:
     """Logits (n, v), float32 on the CPU, of activations (n, d) put in the place of the last block's output.
 
     Raises:
-        UserError: another width; a row that is not finite, or so large that the model gives no finite logits for it.
+        UserError: wrong width; a row that contains NaN or Inf, or is too large for finite logits.
     """
     first = next(runner.model.parameters())
     given = rows.to(runner.device, first.dtype)  # large numbers may be infinite in the model's own format

@@ -16,7 +16,7 @@ from dmm_ray.subject.intervention import Interventions, Tokens
 from dmm_ray.subject.runner import ModelRunner
 
 LOGITS_AT_ONCE = 1 << 26
-"""Most logits of a pass: as many as the vocabulary has tokens for each token."""
+"""Most logits per pass; a token has one per vocabulary entry."""
 
 
 @torch.no_grad()

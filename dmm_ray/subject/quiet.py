@@ -1,4 +1,4 @@
-"""Keeping transformers silent, and its errors short."""
+"""Silencing transformers and shortening its errors."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from dmm_ray.store.split import VALIDATION, Split, hash_documents
 
 logger = logging.getLogger(__name__)
 BLOCK = max(WIDTHS)
-"""Rows are drawn in blocks of so many consecutive tokens of a document."""
+"""Rows are drawn in blocks of this many consecutive tokens of a document."""
 CANDIDATES = 16
-"""Blocks are drawn among so many times the rows wanted, which are those of row groups drawn by the seed."""
+"""Row groups drawn by the seed supply this many times the rows wanted; blocks are drawn from those."""
 BISECTIONS = 60
 FEW_ROWS = 256
 """Below this a warning says that percentiles are rough."""

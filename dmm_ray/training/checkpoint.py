@@ -63,7 +63,7 @@ def save(
 
     Raises:
         UserError: no space on the disk.
-        CheckFailed: a tensor is not finite. No marker is written where a worker has failed.
+        CheckFailed: a tensor contains NaN or Inf. No marker is written if any worker failed.
     """
     cpu_group, folder, digest = cpu_group or CpuGroup(), _folder(out, samples), NO_DIGEST
     try:
@@ -128,7 +128,7 @@ def _remove(out: str, samples: int, marked: bool) -> None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, one at a time, while the run goes on. A context manager.
+    """Writes checkpoints one at a time in a background thread while training continues. A context manager.
 
     An error of a write is raised by the next :meth:`save`, or on leaving. Arguments as of :func:`save`.
     """

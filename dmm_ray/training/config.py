@@ -25,12 +25,12 @@ class Shape(NamedTuple):
 
 
 class CheckpointRetention(NamedTuple):
-    """Which checkpoints stay."""
+    """The retention policy."""
 
     last: int
     """So many of the newest."""
     every: int | None = None
-    """The first one in each further run of so many samples, for ever."""
+    """Keep the first checkpoint of every this many samples forever."""
     best: bool = False
     """The one with the lowest validation loss."""
 
@@ -68,13 +68,13 @@ class BaseConfig(Group):
 
 
 class ScheduleConfig(Group):
-    """How many samples, in which batches and order."""
+    """Number of samples, batch size and order."""
 
     samples: int | None = Field(default=None, ge=1)
     """Activations to train on, repeats counted; rounded up to whole batches. Default 100,000,000."""
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Instead of samples: as many as this machine trains on in about this time, by a trial of some seconds before the
-    run. A resumed run keeps the number."""
+    """Train for about this long instead: the number of samples comes from a trial of a few seconds before the run.
+    A resumed run keeps the number."""
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
     levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
@@ -128,7 +128,7 @@ class OptimizerConfig(Group):
 
 
 class DistributionConfig(Group):
-    """Who computes: workers, their devices and shares."""
+    """Workers, their devices and how the batch is shared."""
 
     workers: int = Field(default=1, ge=0)
     """Ray Train workers; 0 trains in this process."""
@@ -145,7 +145,7 @@ class DistributionConfig(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has one for every worker."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker crashes after which training goes on from the last checkpoint."""
+    """Worker crashes that are survived by resuming from the last checkpoint."""
     micro_batch: int | None = Field(default=None, ge=2)
     """Most rows a worker puts through the network at once; a larger share is cut and its gradients summed."""
 
@@ -168,18 +168,18 @@ class CheckpointConfig(Group):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Samples; the first checkpoint in each further run of so many is kept for ever."""
+    """Samples; the first checkpoint of every this many is kept forever."""
     keep_best: bool = False
-    """Keep the checkpoint with the lowest validation loss for ever."""
+    """Keep the checkpoint with the lowest validation loss forever."""
 
     @property
     def retention(self) -> CheckpointRetention:
-        """Which checkpoints stay."""
+        """The retention policy."""
         return CheckpointRetention(self.keep_checkpoints, self.keep_every, self.keep_best)
 
 
 class ValidationConfig(Group):
-    """What is measured on validation documents."""
+    """Validation loss and calibration."""
 
     validate_every: int | None = Field(default=None, ge=1)
     """Samples between validation losses; default a tenth of the run."""
@@ -190,7 +190,7 @@ class ValidationConfig(Group):
 
 
 class TrackingConfig(Group):
-    """What a run shows."""
+    """Logging and tracking."""
 
     log_every: int | None = Field(default=None, ge=1)
     """Samples between lines of stats.jsonl; default a hundredth of the run."""
@@ -228,7 +228,7 @@ class TrainConfig(Config):
     closed_form: BaseConfig = BaseConfig()
     """A closed-form velocity that the network only has to correct."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """How many samples, in which batches and order."""
+    """Number of samples, batch size and order."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW, its learning rate over the run, and the average of the weights."""
     distribution: DistributionConfig = Field(default=DistributionConfig(), json_schema_extra=RESUMABLE)
@@ -236,9 +236,9 @@ class TrainConfig(Config):
     checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), json_schema_extra=RESUMABLE)
     """Which checkpoints are written and kept; a resumed run may keep others."""
     validation: ValidationConfig = ValidationConfig()
-    """What is measured on validation documents."""
+    """Validation loss and calibration."""
     logging: TrackingConfig = TrackingConfig()
-    """What a run shows."""
+    """Logging and tracking."""
 
     @model_validator(mode="after")
     def _a_sample_for_each_worker(self) -> Self:

@@ -75,7 +75,7 @@ class Loader:
         generator ends its threads.
 
         Raises:
-            UserError: a row is not finite; the message names its document and position.
+            UserError: a row contains NaN or Inf; the message names its document and position.
         """
         n = share.stop - share.start
         assert n > 0

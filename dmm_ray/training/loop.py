@@ -95,7 +95,7 @@ class Trainer:
 
         Raises:
             UserError: rows that are not finite, a full disk.
-            CheckFailed: a loss, gradient or weight is not finite.
+            CheckFailed: a loss, gradient or weight is NaN or Inf.
         """
         config, schedule = self.config, self.config.schedule
         total, share = schedule.total_batches, self.rank_info.share(schedule.batch)

@@ -27,7 +27,7 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
 
 
 def batch_metrics(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: int) -> Tensor:
-    """What a worker keeps of one global batch, without waiting for the device.
+    """Metrics that a worker keeps of one global batch, without synchronising the device.
 
     Args:
         losses: (n,) of the worker's rows.
@@ -38,7 +38,7 @@ def batch_metrics(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: in
 
     Returns:
         float32 (24,): the share's part of the mean loss, the norm, per decile of the noise level the sum of the losses
-        and their number, and the places of the first and last row whose loss is not finite.
+        and their number, and the positions of the first and last row whose loss is NaN or Inf.
     """
     n = torch.arange(DECILES, device=u.device)
     member = ((u * NOISE_LEVELS).round().long() - 1)[:, None] * DECILES // NOISE_LEVELS == n
@@ -58,12 +58,12 @@ def means(sums: Tensor) -> dict[str, Any]:
 
 
 class MetricsWindow:
-    """The batches since the last record, whose metrics stay on the device until they are asked for.
+    """Metrics of the batches since the last record, kept on the device until requested.
 
     Args:
         config: of the run.
         batch: global batches done.
-        past: what :meth:`sums` gave when the checkpoint was written that the run goes on from.
+        past: what :meth:`sums` returned when the checkpoint was written that this run resumes from.
         rank: of this worker.
         world_size: number of workers.
         device: where the metrics are.
@@ -95,7 +95,7 @@ class MetricsWindow:
         Collective: every rank must call this.
 
         Raises:
-            CheckFailed: a loss or gradient is not finite; the message names the samples.
+            CheckFailed: a loss or gradient is NaN or Inf; the message names the samples.
         """
         if self.new:
             new = torch.stack(self.new)
@@ -112,7 +112,7 @@ class MetricsWindow:
         return self.past
 
     def _fail(self, sums: Tensor, ends: Tensor) -> None:
-        """Name the first batch, and the rows in it where some have a loss that is not finite."""
+        """Raise CheckFailed naming the first bad batch and, if known, the rows whose loss is NaN or Inf."""
         index = int((~sums.isfinite()).any(1).nonzero()[0])
         ends = ends[index] * torch.tensor([1, -1], device=ends.device)
         if self.world_size > 1:
@@ -130,11 +130,11 @@ class MetricsWindow:
         )
 
     def clear(self) -> None:
-        """Forget the metrics: they are recorded."""
+        """Discard the metrics once they are recorded."""
         self.past = self.past[:0]
 
     def restart(self, waited: float) -> None:
-        """Begin to measure speed, having ``waited`` so many seconds for data before."""
+        """Restart the speed measurement; ``waited`` is the seconds spent waiting for data so far."""
         self.started, self.waited, self.fresh = time.perf_counter(), waited, 0
 
     def speed(self, flops_per_batch: float, waited: float) -> dict[str, float]:

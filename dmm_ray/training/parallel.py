@@ -20,7 +20,7 @@ from dmm_ray.prior.network import Denoiser
 
 
 class RankInfo(NamedTuple):
-    """Where a worker stands."""
+    """Rank, world size and device of a worker."""
 
     rank: int
     world_size: int
@@ -78,14 +78,14 @@ class ParallelDenoiser:
             self.called = cast(nn.Module, torch.compile(self.called))
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
-        """Around a forward and backward pass over a piece of a share: gradients of all workers meet in the last one.
+        """Context of a forward and backward pass over a micro-batch: gradients are reduced in the last one only.
 
         Sharded ones meet after every piece, so that no worker ever holds all of them.
         """
         return self._ddp.no_sync() if self._ddp and not last else nullcontext()
 
     def reshard(self) -> None:
-        """After a forward pass without a backward one: give back what was put together."""
+        """Free the gathered weights after a forward pass without a backward pass (FSDP)."""
         if isinstance(self.denoiser, FSDPModule):
             self.denoiser.reshard()
 

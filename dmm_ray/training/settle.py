@@ -26,7 +26,7 @@ from dmm_ray.training.run_folder import SavedRun
 
 logger = logging.getLogger(__name__)
 TRIAL_S, WARM_UP, FEWEST_STEPS = 5.0, 3, 5
-"""How long a trial goes on, the steps before it, and the fewest in it."""
+"""Duration of a trial, its warm-up steps, and its minimum number of steps."""
 VALIDATIONS = 10
 """Validation losses of a run, as its configuration has it by default."""
 

@@ -1,4 +1,4 @@
-"""What the world outside wants of a run: signals to the driver, stop requests and preemption notices to the workers."""
+"""External events during a run: signals to the driver, stop requests and preemption notices to the workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_S, ASK_S, AGREE_BATCHES = 1.0, 5.0, 4
 
 
 class RunSignal(Enum):
-    """What the world outside wants of a run after a batch."""
+    """What the run should do after a batch."""
 
     CONTINUE = "go on"
     CHECKPOINT = "save a checkpoint and go on"
@@ -27,7 +27,7 @@ class RunSignal(Enum):
 
 
 class InterruptHandler:
-    """While it is entered, in the main thread, SIGINT and SIGTERM are noted; a second one interrupts at once."""
+    """Context manager: in the main thread, notes SIGINT and SIGTERM; a second signal interrupts immediately."""
 
     def __init__(self) -> None:
         self.noted = False
@@ -63,7 +63,7 @@ class RaySignals:
         self.looked = self.asked = 0.0
 
     def __call__(self, batches: int) -> RunSignal:
-        """What to do after so many batches."""
+        """What to do after this many batches."""
         if batches % AGREE_BATCHES:
             return RunSignal.CONTINUE
         if self.work is not None:

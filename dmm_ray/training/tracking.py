@@ -31,7 +31,7 @@ class Tracker:
     """Writes one record per logging interval; only the first worker has one.
 
     ``stats.jsonl`` is rewritten whole each time, so that it is never half a line and works on object stores. A
-    resumed run drops the records after its checkpoint and goes on.
+    resumed run drops the records after its checkpoint and continues.
 
     Args:
         config: of the run.
@@ -62,7 +62,7 @@ class Tracker:
             self._safely(self.run.finish)
 
     def _safely(self, call: Callable[[], Any]) -> Any:
-        """What a call of Weights & Biases gives; where it fails, None, and the training goes on without it."""
+        """The result of a Weights & Biases call; None if it fails, and training continues without it."""
         try:
             return call()
         except _tracking_errors() as e:

@@ -104,7 +104,7 @@ def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> 
     _calibrate(config, needs)
     checkpoint.finish(
         config.out, config.checkpoints.retention
-    )  # last: a run that is killed before goes on from them
+    )  # last, so that a run killed before this point can resume from them
     remove_traces(config.out)
     _summarise(config, prior_config, time.perf_counter() - started)
 

@@ -22,7 +22,7 @@ from dmm_ray.training.step import STREAM_VALIDATION, flow_loss, residual
 
 logger = logging.getLogger(__name__)
 VALIDATION_LEVELS = 64
-"""Row i is noised to level ``i % LEVELS`` of so many, evenly spread over (0, 1)."""
+"""Row i is noised to level ``i % LEVELS`` of this many, evenly spaced in (0, 1)."""
 
 
 class Validation:
@@ -82,7 +82,7 @@ def load_validation(
     """The validation of a run; None, with a warning, where no document falls into that part.
 
     Raises:
-        UserError: a row is not finite, or no rows though the best checkpoint is to be kept.
+        UserError: a row contains NaN or Inf, or there are no rows although the best checkpoint is to be kept.
     """
     rows = store.select(layer, config.split, VALIDATION, config.validation.validation_rows, config.seed)
     if len(rows.doc) == 0:

@@ -25,7 +25,7 @@ LOCK = ".lock"
 BEAT_S = 5.0
 """A holder rewrites its record this often."""
 LOST_S = 20.0
-"""A holder that has not managed to for this long makes sure, before it goes on, that the record is still its own."""
+"""A holder whose heartbeat is overdue by this long checks that the record is still its own before it continues."""
 WATCH_S = 30.0
 """A record that does not change for this long is stale. More than LOST_S."""
 SETTLE_S = 2.0

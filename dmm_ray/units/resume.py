@@ -1,4 +1,4 @@
-"""A store's folder before and after its units are made: what is there, what may go on, what is left over."""
+"""A store's folder before and after its units are computed: what exists, what can resume, what to clean up."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Pace:
         return max(1, min(self._max_rows, math.floor(held / passes)))
 
     def took(self, passes: int, seconds: float) -> None:
-        """Take a call of so many row passes into account."""
+        """Record the duration of a call of ``passes`` row passes."""
         speed = passes / max(seconds, 1e-6)
         if self._speed is None or (seconds < TURN_S / 4 and speed > self._speed):
             self._speed = speed

@@ -47,7 +47,7 @@ def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
 
 @serve.deployment
 class PriorDeployment:
-    """Answers calls of one prior, which ``reconfigure`` loads and may replace while requests go on.
+    """Answers calls of one prior, which ``reconfigure`` loads and may replace while requests continue.
 
     Args:
         device: where it computes, ``cpu`` or ``cuda``.
@@ -86,7 +86,7 @@ class PriorDeployment:
             CheckFailed: its answers are not finite.
         """
         source = user_config["source"]
-        apart = ThreadPoolExecutor(1)  # the solver's thread goes on with the prior before
+        apart = ThreadPoolExecutor(1)  # the solver's thread continues with the previous prior
         try:
             loop = asyncio.get_running_loop()
             prior = await loop.run_in_executor(apart, _warm, source, self._device, self._precision)
@@ -162,7 +162,7 @@ def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPri
 
 
 def _one_sample(prior: ActivationPrior) -> Tensor:
-    """The smallest piece of work, (1, d). Raises CheckFailed if it is not finite."""
+    """The smallest piece of work, (1, d). Raises CheckFailed if the result is NaN or Inf."""
     row = prior.sample(1, steps=1, layer=prior.layers[0])
     if not row.isfinite().all():
         raise CheckFailed("the prior's answers are not finite; its weights are damaged")

@@ -24,7 +24,7 @@ class AccessTokens:
 
     Args:
         hashes: of the tokens that never change.
-        file: local path of a file with a token a line, read again when it changes; a file that has gone
+        file: local path of a file with one token per line, reread when it changes; a file that disappears
             admits nobody.
 
     Raises:
