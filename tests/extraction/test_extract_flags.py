@@ -27,7 +27,9 @@ NEEDED = ["--model", "m", "--text", "t", "--layers", "[1]", "--out", "o"]
     ],
 )
 def test_read(flag: str, value: str, found: Any) -> None:
-    read = getattr(parse("extract", [*NEEDED, f"--{flag.replace('_', '-')}", value])[1], flag)
+    _, config = parse("extract", [*NEEDED, f"--{flag.replace('_', '-')}", value])
+    group = type(config).owners().get(flag)
+    read = getattr(config if group is None else getattr(config, group), flag)
     assert (tuple(read) if isinstance(read, list) else read) == found
 
 
