@@ -42,7 +42,7 @@ def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> 
     Raises:
         UserError: no validation rows to choose its size on, or rows that contain NaN or Inf.
     """
-    if config.closed_form.base == "none":
+    if config.analytic.base == "none":
         return
     path, identity = join(config.out, FILE), _identity(config, prior_config)
     if exists(path) and _identity_of(path) == identity:
@@ -54,7 +54,7 @@ def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> 
     write_bytes(path, safetensors.torch.save(tensors, metadata))
     logger.info(
         "base: %s of %d components, rank %d, validation loss %.4f, fitted in %.0f s",
-        config.closed_form.base,
+        config.analytic.base,
         base.components,
         base.rank,
         min(losses.values()),
@@ -64,17 +64,17 @@ def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> 
 
 def load_base(config: TrainConfig, prior_config: PriorConfig) -> GaussianMixture | None:
     """The base in a run's folder; None for a run without one."""
-    if config.closed_form.base == "none":
+    if config.analytic.base == "none":
         return None
     path = join(config.out, FILE)
     tensors = safetensors.torch.load(read_bytes(path))
     found = {f"base.{name}": tensor for name, tensor in tensors.items()}
-    return base_from_tensors(found, config.closed_form.base, prior_config.d, path)
+    return base_from_tensors(found, config.analytic.base, prior_config.d, path)
 
 
 def _identity(config: TrainConfig, prior_config: PriorConfig) -> str:
     parts: dict[str, Any] = {
-        **config.closed_form.identity(),
+        **config.analytic.identity(),
         "store": prior_config.training.get("store"),
         "layers": prior_config.layers,
         "split": config.split.model_dump(),
@@ -93,7 +93,7 @@ def _fit(
     config: TrainConfig, prior_config: PriorConfig, device: torch.device
 ) -> tuple[GaussianMixture, dict[str, float]]:
     """The base, and the validation loss of all that were tried."""
-    asked, seed = config.closed_form, config.seed
+    asked, seed = config.analytic, config.seed
     (layer,) = prior_config.layers
     store = ActivationStore.open(config.activations)
     moments = store.statistics(layer)

@@ -225,7 +225,7 @@ class TrainConfig(Config):
     """Of the initial weights, the data order and every sample's noise."""
     network: NetworkConfig = NetworkConfig()
     """Size of the denoiser."""
-    closed_form: BaseConfig = BaseConfig()
+    analytic: BaseConfig = BaseConfig()
     """A closed-form velocity that the network only has to correct."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Number of samples, batch size and order."""

@@ -123,7 +123,7 @@ def _prior_config(config: TrainConfig, store: ActivationStore) -> PriorConfig:
         d_model=shape.d_model,
         d_mlp=shape.d_mlp,
         n_blocks=shape.n_blocks,
-        base=config.closed_form.base,
+        base=config.analytic.base,
         variance_floor=variance_floor(torch.from_numpy(store.statistics(layer).var)),
         subject=manifest.subject.model_dump(mode="json", exclude={"resolved": {"versions"}})
         | {"tokenizer_hash": manifest.tokenizer_hash},

@@ -206,7 +206,10 @@ def test_velocity_error_is_the_loss():
             lambda p: p.denoise(torch.zeros(2, 16), u=torch.tensor([0.5, -0.1])),
             r"u: a noise level .* \(got -0.1\)",
         ),
-        (lambda p: p.denoise(torch.zeros(2, 16), u=torch.ones(3)), "u: one noise level or one a row"),
+        (
+            lambda p: p.denoise(torch.zeros(2, 16), u=torch.ones(3)),
+            "u: expected one noise level or one per row",
+        ),
         (lambda p: p.denoise(torch.zeros(2, 16), steps=0), "steps: at least 1"),
         (lambda p: p.denoise(torch.zeros(2, 16), steps=0, mode="mean"), "steps: at least 1"),
         (lambda p: p.level_for_distance(torch.zeros(2, 16), math.nan), "distance: a finite number"),
