@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dmm_ray.config import Config
 from dmm_ray.precision import PrecisionOption
@@ -20,6 +21,20 @@ OneOrMore = Annotated[
 Sizes = OneOrMore[Annotated[int, Field(ge=1)]]
 
 
+QUICK: dict[str, object] = {
+    "mixture_sizes": (2048,),
+    "analyser_sizes": (256,),
+    "analyser_ranks": (16,),
+    "sae_k": (16,),
+    "sae_lr": (5e-3,),
+    "sae_kinds": ("topk",),
+    "sae_minutes": 0.75,
+    "lm_documents": 60,
+    "samples": 3000,
+}
+"""Defaults with ``quick``: one size of each baseline, as the searches usually choose it on the demo's store."""
+
+
 class EvaluateConfig(Config):
     """Compare a prior with a Gaussian, PCA, mixtures, sparse autoencoders and an untrained prior."""
 
@@ -33,6 +48,9 @@ class EvaluateConfig(Config):
     """Text of the store, if it has moved; default the places in the store's manifest."""
     layer: int | None = None
     """Which layer; needed for a prior of several."""
+    quick: bool = False
+    """Skip the searches for sizes and options of the baselines, and take fewer samples and documents: about a minute
+    on the demo's store. Fields that are given keep their values."""
     max_rows: int = Field(default=40_000, ge=1)
     """Test rows for the flow-matching loss, in whole documents."""
     train_rows: int = Field(default=400_000, ge=1)
@@ -89,3 +107,12 @@ class EvaluateConfig(Config):
     device is slow in that."""
     subject: ModelSource = ModelSource()
     """The language model, if it has moved."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quick_defaults(cls, values: Any) -> Any:
+        return (
+            {**QUICK, **values}
+            if isinstance(values, Mapping) and values.get("quick") in (True, "true")
+            else values
+        )

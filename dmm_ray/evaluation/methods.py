@@ -204,7 +204,8 @@ def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
 
 
 def _fit_sae(config: EvaluateConfig, inputs: EvaluationInputs, noised: bool) -> TunedSAE:
-    widths = config.sae_latents or tuple(share * inputs.prior.d for share in LATENTS_PER_DIM)
+    shares = LATENTS_PER_DIM[:1] if config.quick else LATENTS_PER_DIM
+    widths = config.sae_latents or tuple(share * inputs.prior.d for share in shares)
     return tune_sae(
         inputs.train.z,
         inputs.validation.z,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from dmm_ray.cli import parse
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import load
@@ -252,3 +253,15 @@ def test_not_finite_becomes_null_and_missing_rivals_give_no_ratio():
     assert found["flow_matching_loss_vs_gaussian"] == -0.5
     assert found["flow_matching_loss_vs_pca"] is None
     assert found["delta_lm_loss_vs_best_of_gaussian_pca_sae"] is None
+
+
+def test_quick_changes_defaults_and_nothing_that_is_given() -> None:
+    given = {"prior": "p", "activations": "a", "out": "o", "sae_k": (8, 64), "lm_documents": 5}
+    quick, full = (EvaluateConfig(**given, quick=quick) for quick in (True, False))
+    assert (quick.sae_k, quick.lm_documents) == ((8, 64), 5)
+    assert (quick.mixture_sizes, quick.sae_minutes) == ((2048,), 0.75)
+    assert (full.mixture_sizes[-1], full.sae_minutes) == (8192, 4.0)
+    _, parsed = parse(
+        "evaluate", ["--prior", "p", "--activations", "a", "--out", "o", "--quick", "--seed", "3"]
+    )
+    assert (parsed.mixture_sizes, parsed.seed) == ((2048,), 3)
