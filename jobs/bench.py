@@ -1,9 +1,10 @@
 """Measurements a user can repeat: ``python jobs/bench.py [NAME ...]``.
 
-Names: extract, train, prior, solver, store, generate, serve, ood.
+Names: extract, train, prior, solver, store, generate, serve, ood, baselines.
 
 Each times its baseline in the same run, in turns, and prints medians: compare ratios, machines are noisy. Without a
-name all of them run but ``ood``, which wants a finished `dmm demo` (its docs: docs/likelihood.md).
+name all of them run but ``ood`` and ``baselines``, which need a finished `dmm demo` (docs/likelihood.md,
+docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ BENCHES = {
     "generate": ("bench_generate",),
     "serve": ("bench_serve",),
     "ood": ("bench_ood",),
+    "baselines": ("bench_baselines",),
 }
 """Modules beside this file, each with ``bench(say)``."""
-ASKED_FOR = {"ood"}
+ASKED_FOR = {"ood", "baselines"}
 
 if __name__ == "__main__":
     unknown = set(sys.argv[1:]) - set(BENCHES)

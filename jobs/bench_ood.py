@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation import ood, shifts
 from dmm_ray.files import join
+from dmm_ray.gaussians import mean_and_covariance
 from dmm_ray.precision import affordable_precision
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import DTYPES
@@ -117,7 +117,7 @@ def text_shifts(setup: Setup) -> dict[str, tuple[Tensor, list[shifts.TokenRun]]]
 def table(say: Say, setup: Setup, natural: dict[str, np.ndarray], x: Tensor) -> None:
     """AUCs by shift and score, for single tokens and for means over 32."""
     sample = setup.store.select(setup.layer, setup.split, TRAIN, MOMENT_ROWS, SEED).activation.float()
-    mean, covariance = moments(sample)
+    mean, covariance = mean_and_covariance(sample)
     edits = shifts.edited(x, mean, covariance, SEED)
     every = {name: (rows, setup.runs) for name, rows in edits.items()} | text_shifts(setup)
     found = {name: (setup.scores(rows, runs), runs) for name, (rows, runs) in every.items()}

@@ -11,20 +11,9 @@ import torch
 from torch import Tensor
 
 from dmm_ray.baselines.base import FLOOR
+from dmm_ray.gaussians import mean_and_covariance
 from dmm_ray.gaussians.levels import gain, levels_of, shrink
 from dmm_ray.seeds import torch_rng
-
-COVARIANCE_CHUNK = 65536
-
-
-def moments(z_nd: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of the rows in float64, accumulated by chunks."""
-    mean_d = torch.stack([chunk.double().sum(0) for chunk in z_nd.split(COVARIANCE_CHUNK)]).sum(0) / len(z_nd)
-    covariance_dd = torch.zeros(len(mean_d), len(mean_d), dtype=torch.float64, device=z_nd.device)
-    for chunk in z_nd.split(COVARIANCE_CHUNK):
-        centred = chunk.double() - mean_d
-        covariance_dd += centred.T @ centred
-    return mean_d, covariance_dd / max(len(z_nd) - 1, 1)
 
 
 class Gaussian:
@@ -44,7 +33,7 @@ class Gaussian:
     def fit(cls, z_nd: Tensor) -> Self:
         """Mean and covariance of the training rows (n, d); eigenvalues are floored at ``FLOOR``."""
         start = time.perf_counter()
-        mean_d, covariance_dd = moments(z_nd)
+        mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
         return cls(mean_d, values_d.clamp_min(FLOOR), vectors_dd, time.perf_counter() - start)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.baselines.base import velocity_from_mean
-from dmm_ray.baselines.gaussian import moments
+from dmm_ray.gaussians import mean_and_covariance
 from dmm_ray.gaussians.levels import levels_of, shrink
 from dmm_ray.seeds import torch_rng
 
@@ -37,7 +37,7 @@ class PCA:
     def fit(cls, z_nd: Tensor, share: float = 0.95) -> Self:
         """The fewest components that hold ``share`` of the training rows' variance (1.0: all of them)."""
         start = time.perf_counter()
-        mean_d, covariance_dd = moments(z_nd)
+        mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
         values_d, vectors_dd = values_d.flip(0).clamp_min(0), vectors_dd.flip(1)
         held_d = values_d.cumsum(0) / values_d.sum().clamp_min(1e-30)

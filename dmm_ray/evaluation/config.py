@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from dmm_ray.config import Config
 from dmm_ray.precision import PrecisionOption
@@ -59,9 +59,9 @@ class EvaluateConfig(Config):
     """Validation rows that choose the sizes and options of mixtures and sparse autoencoders."""
     mixture_sizes: Sizes = (128, 512, 2048, 8192)
     """Numbers of diagonal Gaussians tried, rising until one is worse; at least 20 training rows for each are needed."""
-    analyser_sizes: Sizes = (128, 512)
+    analyser_sizes: Sizes = (128, 512, 1024)
     """Numbers of factor analysers tried, likewise."""
-    analyser_ranks: Sizes = (8, 16)
+    analyser_ranks: Sizes = (8, 16, 32, 64)
     """Factors of each that are tried, rising likewise, with the best number of analysers."""
     sae_latents: Sizes | None = None
     """Latents of the sparse autoencoders, one number or several to try; default 16, 8 and 32 for each dimension."""
@@ -111,8 +111,10 @@ class EvaluateConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _quick_defaults(cls, values: Any) -> Any:
-        return (
-            {**QUICK, **values}
-            if isinstance(values, Mapping) and values.get("quick") in (True, "true")
-            else values
-        )
+        if not isinstance(values, Mapping):
+            return values
+        try:
+            quick = TypeAdapter(bool).validate_python(values.get("quick", False))
+        except ValidationError:  # the field itself says what is wrong with it
+            return values
+        return {**QUICK, **values} if quick else values

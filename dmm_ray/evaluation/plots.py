@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation.statistics import DECILES
 from dmm_ray.files import join, write_bytes
+from dmm_ray.gaussians import mean_and_covariance
 
 COLORS = {
     "prior": "#d1495b",
@@ -106,7 +106,7 @@ def delta_lm(table: Mapping[str, float | None]) -> Figure:
 
 def scatter(test_nd: Tensor, drawn: Mapping[str, Tensor]) -> Figure:
     """Real rows and each method's samples, projected on the test rows' first two principal directions."""
-    mean, covariance = moments(test_nd)
+    mean, covariance = mean_and_covariance(test_nd)
     plane = torch.linalg.eigh(covariance).eigenvectors[:, -2:].flip(1)
 
     def project(rows: Tensor) -> np.ndarray:

@@ -10,10 +10,10 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from dmm_ray.baselines.gaussian import moments
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import Methods
+from dmm_ray.gaussians import mean_and_covariance
 from dmm_ray.seeds import numpy_rng
 
 FOLDS = 2
@@ -39,7 +39,7 @@ def frechet_distance(a_nd: Tensor, b_nd: Tensor) -> float:
 
     ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)``
     """
-    (m_a, s_a), (m_b, s_b) = moments(a_nd), moments(b_nd)
+    (m_a, s_a), (m_b, s_b) = mean_and_covariance(a_nd), mean_and_covariance(b_nd)
     values, vectors = torch.linalg.eigh(s_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()

@@ -5,12 +5,12 @@ from dmm_ray.gaussians.choice import (
     ChosenMixture,
     choose_analysers,
     choose_diagonal,
-    fit_gaussian,
     flow_matching_loss,
 )
 from dmm_ray.gaussians.clusters import Clusters, find_clusters
 from dmm_ray.gaussians.diagonal import fit_diagonal
 from dmm_ray.gaussians.mixture import GaussianMixture, NoisedMixture
+from dmm_ray.gaussians.single import fit_gaussian, mean_and_covariance
 
 __all__ = [
     "ChosenMixture",
@@ -24,4 +24,5 @@ __all__ = [
     "fit_diagonal",
     "fit_gaussian",
     "flow_matching_loss",
+    "mean_and_covariance",
 ]

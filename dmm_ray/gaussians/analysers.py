@@ -23,6 +23,7 @@ EM_STEPS = 3
 COVARIANCE_POOLED_ROWS = 20.0
 """Each component's covariance is averaged with the pooled diagonal as if that came from this many rows."""
 ALTERNATIONS = 3
+"""In each M-step, which goes on from the factors of the one before: with three of those, 12 in all converge."""
 POWER_STEPS = 2
 EXTRA_DIRECTIONS = 8
 """Beyond the rank, for the subspace iteration to converge."""
@@ -50,17 +51,27 @@ def fit_analysers(
     rank = min(rank, z.shape[1] - 1)
     assign, k = nearest(clusters.centres @ clusters.basis), len(clusters.centres)
     turned = z @ clusters.basis
+    model: GaussianMixture | None = None
     for _ in range(em_steps + 1):
         which = assigned(turned, assign)
-        model = _maximised(turned, which, k, rank, pooled_rows, seed)
+        model = _maximised(turned, which, k, rank, pooled_rows, seed, model)
         assign, k = likeliest(model), model.components
+    assert model is not None
     found = GaussianMixture(model.weights, model.means, model.variances, model.factors, clusters.basis)
     found.seconds = time.perf_counter() - start
     return found
 
 
-def _maximised(z: Tensor, which: Tensor, k: int, rank: int, pooled_rows: float, seed: int) -> GaussianMixture:
-    """The M-step; components with fewer than two rows are dropped, for they have no spread."""
+def _maximised(
+    z: Tensor,
+    which: Tensor,
+    k: int,
+    rank: int,
+    pooled_rows: float,
+    seed: int,
+    before: GaussianMixture | None,
+) -> GaussianMixture:
+    """The M-step, from the factors of the one before; components with fewer than two rows, without spread, go."""
     counts = torch.bincount(which, minlength=k)
     kept = (counts > 1).nonzero()[:, 0]
     sums = gather(z, which, k)
@@ -71,7 +82,14 @@ def _maximised(z: Tensor, which: Tensor, k: int, rank: int, pooled_rows: float, 
     directions = min(rank + EXTRA_DIRECTIONS, z.shape[1])
     start_DQ = torch.randn(z.shape[1], directions, generator=torch_rng(seed)).to(z)
     parts = [
-        analyse(z[groups[c]] - mean_D, pooled_D, rank, pooled_rows, start_DQ)
+        analyse(
+            z[groups[c]] - mean_D,
+            pooled_D,
+            rank,
+            pooled_rows,
+            start_DQ,
+            None if before is None else (before.factors[c], before.variances[c]),
+        )
         for c, mean_D in zip(kept.tolist(), means_KD, strict=True)
     ]
     weights, factors, rests = counts[kept].to(z.dtype), [f for f, _ in parts], [rest for _, rest in parts]
@@ -79,15 +97,26 @@ def _maximised(z: Tensor, which: Tensor, k: int, rank: int, pooled_rows: float, 
 
 
 def analyse(
-    x: Tensor, pooled_D: Tensor, rank: int, pooled_rows: float, start_DQ: Tensor
+    x: Tensor,
+    pooled_D: Tensor,
+    rank: int,
+    pooled_rows: float,
+    start_DQ: Tensor,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Factors (R, D) and the diagonal rest (D,) of centred rows x (n, D).
 
-    Of the covariance ``(x^T x + p diag(pooled)) / (n + p)``, with p ``pooled_rows``.
+    Of the covariance ``(x^T x + p diag(pooled)) / (n + p)``, with p ``pooled_rows``. ``before`` are the factors and the
+    rest to go on from.
     """
     n = len(x) + pooled_rows
     diagonal_D = (x.square().sum(0) + pooled_rows * pooled_D) / n
     rest_D, span_DQ = diagonal_D.clamp_min(VARIANCE_FLOOR), start_DQ
+    if before is not None:
+        factors_RD, rest_D = before
+        known_DR = (factors_RD / rest_D.sqrt()).T
+        # A little of the random start keeps directions apart whose factor has vanished.
+        span_DQ = torch.cat([known_DR + 1e-3 * start_DQ[:, :rank], start_DQ[:, rank:]], dim=1)
     factor_DR = span_DQ[:, :rank]
     for _ in range(ALTERNATIONS):
         scale_D1 = rest_D.rsqrt()[:, None]

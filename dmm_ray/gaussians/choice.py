@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -88,27 +87,6 @@ def choose_analysers(
         if not search.improves(f"{best} x {rank}", best, partial(fit_analysers, rank=rank, seed=seed)):
             break
     return search.chosen()
-
-
-def fit_gaussian(z: Tensor, validation: Tensor) -> tuple[GaussianMixture, float]:
-    """The Gaussian of full covariance as a mixture of one, and its flow-matching loss on validation rows.
-
-    Args:
-        z: (N, D) training rows.
-        validation: (M, D) rows of other documents.
-    """
-    started = time.perf_counter()
-    mean, wide = z.double().mean(0), z.double()
-    covariance = (wide - mean).T @ (wide - mean) / max(len(z) - 1, 1)
-    values, basis = torch.linalg.eigh(covariance)
-    found = GaussianMixture(
-        torch.ones(1, device=z.device),
-        (mean @ basis).to(z.dtype)[None],
-        values.clamp_min(min(FLOORS)).to(z.dtype)[None],
-        basis=basis.to(z.dtype).contiguous(),
-    )
-    found.seconds = time.perf_counter() - started
-    return found, flow_matching_loss(found, validation)
 
 
 class _Search:

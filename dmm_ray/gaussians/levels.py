@@ -30,18 +30,21 @@ def levels_of(u: Tensor | float, n: int, device: torch.device) -> Tensor:
     return torch.as_tensor(u, dtype=torch.float32, device=device).expand(n)
 
 
-def map_levels(z: Tensor, u: Tensor | float, function: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """``function(rows, level)`` of the rows of each distinct level, put back in order.
+def map_levels(u: Tensor | float, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``function(level, *rows)`` of the rows of each distinct level, put back in order.
 
     Args:
-        z: (N, D).
-        u: a number or one per row (N,).
-        function: rows (n, D) and their level to as many rows.
+        u: a number or one per row (N,), on any device.
+        function: a level and tensors of n rows to a tensor of n rows.
+        rows: (N, ...) each.
     """
     if not isinstance(u, Tensor) or u.ndim == 0:
-        return function(z, float(u))
+        return function(float(u), *rows)
     values, which = torch.unique(u, return_inverse=True)
-    order = torch.argsort(which, stable=True)
-    groups = z[order].split(torch.bincount(which, minlength=len(values)).tolist())
-    found = torch.cat([function(rows, level) for rows, level in zip(groups, values.tolist(), strict=True)])
+    if len(values) == 1:
+        return function(float(values[0]), *rows)
+    order, sizes = torch.argsort(which, stable=True), torch.bincount(which, minlength=len(values)).tolist()
+    order = order.to(rows[0].device)
+    groups = zip(*(part[order].split(sizes) for part in rows), strict=True)
+    found = torch.cat([function(u, *group) for u, group in zip(values.tolist(), groups, strict=True)])
     return torch.empty_like(found).index_copy_(0, order, found)

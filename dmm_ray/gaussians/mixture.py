@@ -106,11 +106,11 @@ class GaussianMixture(nn.Module):
 
     def velocity(self, z: Tensor, u: Tensor | float) -> Tensor:
         """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D), u a number or one per row (N,)."""
-        return map_levels(z, u, lambda rows, level: self.at(level).velocity(rows))
+        return map_levels(u, lambda level, rows: self.at(level).velocity(rows), z)
 
     def posterior_mean(self, z: Tensor, u: Tensor | float) -> Tensor:
         """``E[z | z_u]`` (N, D), arguments as in :meth:`velocity`."""
-        return map_levels(z, u, lambda rows, level: self.at(level).posterior_mean(rows))
+        return map_levels(u, lambda level, rows: self.at(level).posterior_mean(rows), z)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density (N,) in nats of rows (N, D)."""

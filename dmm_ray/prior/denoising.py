@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
+from dmm_ray.gaussians.levels import map_levels
 from dmm_ray.operations import Mode
 from dmm_ray.prior.flow import interpolate, posterior_mean
 from dmm_ray.prior.solver import Solver
@@ -73,14 +74,7 @@ class Restorer:
 
     def at_levels(self, z: Tensor, noise: Tensor, u_M: Tensor) -> Tensor:
         """As :meth:`at` with a level for each row, u (m,); rows of equal levels are solved together."""
-        levels = u_M.unique().tolist()
-        if len(levels) == 1:
-            return self.at(z, noise, levels[0])
-        found = torch.empty_like(z)
-        for u in levels:
-            here = (u_M == u).nonzero()[:, 0].to(z.device)
-            found[here] = self.at(z[here], noise[here], u)
-        return found
+        return map_levels(u_M, lambda u, rows, noises: self.at(rows, noises, u), z, noise)
 
 
 def largest_levels(restore: Callable[[Tensor], Tensor], z: Tensor, distance: float) -> Tensor:

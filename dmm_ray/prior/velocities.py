@@ -47,9 +47,8 @@ class Velocities:
         self.config = config
         self.options: dict[str, Any] | None = None
         self._weights: tuple[tuple[int, int], ...] = ()
-        self._samples: list[
-            Tensor
-        ] = []  # views of the weights, and below their numbers when they were last looked at
+        # Views of the weights, and their numbers when they were last looked at.
+        self._samples: list[Tensor] = []
         self._numbers: Tensor | None = None
         self._levels: BaseLevels | None = None
         self._networks: dict[Precision, _Network] = {}

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def unpack(path: Path) -> tuple[Path, str]:
             a package that is missing, no space.
     """
     _check_header(path)
-    digest = sha256(str(path))
+    state = path.stat()
+    digest = _digest(path, state.st_size, state.st_mtime_ns)
     cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dmm-ray").expanduser() / "gguf"
     folder = cache / digest[:32]
     if folder.is_dir():
@@ -74,6 +76,12 @@ def unpack(path: Path) -> tuple[Path, str]:
             "set it to a folder with 4 bytes free per weight"
         ) from e
     return folder, digest
+
+
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file; a process that loads it several times reads it once."""
+    return sha256(str(path))
 
 
 def _unpack_into(folder: Path, path: Path) -> None:

@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
-from dmm_ray.files import exists, hash_json, join, read_bytes, write_bytes
-from dmm_ray.gaussians import GaussianMixture, choose_analysers, choose_diagonal, fit_gaussian
-from dmm_ray.prior.base import base_from_tensors
+from dmm_ray.files import exists, hash_json, iter_chunks, join, write_bytes
+from dmm_ray.gaussians import (
+    GaussianMixture,
+    choose_analysers,
+    choose_diagonal,
+    fit_gaussian,
+    flow_matching_loss,
+)
+from dmm_ray.prior.base import PREFIX, base_from_tensors
 from dmm_ray.prior.config import PriorConfig
-from dmm_ray.prior.normalizer import Normalizer
-from dmm_ray.prior.weights import read_header
+from dmm_ray.prior.weights import read_header, read_tensors
 from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import TRAIN, VALIDATION
 from dmm_ray.training.config import TrainConfig
+from dmm_ray.training.loader import store_normalizer
 
 logger = logging.getLogger(__name__)
 FILE = "base.safetensors"
@@ -67,8 +73,7 @@ def load_base(config: TrainConfig, prior_config: PriorConfig) -> GaussianMixture
     if config.analytic.base == "none":
         return None
     path = join(config.out, FILE)
-    tensors = safetensors.torch.load(read_bytes(path))
-    found = {f"base.{name}": tensor for name, tensor in tensors.items()}
+    found = {f"{PREFIX}{name}": tensor for name, tensor in read_tensors(path).items()}
     return base_from_tensors(found, config.analytic.base, prior_config.d, path)
 
 
@@ -84,8 +89,11 @@ def _identity(config: TrainConfig, prior_config: PriorConfig) -> str:
 
 
 def _identity_of(path: str) -> str | None:
-    data = read_bytes(path)
-    header, _ = read_header(lambda start, stop: data[start:stop])
+    try:
+        header, _ = read_header(lambda start, stop: b"".join(iter_chunks(path, start, stop)))
+    except ValueError as e:
+        logger.warning("%s: damaged (%s); the base is fitted again", path, e)
+        return None
     return header.get("__metadata__", {}).get(IDENTITY)
 
 
@@ -96,9 +104,7 @@ def _fit(
     asked, seed = config.analytic, config.seed
     (layer,) = prior_config.layers
     store = ActivationStore.open(config.activations)
-    moments = store.statistics(layer)
-    mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
-    normalizer = Normalizer(mean, var, prior_config.variance_floor).to(device)
+    normalizer = store_normalizer(store, prior_config).to(device)
 
     def rows(part: int, most: int) -> Tensor:
         found = store.select(layer, config.split, part, most, seed)
@@ -110,8 +116,8 @@ def _fit(
         raise UserError("base: no document falls into the validation part, which its size is chosen on")
     logger.info("base: fitting a %s on %d rows", asked.base, len(z))
     if asked.base == "gaussian":
-        gaussian, loss = fit_gaussian(z, validation)
-        return gaussian, {"1": loss}
+        gaussian = fit_gaussian(z)
+        return gaussian, {"1": flow_matching_loss(gaussian, validation)}
     if asked.base == "mixture":
         chosen = choose_diagonal(z, validation, asked.base_sizes, seed)
     else:

@@ -63,7 +63,7 @@ class BaseConfig(Group):
     """Training rows that it is fitted on, in whole documents."""
     base_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128, 512, 2048), min_length=1)
     """Numbers of Gaussians tried, rising until one is worse on validation rows."""
-    base_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 16), min_length=1)
+    base_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 16, 32, 64), min_length=1)
     """Factors of each factor analyser that are tried, likewise."""
 
 

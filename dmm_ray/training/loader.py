@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dmm_ray.errors import UserError
+from dmm_ray.prior.config import PriorConfig
+from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.store.match import check_finite
 from dmm_ray.store.reader import ActivationStore, RowGroup, empty_rows, records
 from dmm_ray.store.split import TRAIN, Split
@@ -23,6 +25,14 @@ READERS = 2
 """Threads that read a window's row groups."""
 COUNTERS = 4
 """Threads that count training rows at the start."""
+
+
+def store_normalizer(store: ActivationStore, prior_config: PriorConfig) -> Normalizer:
+    """The normaliser of a prior of one layer, from the moments of a store's rows."""
+    (layer,) = prior_config.layers
+    moments = store.statistics(layer)
+    mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
+    return Normalizer(mean, var, prior_config.variance_floor)
 
 
 class Loader:

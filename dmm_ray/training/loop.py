@@ -16,13 +16,12 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import join
 from dmm_ray.prior.config import PriorConfig
 from dmm_ray.prior.model import ActivationPrior, new_denoiser
-from dmm_ray.prior.normalizer import Normalizer
 from dmm_ray.seeds import MASK64
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.training import checkpoint
 from dmm_ray.training.base import load_base
 from dmm_ray.training.config import TrainConfig
-from dmm_ray.training.loader import Loader
+from dmm_ray.training.loader import Loader, store_normalizer
 from dmm_ray.training.metrics_window import MetricsWindow, batch_metrics, means
 from dmm_ray.training.parallel import CpuGroup, ParallelDenoiser, RankInfo, full_tensor
 from dmm_ray.training.signals import RunSignal
@@ -56,9 +55,7 @@ class Trainer:
         self.config, self.prior_config, self.rank_info = config, prior_config, rank_info
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
-        moments = store.statistics(self.layer)
-        mean, var = torch.from_numpy(moments.mean)[None], torch.from_numpy(moments.var)[None]
-        self.normalizer = Normalizer(mean, var, prior_config.variance_floor).to(rank_info.device)
+        self.normalizer = store_normalizer(store, prior_config).to(rank_info.device)
         base = load_base(config, prior_config)
         self.base = None if base is None else base.to(rank_info.device)
         self.loader = self._loader(store)

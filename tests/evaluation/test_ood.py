@@ -3,9 +3,9 @@ import pytest
 import torch
 from gaussians import gaussian_prior, random_covariance
 
-from dmm_ray.baselines.gaussian import moments
 from dmm_ray.errors import UserError
 from dmm_ray.evaluation import ood, shifts
+from dmm_ray.gaussians import mean_and_covariance
 from dmm_ray.prior.calibrate import calibrate
 
 D, WIDTH = 12, 8
@@ -69,11 +69,11 @@ def test_scores_find_what_they_should():
 def test_edits_are_what_they_say():
     torch.manual_seed(1)
     x = torch.randn(4000, D) * torch.linspace(0.5, 3, D) + 2
-    mean, covariance = moments(x)
+    mean, covariance = mean_and_covariance(x)
     found = shifts.edited(x, mean, covariance, seed=0)
     assert torch.equal(found["rows x 0.8"], 0.8 * x)
     assert torch.allclose(found["the mean row"].double(), mean.expand(4000, D), atol=1e-5)
-    noise_mean, noise_covariance = moments(found["noise of the same covariance"])
+    noise_mean, noise_covariance = mean_and_covariance(found["noise of the same covariance"])
     assert (noise_mean - mean).abs().max() < 0.2
     assert (noise_covariance - covariance).abs().max() < 0.7
     permuted = found["dimensions permuted"]

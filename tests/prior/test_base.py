@@ -101,7 +101,7 @@ def test_probes_are_spent_on_the_network_alone() -> None:
 def test_over_a_gaussian_base_it_begins_as_that_gaussian() -> None:
     g = torch.Generator().manual_seed(0)
     z = torch.randn(20_000, D, generator=g) @ torch.randn(D, D, generator=g) / 2 + 1
-    gaussian, _ = fit_gaussian(z, z[:1000])
+    gaussian = fit_gaussian(z)
     prior = made(gaussian, trained=False)
     x = prior.normalizer.denormalize(z[:50])
     truth = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())

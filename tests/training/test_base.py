@@ -66,7 +66,7 @@ def test_a_base_that_a_killed_command_left_is_taken_or_fitted_anew(
         assert not (tmp_path / "a" / "train.json").exists()
 
 
-def test_minutes_are_tried_over_the_base_and_workers_read_it(
+def test_workers_see_the_targets_of_a_single_process(
     ray_local: None, train_store: str, tmp_path: Path
 ) -> None:
     """Two workers and one see the same targets."""
