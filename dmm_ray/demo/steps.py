@@ -8,7 +8,7 @@ import time
 from typing import Self
 
 logger = logging.getLogger(__name__)
-STEPS = {"extract": 25.0, "train": 205.0, "evaluate": 75.0, "serve": 25.0}
+STEPS = {"extract": 25.0, "train": 190.0, "evaluate": 90.0, "serve": 25.0}
 """The demo's steps and about how many seconds each takes on two slow cores; training takes what is left of the time."""
 STATUS_EVERY_S = 15.0
 

@@ -191,7 +191,9 @@ def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
         untrained=PriorDenoiser(untrained_twin(inputs.prior, config.seed), inputs.layer),
         gaussian=Gaussian.fit(train),
         pca=PCA.fit(train),
-        mixture=choose_diagonal(train, validation, config.mixture_sizes, config.seed),
+        mixture=choose_diagonal(
+            train, validation, config.mixture_sizes, config.seed, own_axes=not config.quick
+        ),
         factor_analysers=choose_analysers(
             train, validation, config.analyser_sizes, config.analyser_ranks, config.seed
         ),

@@ -46,7 +46,9 @@ class ChosenMixture:
     """The greatest number of components that the rows allow, where a greater one was asked for."""
 
 
-def choose_diagonal(z: Tensor, validation: Tensor, sizes: Sequence[int], seed: int = 0) -> ChosenMixture:
+def choose_diagonal(
+    z: Tensor, validation: Tensor, sizes: Sequence[int], seed: int = 0, own_axes: bool = True
+) -> ChosenMixture:
     """The best mixture of diagonal Gaussians.
 
     Rising numbers of components, in the basis that k-means suggests, until one is worse than the one before; the best
@@ -57,14 +59,16 @@ def choose_diagonal(z: Tensor, validation: Tensor, sizes: Sequence[int], seed: i
         validation: (M, D) rows of other documents.
         sizes: numbers of components; those for which there are too few rows are lowered.
         seed: of k-means.
+        own_axes: try the best number in the rows' own axes too; activations have always preferred the other basis.
     """
     search = _Search(z, validation, seed)
     sizes = search.affordable(sizes)
     for size in sizes:
         if not search.improves(f"{size}", size, fit_diagonal):
             break
-    best = search.size
-    search.improves(f"{best} in the rows' own axes", best, lambda z, c: fit_diagonal(z, c, rotated=False))
+    if own_axes:
+        best = search.size
+        search.improves(f"{best} in the rows' own axes", best, partial(fit_diagonal, rotated=False))
     return search.chosen()
 
 
