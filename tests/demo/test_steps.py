@@ -37,7 +37,7 @@ def test_each_step_says_which_it_is_and_what_is_left(
     assert [record.getMessage() for record in caplog.records] == [
         "step 1 of 4: extract, 0:00 so far, about 5:30 left",
         "step 2 of 4: train, 0:40 so far, about 4:50 left",
-        "step 3 of 4: evaluate, 3:50 so far, about 1:40 left",
+        "step 3 of 4: evaluate, 3:50 so far, about 1:55 left",
         "step 4 of 4: serve, 5:10 so far, about 0:25 left",
     ]
     clock.now += 60  # later than expected
