@@ -11,6 +11,8 @@ from training.test_train import config, curve
 from dmm_ray import ActivationPrior
 from dmm_ray.errors import UserError
 from dmm_ray.training import base as training_base
+from dmm_ray.training.base import FILE, load_base
+from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
 
 BASE = {"base": "mixture", "base_sizes": (4, 8)}
@@ -66,14 +68,21 @@ def test_a_base_that_a_killed_command_left_is_taken_or_fitted_anew(
         assert not (tmp_path / "a" / "train.json").exists()
 
 
-def test_workers_see_the_targets_of_a_single_process(
-    ray_local: None, train_store: str, tmp_path: Path
-) -> None:
-    """Two workers and one see the same targets."""
-    two = config(train_store, tmp_path / "two", **BASE, workers=2, cpus_per_worker=1, samples=8 * 256)
-    one = config(train_store, tmp_path / "one", **BASE, samples=8 * 256)
-    train(two), train(one)
-    for (_, ours, _), (_, theirs, _) in zip(curve(two.out), curve(one.out), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    first, second = (ActivationPrior.from_pretrained(c.out) for c in (two, one))
-    assert torch.equal(first.base.means, second.base.means)  # type: ignore[union-attr]
+def test_workers_see_the_targets_of_a_single_process(based: Path, train_store: str) -> None:
+    this = config(train_store, based, **BASE)
+    base = load_base(this, ActivationPrior.from_pretrained(str(based)).config)
+    z = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    whole, plain = FlowBatch(this, 3, slice(0, 256), z, base), FlowBatch(this, 3, slice(0, 256), z)
+    assert torch.equal(whole.z_u, plain.z_u)
+    for low, high in ((0, 85), (85, 170), (170, 256)):
+        part = FlowBatch(this, 3, slice(low, high), z[low:high], base)
+        torch.testing.assert_close(part.target, whole.target[low:high], rtol=1e-5, atol=1e-5)
+    assert base is not None
+    torch.testing.assert_close(plain.target - whole.target, base.velocity(whole.z_u, whole.u_B))
+
+
+def test_a_damaged_base_is_named(based: Path, train_store: str, tmp_path: Path) -> None:
+    this = config(train_store, tmp_path, **BASE)
+    (tmp_path / FILE).write_bytes((based / FILE).read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"base\.safetensors: damaged"):
+        load_base(this, ActivationPrior.from_pretrained(str(based)).config)
