@@ -1,4 +1,4 @@
-"""What every baseline denoiser offers, and the pieces they share.
+"""The interface of the baseline denoisers, and the pieces they share.
 
 Everything here is in normalised space. Shapes: n rows, d dimensions, k components or latents.
 Path: ``z_u = (1 - u) z + u * noise`` with standard normal noise; the velocity is ``noise - z``.
@@ -15,11 +15,11 @@ from torch import Tensor
 from dmm_ray.seeds import torch_rng
 
 FLOOR = 1e-4
-"""Smallest variance a fitted density may have in a direction (normalised space: the data's own is about 1)."""
+"""Smallest variance of a fitted density in any direction (in normalised space, where the data's is about 1)."""
 
 
 class BaselineDenoiser(Protocol):
-    """A method that restores noised rows; ``n_parameters`` and ``seconds`` are its size and fitting time."""
+    """A method that denoises rows; ``n_parameters`` and ``seconds`` are its size and fitting time."""
 
     n_parameters: int
     seconds: float
@@ -51,7 +51,7 @@ def levels_of(u: Tensor | float, n: int, device: torch.device) -> Tensor:
 
 
 def map_levels(z_nd: Tensor, u: Tensor | float, fn: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """Apply ``fn(rows, level)`` to the rows of each distinct level and put the results back in order."""
+    """Apply ``fn(rows, level)`` to the rows of each distinct level and return the results in the original order."""
     values, which_n = torch.unique(levels_of(u, len(z_nd), z_nd.device), return_inverse=True)
     if len(values) == 1:
         return fn(z_nd, float(values[0]))
@@ -63,7 +63,7 @@ def map_levels(z_nd: Tensor, u: Tensor | float, fn: Callable[[Tensor, float], Te
 
 
 def velocity_from_mean(z_nd: Tensor, x0_nd: Tensor, u: Tensor | float) -> Tensor:
-    """The velocity ``(z_u - x0) / u`` that an estimate ``x0`` of the clean row implies; 0/0 at u = 0 is ``-x0``."""
+    """The velocity ``(z_u - x0) / u`` implied by an estimate ``x0`` of the clean row; ``-x0`` where it is 0/0."""
     u_n1 = levels_of(u, len(z_nd), z_nd.device)[:, None]
     return torch.where(u_n1 > 0, (z_nd - x0_nd) / u_n1.clamp_min(1e-12), -x0_nd)
 
@@ -83,7 +83,7 @@ def shrink(variance: Tensor, u: Tensor | float) -> Tensor:
 
 
 def validation_loss(method: BaselineDenoiser, z_nd: Tensor, levels: int = 50, seed: int = 0) -> float:
-    """Flow-matching loss per dimension on rows spread evenly over ``levels`` mid-points of [0, 1], fixed noise."""
+    """Flow-matching loss per dimension with fixed noise, rows spread evenly over ``levels`` midpoints of [0, 1]."""
     generator = torch_rng(seed)
     noise_nd = torch.randn(z_nd.shape, generator=generator).to(z_nd.device)
     u_n = (torch.arange(len(z_nd), device=z_nd.device) % levels + 0.5) / levels

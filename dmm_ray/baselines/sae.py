@@ -1,4 +1,4 @@
-"""A TopK sparse autoencoder (Gao et al. 2024), trained on clean rows or to restore noised ones."""
+"""A TopK sparse autoencoder (Gao et al. 2024), trained to reconstruct clean rows or to denoise."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ BATCH = 512
 PEAK_LR = 5e-3
 WARMUP = 0.05
 HIGHEST_LEVEL = 0.7
-"""Noise levels above this are not trained on: rows divided by 1 - u would drown all others."""
+"""Noise levels above this are not trained on: there, rows divided by 1 - u would drown out all others."""
 REVIVE_EVERY = 100
-"""Batches after which, in the first half of training, latents that never fired are pointed at badly restored rows."""
+"""In the first half of training, every this many batches, latents that have not fired are pointed at the rows with the
+largest errors."""
 SAE_CHUNK = 16384
 
 
 class SAE:
-    """``x0 = D topk(relu(E (z - b) + c)) + b``, the rows of D (latents, d) of unit norm.
+    """``x0 = D topk(relu(E (z - b) + c)) + b``, where the rows of D (latents, d) have unit norm.
 
-    As a denoiser it sees ``z_u / (1 - u)``, an unbiased view of the clean row; at u = 1, where nothing is left to see,
-    it gives the mean.
+    As a denoiser, its input is ``z_u / (1 - u)``, an unbiased view of the clean row; at u = 1, where no signal is left,
+    it returns the mean.
     """
 
     def __init__(self, mean_d: Tensor, latents: int, k: int, seed: int = 0) -> None:
@@ -50,9 +51,9 @@ class SAE:
     def fit(
         cls, z_nd: Tensor, *, latents: int, k: int, samples: int, noised: bool = False, seed: int = 0
     ) -> Self:
-        """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
+        """Train with Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
 
-        With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
+        If ``noised``, the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
         """
         start = time.perf_counter()
         model = cls(z_nd.mean(0), latents, k, seed)
@@ -95,7 +96,7 @@ class SAE:
     def _revive(
         self, dead_l: Tensor, target_nd: Tensor, error_nd: Tensor, optimizer: torch.optim.Adam
     ) -> None:
-        """Point dead latents at what the worst restored rows of the batch still lack."""
+        """Point dead latents at the residuals of the batch's worst-restored rows."""
         dead = dead_l.nonzero()[:, 0][: len(error_nd)]
         worst = error_nd.square().sum(1).topk(len(dead)).indices
         directions = F.normalize(-error_nd[worst], dim=1)
@@ -107,7 +108,7 @@ class SAE:
                 optimizer.state[weight][moment][dead] = 0
 
     def _encode(self, z_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest latents of each row, not negative, and which they are, (n, k)."""
+        """The k largest latents of each row after the ReLU, and their indices, (n, k) each."""
         values_nk, which_nk = F.linear(z_nd - self.bias, self.encoder, self.threshold).topk(
             self.k, dim=1, sorted=False
         )
@@ -126,12 +127,12 @@ class SAE:
         return torch.where(left_n1 > 0, self.reconstruct(z_nd / left_n1.clamp_min(1e-6)), self.mean)
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """``(z_u - x0) / u``: what the reconstruction leaves out is taken for noise."""
+        """``(z_u - x0) / u``: whatever the reconstruction leaves out counts as noise."""
         return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
 
 
 def noisy_view(z_nd: Tensor, generator: torch.Generator) -> Tensor:
-    """``z_u / (1 - u) = z + noise * u / (1 - u)`` with u uniform in [0, HIGHEST_LEVEL], a level a row."""
+    """``z_u / (1 - u) = z + noise * u / (1 - u)`` with u uniform in [0, HIGHEST_LEVEL], one level per row."""
     u_n1 = torch.rand(len(z_nd), 1, generator=generator).to(z_nd.device) * HIGHEST_LEVEL
     noise_nd = torch.randn(z_nd.shape, generator=generator).to(z_nd.device)
     return z_nd + noise_nd * (u_n1 / (1 - u_n1))
