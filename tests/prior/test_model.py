@@ -74,7 +74,7 @@ def test_velocity_with_a_level_per_row(prior):
     together = prior.velocity(z, u, layer=3)
     for i in range(6):
         assert torch.allclose(prior.velocity(z[i : i + 1], float(u[i]), layer=3)[0], together[i], atol=1e-5)
-    with pytest.raises(UserError, match="u: one noise level"):
+    with pytest.raises(UserError, match="u: expected one noise level"):
         prior.velocity(z, u[:2], layer=3)
 
 
@@ -189,7 +189,7 @@ class TestBadFolders:
             ActivationPrior.from_pretrained(str(saved))
 
     def test_unreachable_hub(self):
-        with pytest.raises(UserError, match="no such folder, and the Hub did not give it"):
+        with pytest.raises(UserError, match="no such folder, and it could not be downloaded"):
             ActivationPrior.from_pretrained("nobody/nothing")
 
 
