@@ -73,7 +73,7 @@ def test_a_time_becomes_samples_that_a_resume_takes_instead_of_measuring(
         out = Path(train(this))
     # (6 s - 10 validations of 0.5 s) of steps of 0.25 s
     assert recorded(out)["schedule"]["samples"] == 4 * 256
-    assert f"samples: {4 * 256}, about 0.1 minutes at 1024 a second" in caplog.text
+    assert f"samples: {4 * 256}, about 0.1 minutes at 1024 per second" in caplog.text
     (out / "summary.json").unlink()
     monkeypatch.setattr(settle, "try_steps", lambda *_: pytest.fail("measured again"))
     assert Path(train(this)) == out
