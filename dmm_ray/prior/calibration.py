@@ -159,7 +159,7 @@ class Calibration:
         """Write ``calibration.safetensors`` into a prior's folder atomically."""
         tensors: dict[str, Tensor] = {}
         for number, layer in self.by_layer.items():
-            tensors[f"{number}/edges"] = layer.rows["nats"].edges
+            tensors[f"{number}/edges"] = layer.rows["nats"].edges  # the same for all scores of a layer
             tensors |= {f"{number}/{score}": layer.rows[score].values for score in ROW_SCORES}
             for width, tables in layer.windows.items():
                 tensors |= {f"{number}/window_{width}/{s}": tables[s].values for s in WINDOW_SCORES}

@@ -69,6 +69,7 @@ def save(
     try:
         digest = _write_part(folder, samples, tensors, cpu_group)
     finally:
+        # After an error too: the other workers wait here, and learn from the empty digest that this one failed.
         said = cpu_group.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
     digests = [bytes(d.tolist()) for d in said]
     try:

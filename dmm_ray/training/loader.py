@@ -91,7 +91,7 @@ class Loader:
                 batch = loaded.rows[at : at + n]
                 at += n
                 while len(batch) < n:
-                    batch = batch.clone()
+                    batch = batch.clone()  # the window's memory is about to be reused
                     if not self.pin:
                         buffers.give_back(loaded.memory)
                     del loaded  # free it before the window after next begins to load

@@ -188,6 +188,7 @@ class Trainer:
 
     def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
         """Have a checkpoint written, including the metrics since the last record."""
+        # Both are collective, so every rank computes them, even one that writes nothing.
         sums = self.window.sums()
         loss = self.validation_loss() if self.config.checkpoints.keep_best else None
         if writer is not None:

@@ -114,6 +114,7 @@ class MetricsWindow:
     def _fail(self, sums: Tensor, ends: Tensor) -> None:
         """Raise, naming the first bad batch and, if losses in it are NaN or Inf, their range of rows."""
         index = int((~sums.isfinite()).any(1).nonzero()[0])
+        # The last position is negated so that a single MIN over the workers finds both ends.
         ends = ends[index] * torch.tensor([1, -1], device=ends.device)
         if self.world_size > 1:
             dist.all_reduce(ends, op=dist.ReduceOp.MIN)

@@ -53,7 +53,7 @@ def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
 
 
 def settle_precision(config: TrainConfig) -> TrainConfig:
-    """``config`` with the precision of a new run: bfloat16 if its workers' devices are fast in it."""
+    """``config`` with the precision of a new run: bfloat16 if it is fast on its workers' devices."""
     if config.precision != "auto":
         return config
     if config.distribution.workers == 0:
@@ -63,7 +63,7 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
         needs = worker_needs(config)
         fast = workers_have_fast_bfloat16(needs["CPU"], needs.get("GPU", 0.0))
         precision = choose_precision("auto", fast)
-    logger.info("precision: %s, which the devices are fast in (--precision to choose)", precision)
+    logger.info("precision: %s, the faster one on the devices (--precision to choose)", precision)
     return config.model_copy(update={"precision": precision})
 
 

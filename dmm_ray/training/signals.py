@@ -52,8 +52,8 @@ class InterruptHandler:
 class RaySignals:
     """Stop requests from the driver and preemption notices from Ray, agreed on by all workers.
 
-    The first worker checks periodically. What it found is all-reduced on the CPU, which starts after one batch and is
-    read a few batches later, so that no worker waits for it and no device is synchronised.
+    The first worker checks periodically. Its findings are all-reduced on the CPU, starting after one batch and read a
+    few batches later, so that no worker waits for them and no device is synchronised.
     """
 
     def __init__(self, request: str, rank: int, world_size: int) -> None:

@@ -46,7 +46,7 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     this = config(train_store, tmp_path / "prior")
     with caplog.at_level(logging.INFO):
         out = Path(train(this))
-    assert f"precision: {chosen}, which the devices are fast in" in caplog.text
+    assert f"precision: {chosen}, the faster one on the devices" in caplog.text
     assert recorded(out)["precision"] == chosen
     assert ActivationPrior.from_pretrained(str(out)).config.training["precision"] == chosen
     (out / "summary.json").unlink()  # as if it had been stopped at its last step
@@ -54,7 +54,7 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         train(this)
-    assert "which the devices are fast in" not in caplog.text
+    assert "the faster one on the devices" not in caplog.text
     assert recorded(out)["precision"] == chosen
     train(this.model_copy(update={"precision": chosen}))
     other = "float32" if answer else "bfloat16"
