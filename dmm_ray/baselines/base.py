@@ -1,4 +1,4 @@
-"""What every baseline denoiser offers, and the pieces they share.
+"""The interface of the baseline denoisers, and the pieces they share.
 
 Everything here is in normalised space. Shapes: n rows, d dimensions, k components or latents.
 Path: ``z_u = (1 - u) z + u * noise`` with standard normal noise; the velocity is ``noise - z``.
@@ -14,7 +14,7 @@ from torch import Tensor
 from dmm_ray.gaussians.levels import levels_of
 
 FLOOR = 1e-4
-"""Smallest variance a fitted density may have in a direction (normalised space: the data's own is about 1)."""
+"""Smallest variance of a fitted density in any direction (in normalised space, where the data's is about 1)."""
 
 
 class BaselineDenoiser(Protocol):
@@ -55,6 +55,6 @@ class Density(BaselineDenoiser, Protocol):
 
 
 def velocity_from_mean(z_nd: Tensor, x0_nd: Tensor, u: Tensor | float) -> Tensor:
-    """The velocity ``(z_u - x0) / u`` that an estimate ``x0`` of the clean row implies; 0/0 at u = 0 is ``-x0``."""
+    """The velocity ``(z_u - x0) / u`` implied by an estimate ``x0`` of the clean row; ``-x0`` where it is 0/0."""
     u_n1 = levels_of(u, len(z_nd), z_nd.device)[:, None]
     return torch.where(u_n1 > 0, (z_nd - x0_nd) / u_n1.clamp_min(1e-12), -x0_nd)

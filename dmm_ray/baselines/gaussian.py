@@ -17,10 +17,10 @@ from dmm_ray.seeds import torch_rng
 
 
 class Gaussian:
-    """``N(mean, covariance)`` by its eigen-decomposition, so that each level costs two (d, d) products."""
+    """``N(mean, covariance)``, held as its eigendecomposition so that each noise level costs two (d, d) products."""
 
     def __init__(self, mean_d: Tensor, values_d: Tensor, vectors_dd: Tensor, seconds: float = 0.0) -> None:
-        """``values_d`` and the columns of ``vectors_dd`` are the covariance's eigenvalues and vectors, float64."""
+        """``values_d`` and the columns of ``vectors_dd`` are the covariance's eigenvalues and eigenvectors, float64."""
         self.mean = mean_d
         self.values = values_d
         self.vectors = vectors_dd
@@ -31,7 +31,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, z_nd: Tensor) -> Self:
-        """Mean and covariance of the training rows (n, d); eigenvalues are floored at ``FLOOR``."""
+        """Fit mean and covariance to the training rows (n, d); eigenvalues are floored at ``FLOOR``."""
         start = time.perf_counter()
         mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
@@ -51,7 +51,7 @@ class Gaussian:
         return ((rotated_nd * factor(self.values, u_n1)) @ self.vectors.T + offset_d).to(z_nd.dtype)
 
     def loss(self, u: float) -> float:
-        """The flow-matching loss per dimension that this Gaussian has on its own samples, at level ``u``.
+        """Flow-matching loss per dimension of this Gaussian on its own samples at level ``u``.
 
         ``mean over eigenvalues of v / ((1 - u)^2 v + u^2)``: the variance of ``noise - z`` given ``z_u``.
         """
@@ -64,7 +64,7 @@ class Gaussian:
         return -0.5 * ((rotated.square() / self.values).sum(1) + constant)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` rows (n, d), float32."""
+        """Draw ``n`` rows (n, d), float32."""
         generator = torch_rng(seed)
         noise_nd = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64).to(
             self.mean.device

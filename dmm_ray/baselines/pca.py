@@ -1,4 +1,4 @@
-"""PCA: the components that hold a share of the variance, and the optimal denoiser inside them."""
+"""PCA: the leading components that explain a share of the variance, and the optimal denoiser in their span."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmm_ray.seeds import torch_rng
 
 
 class PCA:
-    """A Gaussian on the span of the first k components; outside it a row is the mean.
+    """A Gaussian on the span of the first k components; outside the span, rows equal the mean.
 
     It has no density in d dimensions unless k = d, so it offers no log-probability.
     """
@@ -35,7 +35,7 @@ class PCA:
 
     @classmethod
     def fit(cls, z_nd: Tensor, share: float = 0.95) -> Self:
-        """The fewest components that hold ``share`` of the training rows' variance (1.0: all of them)."""
+        """Keep the fewest components that explain ``share`` of the training rows' variance (1.0 keeps all)."""
         start = time.perf_counter()
         mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
@@ -45,22 +45,22 @@ class PCA:
         return cls(mean_d, values_d[:k], vectors_dd[:, :k], time.perf_counter() - start)
 
     def reconstruct(self, z_nd: Tensor) -> Tensor:
-        """The plain projection (n, d) of clean rows on the components."""
+        """The plain projection (n, d) of clean rows onto the components."""
         centred_nd = z_nd.double() - self.mean
         return (centred_nd @ self.vectors @ self.vectors.T + self.mean).to(z_nd.dtype)
 
     def posterior_mean(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """The Gaussian's posterior mean inside the components, the mean outside."""
+        """The Gaussian's posterior mean in the span of the components, the mean outside it."""
         u_n1 = levels_of(u_n, len(z_nd), z_nd.device).double()[:, None]
         rotated_nk = (z_nd.double() - (1 - u_n1) * self.mean) @ self.vectors
         return ((rotated_nk * shrink(self.values, u_n1)) @ self.vectors.T + self.mean).to(z_nd.dtype)
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """``(z_u - x0) / u`` with the posterior mean for x0: what it leaves out is taken for noise."""
+        """``(z_u - x0) / u`` with the posterior mean as x0: whatever it leaves out counts as noise."""
         return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` rows (n, d), float32, all in the span of the components."""
+        """Draw ``n`` rows (n, d), float32, all in the span of the components."""
         generator = torch_rng(seed)
         noise_nk = torch.randn(n, self.components, generator=generator, dtype=torch.float64).to(
             self.mean.device

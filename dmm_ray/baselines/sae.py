@@ -76,7 +76,7 @@ class SAE:
         return torch.where(left_n1 > 0, self.reconstruct(z_nd / left_n1.clamp_min(1e-6)), self.mean)
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """``(z_u - x0) / u``: what the reconstruction leaves out is taken for noise."""
+        """``(z_u - x0) / u``: whatever the reconstruction leaves out counts as noise."""
         return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
 
     def count_dead(self, z_nd: Tensor) -> int:

@@ -1,6 +1,6 @@
 """The diffusion meta-model itself: network, flow, likelihood, denoising, sampling.
 
-Knows neither Ray nor language models.
+Independent of Ray and of language models.
 """
 
 from dmm_ray.prior.config import PriorConfig

@@ -1,4 +1,4 @@
-"""Operations by name: what the table of operations says they are told becomes a call, and its results columns."""
+"""Operations by name: arguments from the table of operations become a method call, its results named columns."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Columns = dict[str, Tensor | None]
 def ask(
     prior: ActivationPrior, name: OperationName, subject: Tensor | int, ids: Tensor, told: Mapping[str, Any]
 ) -> Columns:
-    """The results of an operation on n rows.
+    """Run an operation on n rows.
 
     Args:
         prior: a prior.
-        name: of the operation.
-        subject: rows (n, d) raw; for samples their number n.
-        ids: of the rows (n, 2).
-        told: arguments, by the names of :mod:`dmm_ray.operations`, with ``layer``, ``seed`` and ``precision``.
+        name: the operation's name.
+        subject: raw rows (n, d); for ``sample``, the number of rows n.
+        ids: row ids (n, 2).
+        told: arguments named as in :mod:`dmm_ray.operations`, plus ``layer``, ``seed`` and ``precision``.
 
     Returns:
-        What the operation finds by the names of its results, (n, ...) each; None for what is missing.
+        The operation's results by name, (n, ...) each; None for a missing one.
 
     Raises:
-        UserError: as the prior's method of that name.
+        UserError: as for the prior's method of that name.
 
     Example:
         >>> ask(prior, "denoise", x, ids, {"u": 0.5, "method": "rk4"})["activations"].shape  # doctest: +SKIP

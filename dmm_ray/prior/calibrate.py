@@ -1,4 +1,4 @@
-"""Making a calibration from natural rows."""
+"""Computing a calibration from natural rows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from dmm_ray.prior.model import ActivationPrior
 
 WIDTHS = (8, 32)
-"""Tokens of the windows whose means are calibrated."""
+"""Widths, in tokens, of the windows whose means are calibrated."""
 MIN_WINDOWS, CHUNK = 16, 4096
-"""Fewest windows that a table of window means is made from."""
+"""Fewest windows for a table of window means, and rows normalised at once."""
 
 
 def calibrate(
@@ -32,25 +32,25 @@ def calibrate(
     probes: int = 1,
     seed: int = 0,
 ) -> Calibration:
-    """The calibration of one layer of ``prior`` on natural rows that it was not trained on.
+    """Calibrate one layer of ``prior`` on natural rows that it was not trained on.
 
     Args:
         prior: the prior.
-        x: (n, d) raw activations; runs of consecutive tokens give the means over windows.
+        x: (n, d) raw activations; window means are taken over runs of consecutive tokens.
         ids: (n, 2) integers, document and position.
-        layer: which block's output they are; may be None where the prior models one.
-        weights: (n,) positive: how many natural rows each one stands for; None where all stand for as many.
-        steps: of ``log_prob``.
-        probes: of ``log_prob``.
-        seed: of its probes and of the velocity error's noise.
+        layer: the block number whose outputs they are; may be None for a single-layer prior.
+        weights: (n,) positive: how many natural rows each row stands for; None weights all equally.
+        steps: passed to ``log_prob``.
+        probes: passed to ``log_prob``.
+        seed: seed of its probes and of the velocity error's noise.
 
     Raises:
-        UserError: as ``log_prob``; ids that are not pairs; a score that is NaN or Inf.
+        UserError: as for ``log_prob``; ids that are not pairs; a score that is NaN or Inf.
     """
     index = prior.layer_index(layer)
     pairs = np.asarray(torch.as_tensor(ids).numpy(force=True))
     if pairs.shape != (len(x), 2):
-        raise UserError(f"ids: {len(x)} pairs of document and position are needed, got {pairs.shape}")
+        raise UserError(f"ids: expected {len(x)} pairs of document and position, got shape {pairs.shape}")
     number = prior.layers[index]
     found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=pairs, seed=seed)
     scores = {
@@ -61,7 +61,7 @@ def calibrate(
     }
     for name, score in scores.items():
         if not score.isfinite().all():
-            raise UserError(f"activations: the prior gives a {name} that is not finite; train it further")
+            raise UserError(f"activations: the prior's {name} contains NaN or Inf; train it further")
     about = {
         "steps": steps, "probes": probes, "seed": seed, "rows": len(pairs), "documents": len(np.unique(pairs[:, 0])),
     }  # fmt: skip
@@ -83,7 +83,7 @@ def _tables(
     weights: np.ndarray,
     about: dict[str, int],
 ) -> LayerCalibration:
-    """Tables of the scores, of the least percentile, then of means over windows, each needing those before."""
+    """Tables of the scores, then of the smallest share, then of window means, each computed from those before."""
     position = pairs[:, 1]
     edges = bucket_edges(position)
 
@@ -107,7 +107,7 @@ def _tables(
 def _window_tables(
     by_token: dict[str, np.ndarray], pairs: np.ndarray, weights: np.ndarray, width: int
 ) -> dict[str, Table]:
-    """Tables of the means over windows of one width; none where there are too few."""
+    """Tables of the window means of one width; empty if there are too few windows."""
     means = {s: window_means(by_token[s], pairs[:, 0], pairs[:, 1], width) for s in WINDOW_SCORES}
     whole = np.isfinite(means["combined"])
     if whole.sum() < MIN_WINDOWS:

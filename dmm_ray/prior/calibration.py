@@ -1,4 +1,4 @@
-"""Calibration of a prior: which share of natural rows is less likely than a given one, saved beside the weights."""
+"""A prior's calibration: the share of natural rows less likely than a given row, saved next to the weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ WINDOW_SCORES = ("nats_per_dim", "combined")
 
 
 class Percentiles(NamedTuple):
-    """Where rows lie among natural ones of the same layer and position: (n,) float32 from 0 to 100 each."""
+    """Percentiles among natural rows of the same layer and position: (n,) float32 from 0 to 100 each."""
 
     percentile: Tensor
     """One-sided: the share of natural rows that are less likely. Small is unusual."""
     latent_percentile: Tensor
-    """Two-sided, of the latent norm at u = 1: small is unusual, too short or too long."""
+    """Two-sided, of the latent norm at u = 1: small is unusual, either too short or too long."""
     combined_percentile: Tensor
-    """Of the least of the two and the two-sided percentile of the row's own norm, calibrated again: small is unusual in
-    any of these ways."""
+    """The smallest of these two and the two-sided percentile of the row's own norm, calibrated again: small is unusual
+    in at least one of these ways."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class LayerCalibration:
     """The tables of one layer."""
 
     rows: Mapping[str, Table]
-    """By score of ``ROW_SCORES``: ``nats``; ``latent``, the squared norm of z_1; ``norm``, that of the normalised row;
-    ``velocity_error``; ``combined``, the log of the least share of the first three."""
+    """Keyed by ``ROW_SCORES``: ``nats``; ``latent``, the squared norm of z_1; ``norm``, that of the normalised row;
+    ``velocity_error``; ``combined``, the log of the smallest share of the first three."""
     windows: Mapping[int, Mapping[str, Table]]
-    """By width in tokens and score of ``WINDOW_SCORES``: means over a window."""
+    """Tables of window means, keyed by width in tokens and then by ``WINDOW_SCORES``."""
     about: Mapping[str, Any]
     """How it was made: steps, probes, seed, rows, documents."""
 
     def shares(
         self, nats: Tensor, latent: Tensor, norm: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares (n,) float64: less likely rows; two-sided of ``latent``; log of the least of these and ``norm``'s."""
+        """Shares (n,) float64: less likely rows; ``latent``, two-sided; log of the smallest of these and ``norm``'s."""
         less_likely, _ = self.rows["nats"].shares(nats, position)
         two_sided = self.two_sided("latent", latent, position)
         least = torch.minimum(torch.minimum(less_likely, two_sided), self.two_sided("norm", norm, position))
         return less_likely, two_sided, least.clamp(min=torch.finfo(torch.float64).tiny).log()
 
     def two_sided(self, name: str, score: Tensor, position: Tensor | None) -> Tensor:
-        """Share (n,) float64 of natural rows further out than each on either side."""
+        """Two-sided share (n,) float64: twice the smaller of the shares of natural rows below and above."""
         return 2 * torch.minimum(*self.rows[name].shares(score, position))
 
 
 class Calibration:
-    """Quantiles of a prior's scores on natural rows, by layer; ``a | b`` joins those of different layers.
+    """Quantiles of a prior's scores on natural rows, by layer; ``a | b`` merges those of different layers.
 
     Args:
-        d: the prior's.
+        d: the prior's width.
         by_layer: tables by block number.
-        weights: the prior's :meth:`fingerprint`; None for a calibration made before there was one.
+        weights: the prior's :meth:`fingerprint`; None for a calibration from before fingerprints existed.
     """
 
     def __init__(self, d: int, by_layer: Mapping[int, LayerCalibration], weights: str | None = None) -> None:
@@ -78,22 +78,22 @@ class Calibration:
         self.weights = weights
 
     def check(self, d: int, weights: str) -> None:
-        """Raises UserError where it is not of a prior of width ``d`` with the fingerprint ``weights``."""
+        """Raises UserError unless it was made for a prior of width ``d`` with fingerprint ``weights``."""
         if self.d != d or self.weights not in (None, weights):
             why = f"d = {self.d}, not {d}" if self.d != d else "other weights"
             raise UserError(
-                f"{CALIBRATION}: it is of a prior with {why}: its percentiles would be wrong; delete it, or calibrate "
+                f"{CALIBRATION}: made for a prior with {why}: its percentiles would be wrong; delete it, or calibrate "
                 "this prior"
             )
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Block numbers that there are tables of."""
+        """Block numbers that have tables."""
         return tuple(sorted(self.by_layer))
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Window widths, in tokens, that there are tables of in every layer."""
+        """Window widths, in tokens, for which every layer has tables."""
         found = [set(layer.windows) for layer in self.by_layer.values()]
         return tuple(sorted(set.intersection(*found))) if found else ()
 
@@ -109,18 +109,18 @@ class Calibration:
         norm: Tensor,
         position: Tensor | None = None,
     ) -> Percentiles:
-        """Percentiles of rows from what following their flow gives.
+        """Percentiles of rows, from the results of integrating their flow.
 
         Args:
-            layer: which block's output they are.
-            nats: (n,) log p(x), the normaliser's log-determinant included.
+            layer: the block number whose outputs they are.
+            nats: (n,) log p(x), including the normaliser's log-determinant.
             base: (n,) log N(z_1; 0, I).
             norm: (n,) squared norm of the normalised rows.
             position: (n,) tokens from the document's start, to compare with natural rows near it; None compares with
                 all positions.
 
         Raises:
-            UserError: a layer that there are no tables of.
+            UserError: the layer has no tables.
         """
         tables = self._layer(layer)
         less_likely, two_sided, least = tables.shares(nats, latent_norm(base, self.d), norm, position)
@@ -131,22 +131,22 @@ class Calibration:
         """The share of natural rows with a larger velocity error, (n,) float32 from 0 to 100; small is unusual.
 
         Raises:
-            UserError: a layer that there are no tables of.
+            UserError: the layer has no tables.
         """
         _, larger = self._layer(layer).rows["velocity_error"].shares(velocity_error, position)
         return _per_cent(larger)
 
     def window_percentile(self, layer: int, score: str, means: np.ndarray, width: int) -> np.ndarray:
-        """The share of natural windows with a lesser mean, (n,) float32 from 0 to 100; NaN where the mean is.
+        """The share of natural windows with a smaller mean, (n,) float32 from 0 to 100; NaN where the mean is NaN.
 
         Args:
-            layer: which block's output the rows are.
+            layer: the block number whose outputs the rows are.
             score: ``nats_per_dim``, or ``combined`` for means of ``combined_percentile``.
-            means: (n,) as :func:`~dmm_ray.prior.windows.window_means` gives them.
-            width: tokens of a window.
+            means: (n,) as returned by :func:`~dmm_ray.prior.windows.window_means`.
+            width: window width in tokens.
 
         Raises:
-            UserError: a layer, score or width that there is no table of.
+            UserError: there is no table for the layer, score or width.
         """
         tables = self._layer(layer).windows
         if width not in tables or score not in WINDOW_SCORES:
@@ -156,10 +156,10 @@ class Calibration:
         return _per_cent(below).numpy()
 
     def save(self, folder: str) -> None:
-        """Write ``calibration.safetensors`` into a prior's folder, whole or not at all."""
+        """Write ``calibration.safetensors`` into a prior's folder atomically."""
         tensors: dict[str, Tensor] = {}
         for number, layer in self.by_layer.items():
-            tensors[f"{number}/edges"] = layer.rows["nats"].edges
+            tensors[f"{number}/edges"] = layer.rows["nats"].edges  # the same for all scores of a layer
             tensors |= {f"{number}/{score}": layer.rows[score].values for score in ROW_SCORES}
             for width, tables in layer.windows.items():
                 tensors |= {f"{number}/window_{width}/{s}": tables[s].values for s in WINDOW_SCORES}
@@ -174,7 +174,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str) -> Calibration | None:
-        """Read that file; None where there is none. Raises UserError if it is damaged or of another version."""
+        """Load it from a prior's folder; None if absent. Raises UserError if it is damaged or of another version."""
         path = join(folder, CALIBRATION)
         if not exists(path):
             return None
@@ -185,7 +185,7 @@ class Calibration:
             metadata = json.loads(header["__metadata__"][KEY])
             if metadata["version"] != VERSION:
                 raise UserError(
-                    f"{path}: of version {metadata['version']}, not {VERSION}; calibrate the prior again"
+                    f"{path}: version {metadata['version']}, expected {VERSION}; calibrate the prior again"
                 )
             return cls(
                 metadata["d"],
@@ -204,7 +204,7 @@ class Calibration:
 
 
 def _per_cent(share: Tensor) -> Tensor:
-    """Shares (n,) as per cent, float32 and never 0: beyond what that holds, rows are equally far out."""
+    """Shares (n,) as percentages, float32 and never 0: below the smallest float32, rows count as equally far out."""
     return (100 * share).float().clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -225,5 +225,5 @@ def _layer(number: str, about: dict[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def _table(edges: Tensor, values: Tensor) -> Table:
     if values.shape != (1 + len(edges), QUANTILE_LEVELS) or not (values.diff(dim=1) >= 0).all():
-        raise ValueError("a table of another shape, or not rising")
+        raise ValueError("a table has the wrong shape or is not ascending")
     return Table(edges, values)

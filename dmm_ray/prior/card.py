@@ -1,4 +1,4 @@
-"""The model card of a prior: the README.md that goes with it to the Hugging Face Hub."""
+"""A prior's model card: the README.md uploaded with it to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 BODY = Template("""
 # $title
 
-A diffusion meta-model of the activations of $subject: flow matching of the outputs of $layers, one
-activation a token, without context. It says how likely an activation is (`log_prob`), moves an edited one back to where
-natural ones lie (`denoise`), draws new ones (`sample`), and has hidden units to read (`encode`).
+A diffusion meta-model of the activations of $subject, trained by flow matching on the outputs of $layers, one
+activation per token, without context. It estimates how likely an activation is (`log_prob`), moves an edited one back
+towards natural ones (`denoise`), draws new ones (`sample`), and exposes its hidden units (`encode`).
 
 ## Use
 ```python
@@ -28,7 +28,7 @@ from dmm_ray import ActivationPrior
 prior = ActivationPrior.from_pretrained("$repo")
 score = prior.log_prob(x$argument)  # x: (n, $d) raw activations
 ```
-It is read by the Python package dmm-ray. `config.json` says which model, documents and seed it comes from.
+It loads with the Python package dmm-ray. `config.json` records the model, documents and seed it was trained with.
 
 ## What it is
 | | |
@@ -41,17 +41,17 @@ $facts
 $training
 
 ## Limits
-- It knows activations of the language model, layer and kind of text it was trained on; of others it says little.
-- Unless its training says otherwise, it has seen no token that stands first in its document.
+- It models activations of the language model, layer and kind of text it was trained on; it says little about others.
+- Unless its training says otherwise, it has seen no document's first token.
 - A high likelihood means a common activation, not a true or harmless one; rows scaled towards the mean look likely.
 
 ## Licence
-Activations carry what the language model has learnt: this prior comes under the licence of its subject, `$license`.
+Activations carry what the language model has learnt, so this prior comes under the licence of its subject, `$license`.
 """)
 
 
 def subject_licence(subject: str, token: str | None = None) -> dict[str, str]:
-    """The licence fields of a model's card on the Hugging Face Hub; empty where they cannot be had."""
+    """The licence fields of a model's card on the Hugging Face Hub; empty if unavailable."""
     try:
         card = HfApi(token=token).model_info(subject).card_data
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
@@ -61,7 +61,7 @@ def subject_licence(subject: str, token: str | None = None) -> dict[str, str]:
 
 
 def hub_subject(config: PriorConfig) -> str | None:
-    """The Hub id of the language model; None for one that was a local folder, or is not known."""
+    """The Hub id of the language model; None if it was a local folder or is unknown."""
     name = str(config.subject.get("id") or "")
     return name if name and not name.startswith(("/", ".", "~")) and "://" not in name else None
 
@@ -78,7 +78,7 @@ def licence(config: PriorConfig, given: str | None, token: str | None = None) ->
     found = subject_licence(subject, token) if subject else {}
     if "license" not in found:
         raise UserError(
-            f"license: that of {subject or 'the subject, a model not from the Hub,'} could not be looked up; "
+            f"license: the licence of {subject or 'the subject, a model not from the Hub,'} could not be looked up; "
             "give license=, for example license='apache-2.0'"
         )
     return found
@@ -87,14 +87,14 @@ def licence(config: PriorConfig, given: str | None, token: str | None = None) ->
 def render(
     config: PriorConfig, repo: str, licence_fields: dict[str, str], figures: dict[str, Any], parameters: int
 ) -> str:
-    """The card's text.
+    """Render the card.
 
     Args:
-        config: of the prior.
+        config: the prior's configuration.
         repo: its Hub id.
-        licence_fields: of :func:`licence`.
-        figures: name and value of what was measured at the end of training; may be empty.
-        parameters: number of the network's weights.
+        licence_fields: as returned by :func:`licence`.
+        figures: metrics from the end of training, by name; may be empty.
+        parameters: the network's parameter count.
     """
     subject = hub_subject(config)
     front: dict[str, Any] = {**licence_fields, "library_name": "dmm-ray", "tags": list(TAGS)}
@@ -138,7 +138,7 @@ def _training(config: PriorConfig) -> dict[str, Any]:
 
 
 def _rows(values: dict[str, Any]) -> str:
-    """Lines of a Markdown table of two columns."""
+    """Lines of a two-column Markdown table."""
     return "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
 
 

@@ -1,4 +1,4 @@
-"""What a prior is, as saved in its ``config.json``."""
+"""A prior's configuration, as saved in its ``config.json``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class PriorConfig(Config):
     d: int = Field(gt=0)
     """Width of an activation."""
     layers: tuple[Annotated[int, Field(ge=-1)], ...] = Field(min_length=1)
-    """Block numbers of the subject whose outputs are modelled; -1 is what goes into block 0."""
+    """Block numbers of the subject whose outputs are modelled; -1 is the input of block 0."""
     subject_layers: int = Field(default=1, gt=0)
     """Number of blocks of the subject; scales the layer condition of a multi-layer prior."""
     depth_offset: Literal[0, 1] = 0
-    """What is added to a layer's number in its condition: 1 for a prior of block inputs, numbered by their block."""
+    """Added to a layer's number in its condition: 1 for a prior of block inputs, which are numbered by their block."""
     layer_conditioned: bool = False
-    """Whether a prior of one layer has a layer condition; one of several layers always has."""
+    """Whether a single-layer prior has a layer condition; a multi-layer prior always has one."""
     d_model: int = Field(gt=0, multiple_of=2)
     """Residual width of the denoiser."""
     d_mlp: int = Field(gt=0)
@@ -36,7 +36,7 @@ class PriorConfig(Config):
     base: BaseKind = "none"
     """Closed-form velocity that the network's output is added to; its tensors are in the weight file."""
     variance_floor: float = Field(gt=0)
-    """Variances below this are raised to it by the normaliser, in squared activation units."""
+    """The normaliser raises smaller variances to this value, in squared activation units."""
     subject: dict[str, Any] = Field(default={}, json_schema_extra=RESUMABLE)
     """Which language model the activations come from: id, revision, hashes."""
     split: dict[str, Any] = Field(default={})
@@ -47,9 +47,11 @@ class PriorConfig(Config):
     @model_validator(mode="after")
     def _layers_distinct(self) -> PriorConfig:
         if len(set(self.layers)) != len(self.layers):
-            raise ValueError("layers: each layer once")
+            raise ValueError("layers: must be distinct")
         if self.base != "none" and self.multi_layer:
-            raise ValueError("base: a prior of several layers has none; model one layer, or give base none")
+            raise ValueError(
+                "base: not available for a prior of several layers; model one layer, or use base none"
+            )
         return self
 
     @property

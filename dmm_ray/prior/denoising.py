@@ -1,4 +1,4 @@
-"""Noising to a level and restoring, and the level that keeps within a distance."""
+"""Noising rows to a level and restoring them, and finding the level that stays within a distance."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from dmm_ray.prior.solver import Solver
 from dmm_ray.prior.velocities import VelocityField
 
 DISTANCE_LEVELS = 32
-"""Levels for a distance are the multiples of 1 / LEVELS."""
+"""The levels searched for a distance are the multiples of 1 / DISTANCE_LEVELS."""
 
 
 def check_mode(mode: str) -> None:
-    """Raises UserError for another mode than sample or mean."""
+    """Raises UserError for a mode other than sample or mean."""
     if mode not in ("sample", "mean"):
-        raise UserError(f"mode: 'sample' or 'mean' is needed (got {mode!r})")
+        raise UserError(f"mode: expected 'sample' or 'mean' (got {mode!r})")
 
 
 def row_levels(u: Any, n: int) -> Tensor:
     """One noise level per row, (n,) float64 on the CPU, from a number or (n,).
 
     Raises:
-        UserError: another length, or a level that is not in [0, 1].
+        UserError: wrong length, or a level outside [0, 1].
     """
     try:
         levels = torch.as_tensor(u, dtype=torch.float64, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"u: one number or {n} of them are needed (got {u!r})") from e
+        raise UserError(f"u: expected one number or {n} of them (got {u!r})") from e
     if len(levels) not in (1, n):
         raise UserError(f"u: expected one noise level or one per row, got {len(levels)} for {n} rows")
     good = (levels >= 0) & (levels <= 1)
     if not good.all():
         bad = float(levels[~good][0])
-        raise UserError(f"u: a noise level in [0, 1] is needed, 0 data and 1 noise (got {bad:g})")
+        raise UserError(f"u: expected a noise level in [0, 1], 0 data and 1 noise (got {bad:g})")
     return levels.expand(n)
 
 
 class Restorer:
-    """Restores noised rows from any level.
+    """Restores rows noised to any level.
 
     Args:
-        field: the velocity.
+        field: the velocity field.
         solver: for mode ``sample``.
-        steps: of it, from the level to 0.
+        steps: its steps from the level to 0.
         mode: ``sample`` follows the flow, ``mean`` takes E[z | z_u].
 
     Raises:
-        UserError: another mode, no steps.
+        UserError: an unknown mode, or fewer than one step.
     """
 
     def __init__(self, field: VelocityField, solver: Solver, steps: int, mode: Mode = "sample") -> None:
@@ -64,7 +64,7 @@ class Restorer:
         self.field, self.solver, self.steps, self.mode = field, solver, steps, mode
 
     def at(self, z: Tensor, noise: Tensor, u: float) -> Tensor:
-        """Rows z (m, d) noised to level u by ``noise`` (m, d), restored; z itself at u = 0."""
+        """Noise rows z (m, d) to level u with ``noise`` (m, d) and restore them; z itself at u = 0."""
         if u == 0:
             return z
         z_u = interpolate(z, noise, u)
@@ -73,15 +73,15 @@ class Restorer:
         return self.solver.integrate(self.field, z_u, self.solver.points(u, 0.0, self.steps))
 
     def at_levels(self, z: Tensor, noise: Tensor, u_M: Tensor) -> Tensor:
-        """As :meth:`at` with a level for each row, u (m,); rows of equal levels are solved together."""
+        """Like :meth:`at` with one level per row, u (m,); rows at the same level are solved together."""
         return map_levels(u_M, lambda u, rows, noises: self.at(rows, noises, u), z, noise)
 
 
 def largest_levels(restore: Callable[[Tensor], Tensor], z: Tensor, distance: float) -> Tensor:
-    """For each row, a multiple of 1 / LEVELS whose result is within ``distance``, by bisection; (m,) float64.
+    """For each row, a multiple of 1 / DISTANCE_LEVELS whose result is within ``distance``, by bisection; (m,) float64.
 
-    Where the distance ``|restored - z| / |z|`` grows with the level it is the largest such one; in any case the result
-    at the level found was within the budget, and a row's level depends on that row alone.
+    If the distance ``|restored - z| / |z|`` grows with the level, it is the largest such level; in any case the result
+    at that level was within the budget, and a row's level depends on that row alone.
 
     Args:
         restore: levels (m,) float64 on the CPU -> rows (m, d).

@@ -1,4 +1,4 @@
-"""The probability path between activations and noise, and the levels of it that training draws.
+"""The probability path between activations and noise, and the noise levels drawn in training.
 
 Convention, everywhere: ``z_u = (1 - u) z + u * noise`` with u = 0 data and u = 1 noise; the velocity is
 ``d z_u / d u = noise - z`` (linear flow matching: Lipman et al. 2023, Liu et al. 2023).
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NOISE_LEVELS = 1000
-"""Noise levels are the integers 1..NOISE_LEVELS over NOISE_LEVELS in training; between them the network is smooth."""
+"""Training noise levels are k / NOISE_LEVELS for k = 1..NOISE_LEVELS; between them the network is smooth."""
 
 
 def interpolate(z: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
@@ -31,16 +31,16 @@ def posterior_mean(z_u: Tensor, velocity: Tensor, u: Tensor | float) -> Tensor:
 def batch_levels(seed: int, batch: int, distinct: int) -> Tensor:
     """The noise levels of one global batch: stratified over 1..NOISE_LEVELS, uniform for every sample.
 
-    One level is drawn in each of ``distinct`` equal strata and shared by an equal run of samples (which are rows in
-    random order), so that the network's time path, a quarter of its cost, runs once per distinct level.
+    One level is drawn in each of ``distinct`` equal strata and shared by an equally long run of samples (rows in random
+    order), so that the network's time path, a quarter of its cost, runs once per distinct level.
 
     Args:
         seed: the run's seed.
         batch: index of the global batch.
-        distinct: number of strata, at most LEVELS.
+        distinct: number of strata, at most NOISE_LEVELS.
 
     Returns:
-        u (distinct,) float32 in (0, 1], rising.
+        u (distinct,) float32 in (0, 1], ascending.
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, batch], dtype=np.uint64)))
     strata = (np.arange(distinct) + rng.random(distinct)) * (NOISE_LEVELS / distinct)

@@ -20,20 +20,20 @@ from dmm_ray.prior.weights import read_tensors
 
 CONFIG, WEIGHTS, CALIBRATION = "config.json", "model.safetensors", "calibration.safetensors"
 FILES = (CONFIG, WEIGHTS, CALIBRATION)
-"""What makes a prior; the last may be absent."""
+"""The files of a prior; the last is optional."""
 
 
 def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
-    """Write both files, each whole or not at all, the configuration last. Raises UserError without permission."""
+    """Write both files atomically, the configuration last. Raises UserError without write permission."""
     make_folder(path)
     write_bytes(join(path, WEIGHTS), safetensors.torch.save(tensors, {"format": "pt"}))
     write_bytes(join(path, CONFIG), (config.model_dump_json(indent=2) + "\n").encode())
 
 
 def load(source: str, revision: str | None = None) -> tuple[PriorConfig, dict[str, Tensor]]:
-    """Read a prior, ours or a published one, from a local folder, an fsspec URI or a Hub id.
+    """Load a prior, in our format or the published one, from a local folder, an fsspec URI or a Hub id.
 
-    Local weights are mapped into memory, not read: they are held once.
+    Local weights are memory-mapped rather than read, so they are held only once.
 
     Raises:
         UserError: missing, not a prior, or damaged.
@@ -59,7 +59,7 @@ def load(source: str, revision: str | None = None) -> tuple[PriorConfig, dict[st
 
 
 def load_config(path: str) -> PriorConfig:
-    """The configuration of the prior in a folder. Raises UserError if there is none or it is not valid."""
+    """The configuration of the prior in a folder. Raises UserError if it is missing or invalid."""
     if is_published(path):
         return glp.load_config(path)
     if not exists(join(path, CONFIG)):
@@ -75,15 +75,15 @@ def load_config(path: str) -> PriorConfig:
 
 
 def is_published(path: str) -> bool:
-    """Whether a folder holds a prior in the published format, and none in ours."""
+    """Whether a folder holds a prior in the published format and not in ours."""
     return exists(join(path, glp.CONFIG)) and not exists(join(path, WEIGHTS))
 
 
 def resolve(source: str, revision: str | None = None) -> str:
-    """The local folder or fsspec URI of a prior; for a Hub id its snapshot in the hub's cache, fetched if need be.
+    """The local folder or fsspec URI of a prior; for a Hub id, its snapshot in the Hub cache, downloaded if necessary.
 
     Raises:
-        UserError: no such folder, and the Hub does not give it.
+        UserError: no such folder, and it cannot be downloaded from the Hub.
     """
     if "://" in source or Path(source).expanduser().is_dir():
         return source
@@ -93,12 +93,12 @@ def resolve(source: str, revision: str | None = None) -> str:
         return _snapshot(source, revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(
-            f"{source}: no such folder, and the Hub did not give it ({' '.join(str(e).split())[:200]})"
+            f"{source}: no such folder, and it could not be downloaded from the Hub ({' '.join(str(e).split())[:200]})"
         ) from e
 
 
 def _snapshot(source: str, revision: str | None) -> str:
-    """A snapshot of the files of either format; of checkpoints the newest, and only without final weights."""
+    """A snapshot with the files of either format; the newest checkpoint only if there are no final weights."""
     wanted = [*FILES, glp.CONFIG, glp.STATISTICS, glp.WEIGHTS]
     path = snapshot_download(source, revision=revision, allow_patterns=wanted)
     here = Path(path)

@@ -1,7 +1,7 @@
-"""Folders of published Generative Latent Priors (Luo et al. 2026): read as ours are, and written.
+"""Reading and writing folders of published Generative Latent Priors (Luo et al. 2026).
 
 ``config.yaml``; ``rep_statistics.pt``, a torch file of ``{"mean", "var"}``; ``final.safetensors`` or
-``checkpoints/epoch_N.safetensors``. Their network is ours under other names: ``model.`` for ``denoiser.``.
+``checkpoints/epoch_N.safetensors``. Their network is ours under another prefix: ``model.`` for ``denoiser.``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ DAMAGE = (
     AssertionError,
     struct.error,
 )
-"""What torch's reader raises on files cut short or with bits flipped, beside UnpicklingError."""
+"""What ``torch.load`` raises on truncated or bit-flipped files, besides UnpicklingError."""
 
 
 def load(path: str) -> tuple[PriorConfig, dict[str, Tensor]]:
     """The configuration and the float32 tensors ``denoiser.*``, ``normalizer.mean`` and ``.var`` (L, d).
 
     Raises:
-        UserError: a file missing, damaged, or that does not fit the others.
+        UserError: a file is missing, damaged or inconsistent with the others.
     """
     config, mean, var = _described(path)
     uri = join(path, weights_name(path))
@@ -63,15 +63,15 @@ def load(path: str) -> tuple[PriorConfig, dict[str, Tensor]]:
 
 
 def load_config(path: str) -> PriorConfig:
-    """The configuration alone; the statistics are read for the variance floor. Raises as :func:`load`."""
+    """The configuration alone; the statistics are read for the variance floor. Raises like :func:`load`."""
     return _described(path)[0]
 
 
 def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
-    """Write the three files, the configuration last. Statistics of a layer not modelled are mean 0, variance 1.
+    """Write the three files, the configuration last. Layers not modelled get mean 0 and variance 1.
 
     Raises:
-        UserError: a prior that the format cannot hold, or no permission.
+        UserError: the format cannot represent the prior, or no write permission.
     """
     if config.base != "none":
         raise UserError(
@@ -90,7 +90,7 @@ def save(path: str, config: PriorConfig, tensors: dict[str, Tensor]) -> None:
 
 
 def weights_name(path: str) -> str:
-    """The weight file in a folder, relative to it: the final one, else the newest checkpoint. UserError for none."""
+    """The weight file's path within a folder: the final one, else the newest checkpoint. Raises UserError if none."""
     if exists(join(path, WEIGHTS)):
         return WEIGHTS
     folder = join(path, CHECKPOINTS)
@@ -153,9 +153,9 @@ def _check_statistics(uri: str, found: object) -> None:
 
 
 def _by_layer(uri: str, name: str, value: Tensor, description: Description) -> Tensor:
-    """One row a modelled layer (L, d), float32, of statistics (d,), (blocks, d) or (L, d), with unit dimensions or not.
+    """One row per modelled layer (L, d), float32, of statistics (d,), (blocks, d) or (L, d), unit dimensions ignored.
 
-    One vector serves all layers; with a row for each of the subject's blocks a layer's row is its block's.
+    A single vector serves all layers; given one row per block of the subject, each layer takes its block's row.
     """
     d, blocks, count = description.d, description.blocks, description.condition_blocks
     rows = [size for size in value.shape[:-1] if size != 1]
@@ -172,7 +172,7 @@ def _by_layer(uri: str, name: str, value: Tensor, description: Description) -> T
 
 
 def _by_block(config: PriorConfig, value: Tensor, fill: float) -> Tensor:
-    """Statistics as the published loader looks them up: (d,) for one layer, else a row for every block."""
+    """Statistics as the published loader looks them up: (d,) for one layer, else one row per block."""
     if not config.multi_layer:
         return value[0]
     table = torch.full((config.subject_layers, config.d), float(fill))
@@ -181,7 +181,7 @@ def _by_block(config: PriorConfig, value: Tensor, fill: float) -> Tensor:
 
 
 def _smallest(uri: str, var: Tensor) -> float:
-    """The smallest variance above zero: it changes none, and keeps z finite where the variance is zero."""
+    """The smallest positive variance: as a floor it changes no other, and keeps z finite where the variance is zero."""
     positive = var[var > 0]
     if not len(positive):
         raise UserError(f"{uri}: every variance is zero; copy the file from the source again")

@@ -1,7 +1,7 @@
 """``config.yaml`` of a published Generative Latent Prior: read into a :class:`PriorConfig`, and written from one.
 
 There a layer is the block whose input or output was traced (``retain``); here the input of block k is layer k - 1. The
-layer condition stays what the network was trained with: the block's number over (number of blocks - 1).
+layer condition stays as the network was trained: the block's number over (number of blocks - 1).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ KNOWN = {
     DENOISER: {"d_input", "d_model", "d_mlp", "n_layers", "multi_layer_n_layers"},
     NORMALIZER: {"rep_statistic", "d_input"},
 }
-"""Keys that decide what is computed; with others it would be another model than this one."""
+"""Keys that determine what is computed; any other key would mean a different model."""
 OUR_SECTION = "dmm_ray"
-"""Section that :func:`write` adds, for what the published format has no place for; its readers pass over it."""
+"""Section that :func:`write` adds for fields that the published format lacks; its readers ignore it."""
 OUR_FIELDS = ("subject_layers", "variance_floor", "subject", "split", "training")
 HOOKS = ("output", "input")
-"""``retain`` by our ``depth_offset``."""
+"""``retain``, indexed by our ``depth_offset``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a ``config.yaml`` says."""
+    """The contents of a ``config.yaml``."""
 
     uri: str
     d: int
@@ -47,16 +47,16 @@ class Description:
     condition_blocks: int | None
     """Number of blocks of the subject; None without a layer condition."""
     offset: int
-    """1 where the blocks' inputs were traced, 0 for outputs."""
+    """1 if the blocks' inputs were traced, 0 for outputs."""
     subject: dict[str, Any]
     ours: dict[str, Any]
-    """What a folder that we exported says beyond the published format."""
+    """Fields beyond the published format, present in folders that we exported."""
 
     def prior_config(self, floor: float) -> PriorConfig:
-        """The same as a prior's configuration, ``floor`` being its variance floor.
+        """Convert it to a prior's configuration with variance floor ``floor``.
 
         Raises:
-            UserError: a value that no prior can have.
+            UserError: a value that is invalid for a prior.
         """
         fields = {
             "d": self.d,
@@ -80,21 +80,21 @@ def read(uri: str) -> Description:
     """Read a ``config.yaml``.
 
     Raises:
-        UserError: missing, not YAML, a key missing or of the wrong kind, or not this architecture.
+        UserError: the file is missing, not YAML, or of another architecture, or a key is missing or of the wrong type.
     """
     settings = Settings(uri)
     for section, known in KNOWN.items():
         if unknown := sorted(settings.keys(section) - known):
             raise UserError(
-                f"{uri}: {section}.{unknown[0]} is not of the published architecture; remove it if it changes nothing"
+                f"{uri}: {section}.{unknown[0]} is not in the published architecture; remove it if it changes nothing"
             )
     retain = settings.get(f"{TRACED}.retain")
     if retain not in HOOKS:
-        raise UserError(f"{uri}: {TRACED}.retain is 'input' or 'output' (got {retain!r}); correct it")
+        raise UserError(f"{uri}: {TRACED}.retain must be 'input' or 'output' (got {retain!r}); correct it")
     blocks, prefix = _blocks(settings)
     ours = settings.find(OUR_SECTION) or {}
     if not isinstance(ours, dict) or set(ours) - set(OUR_FIELDS):
-        raise UserError(f"{uri}: {OUR_SECTION} holds {', '.join(OUR_FIELDS)} and no more; remove the section")
+        raise UserError(f"{uri}: {OUR_SECTION} may only contain {', '.join(OUR_FIELDS)}; remove the section")
     return Description(
         uri=uri,
         d=_size(settings, f"{DENOISER}.d_input"),
@@ -112,10 +112,10 @@ def read(uri: str) -> Description:
 def write(uri: str, config: PriorConfig) -> None:
     """Write ``config.yaml``.
 
-    Its only reference is the normaliser's file, which the published loader sets at the top level.
+    Its only reference is to the normaliser's file, which the published loader sets at the top level.
 
     Raises:
-        UserError: a prior that the published format cannot hold.
+        UserError: the published format cannot represent the prior.
     """
     blocks = traced_blocks(config)
     value = {
@@ -142,7 +142,7 @@ def write(uri: str, config: PriorConfig) -> None:
 
 
 def traced_blocks(config: PriorConfig) -> list[int]:
-    """The blocks whose inputs or outputs a prior models. Raises UserError where its numbers do not allow it."""
+    """The blocks whose inputs or outputs a prior models. Raises UserError if their numbers are out of range."""
     blocks = [layer + config.depth_offset for layer in config.layers]
     if min(blocks) < 0 or (config.multi_layer and max(blocks) >= config.subject_layers):
         raise UserError(
@@ -155,18 +155,18 @@ def traced_blocks(config: PriorConfig) -> list[int]:
 def _size(settings: Settings, key: str) -> int:
     value = settings.get(key)
     if type(value) is not int or value < 1:
-        raise UserError(f"{settings.uri}: {key} is a whole number from 1 on (got {value!r}); correct it")
+        raise UserError(f"{settings.uri}: {key} must be a positive integer (got {value!r}); correct it")
     return value
 
 
 def _blocks(settings: Settings) -> tuple[tuple[int, ...], str | None]:
-    """The traced blocks and what stands before their number in the subject's module names."""
+    """The traced blocks, and the prefix of their numbers in the subject's module names."""
     key = f"{TRACED}.layers"
     value, prefix = settings.get(key), settings.find(f"{TRACED}.layer_prefix")
     names = [str(v) for v in value if type(v) in (int, str)] if isinstance(value, list) else []
     matches = [m for name in names if (m := re.fullmatch(r"(?:(.+)\.)?(\d+)", name))]
     if not matches or len(matches) < len(value):
-        raise UserError(f"{settings.uri}: {key} is a list of block numbers (got {value!r}); correct it")
+        raise UserError(f"{settings.uri}: {key} must be a list of block numbers (got {value!r}); correct it")
     blocks = tuple(int(m[2]) for m in matches)
     if len(set(blocks)) < len(blocks):
         raise UserError(f"{settings.uri}: {key} names a block twice (got {value!r}); correct it")
@@ -191,7 +191,7 @@ def _condition_blocks(settings: Settings, blocks: tuple[int, ...]) -> int | None
 
 
 def _escaped(value: Any) -> Any:
-    """``value`` with what would read as a reference escaped."""
+    """``value`` with everything that would be read as a reference escaped."""
     if isinstance(value, dict):
         return {key: _escaped(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""``dmm import-glp`` and ``dmm export-glp``: priors from and to the published folder format."""
+"""``dmm import-glp`` and ``dmm export-glp``: converting priors from and to the published folder format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TAKEN = (folder.CONFIG, folder.WEIGHTS, glp.CONFIG, "train.json", "manifest.json
 
 
 class ImportGlpConfig(Config):
-    """Turn a published Generative Latent Prior into a prior's folder of ours."""
+    """Convert a published Generative Latent Prior to this package's format."""
 
     source: str
     """Local folder, URI or Hugging Face Hub id of the published prior."""
@@ -32,7 +32,7 @@ class ImportGlpConfig(Config):
 
 
 class ExportGlpConfig(Config):
-    """Write a prior in the published format, for software that reads that."""
+    """Write a prior in the published format, for software that reads it."""
 
     prior: str
     """Local folder, URI or Hugging Face Hub id of the prior."""
@@ -43,10 +43,10 @@ class ExportGlpConfig(Config):
 
 
 def import_glp(config: ImportGlpConfig) -> str:
-    """Read a published prior and write it in our format; the folder. Tensors stay bit for bit what they were.
+    """Read a published prior and write it in our format, tensors bit for bit; returns the folder.
 
     Raises:
-        UserError: not such a prior, a damaged or misfitting file, or ``out`` holds something else.
+        UserError: not a published prior, a damaged or inconsistent file, or ``out`` holds something else.
     """
     started = time.perf_counter()
     out = _claim(config.out, config)
@@ -59,10 +59,10 @@ def import_glp(config: ImportGlpConfig) -> str:
 
 
 def export_glp(config: ExportGlpConfig) -> str:
-    """Read a prior and write it in the published format; the folder.
+    """Read a prior and write it in the published format; returns the folder.
 
     Raises:
-        UserError: not a prior, one that the format cannot hold, or ``out`` holds something else.
+        UserError: not a prior, one that the format cannot represent, or ``out`` holds something else.
     """
     started = time.perf_counter()
     out = _claim(config.out, config)
@@ -80,7 +80,7 @@ def _claim(out: str, config: Config) -> str:
     summary = read_json(join(out, SUMMARY)) if exists(join(out, SUMMARY)) else {}
     try:
         saved = type(config).model_validate(summary.get("inputs", {}).get("config"))
-    except ValidationError as e:  # what another command wrote
+    except ValidationError as e:  # written by another command
         raise UserError(f"out: {out} holds another {used}; choose another folder") from e
     refuse_other(out, saved.identity(), config.identity())
     return out

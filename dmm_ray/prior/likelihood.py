@@ -1,4 +1,4 @@
-"""Log-likelihood by following the flow to noise, and what comes with it."""
+"""Log-likelihood by integrating the flow to noise, with its parts and percentiles."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from dmm_ray.prior.trace import exact_trace, hutchinson_trace
 from dmm_ray.prior.velocities import VelocityField
 
 EXACT_TRACE_MAX_D = 512
-"""Up to this width ``probes=0`` is allowed unless insisted on: its cost grows with d tangents an evaluation."""
+"""Largest width at which ``probes=0`` is allowed by default: it costs d tangents per evaluation."""
 TANGENTS = 8
-"""Tangents taken at once where memory allows."""
+"""Most tangents computed at once."""
 
 
 class PercentileContext(NamedTuple):
-    """What percentiles are read from: a calibration, the rows' layer and their positions (n,), where known."""
+    """What percentiles are looked up with: a calibration, the rows' layer and their positions (n,) if known."""
 
     calibration: Calibration | None
     layer: int
     positions: Tensor | None
 
     def percentiles(self, nats: Tensor, base: Tensor, norm: Tensor) -> Percentiles | None:
-        """Those of rows by log p, its base and ``|z|^2``, (n,) each; None without a calibration of the layer."""
+        """Percentiles from log p, its base and ``|z|^2``, (n,) each; None without a calibration of the layer."""
         if self.calibration is None or self.layer not in self.calibration.layers:
             return None
         return self.calibration.percentiles(self.layer, nats, base, norm, self.positions)
 
 
 class Path(NamedTuple):
-    """What is found on the way from rows to noise, (n,) float64 each."""
+    """Results of integrating rows to noise, (n,) float64 each."""
 
     base: Tensor
     """``log N(z_1; 0, I)``."""
     divergence: Tensor
-    """Its integral."""
+    """Integral of the velocity's divergence."""
     stderr: Tensor
-    """Of the integral, from the trace estimate."""
+    """Standard error of the integral, from the trace estimate."""
     squared_norm: Tensor
     """``|z_0|^2``."""
 
     @classmethod
     def joined(cls, parts: Sequence[Path]) -> Path:
-        """Of rows one behind the other."""
+        """Concatenate the results of consecutive rows."""
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -62,17 +62,17 @@ class LogProb:
     """Log-likelihood of n raw activations and its parts; tensors are (n,) float32, in nats."""
 
     nats: Tensor
-    """log p(x), the normaliser's log-determinant included: base + divergence + log_determinant."""
+    """log p(x), including the normaliser's log-determinant: base + divergence + log_determinant."""
     nats_per_dim: Tensor
     """``nats / d``."""
     stderr: Tensor | None
-    """Standard error of ``nats`` that the trace estimate brings; zero when exact, None from a single probe."""
+    """Standard error of ``nats`` due to the trace estimate; zero if exact, None with a single probe."""
     percentile: Tensor | None
-    """Per cent of natural activations less likely than this one; None for a prior without calibration."""
+    """Percentage of natural activations less likely than this one; None for a prior without calibration."""
     latent_percentile: Tensor | None
     """Two-sided percentile of the latent norm at u = 1; None for a prior without calibration."""
     combined_percentile: Tensor | None
-    """Percentile of the two and the row's own norm together, small where any is unusual; None without calibration."""
+    """Percentile of these two and the row's own norm combined, small if any is unusual; None without calibration."""
     base: Tensor
     """log N(z_1; 0, I) of the latent that the row flows to."""
     divergence: Tensor
@@ -80,7 +80,7 @@ class LogProb:
     log_determinant: float
     """log |dz/dx| of the normaliser."""
     evaluations: int
-    """Network evaluations spent on each row: stages x steps, traces not counted."""
+    """Network evaluations per row: stages x steps, not counting traces."""
 
     @classmethod
     def of(
@@ -92,7 +92,7 @@ class LogProb:
         evaluations: int,
         scale: PercentileContext,
     ) -> LogProb:
-        """From what was found along the path."""
+        """Build it from the results along the path."""
         nats = path.base + path.divergence + log_determinant
         found = scale.percentiles(nats, path.base, path.squared_norm)
         return cls(
@@ -116,21 +116,21 @@ def check_probes(probes: int, d: int, exact_limit: int) -> int:
         raise UserError(f"probes: at least 1 is needed, or 0 for the exact trace (got {probes})")
     if probes == 0 and d > exact_limit:
         raise UserError(
-            f"probes: 0, the exact trace, costs {d} tangents an evaluation at width {d}; "
-            f"give at least 1, or exact_limit={d} to insist"
+            f"probes: 0, the exact trace, costs {d} tangents per evaluation at width {d}; "
+            f"give at least 1, or exact_limit={d} to allow it"
         )
     return probes
 
 
 def tangents_at_once(probes: int, d: int) -> int:
-    """How many tangents to make room for, of ``probes`` or d."""
+    """Number of tangents computed at once, out of ``probes`` or d."""
     return min(probes or d, TANGENTS)
 
 
 def integrate_log_prob(
     field: VelocityField, piece: RowChunk, solver: Solver, points: list[float], seed: int, probes: int
 ) -> Path:
-    """What is found when rows are led along ``points``.
+    """Integrate rows along ``points``.
 
     ``log p(z_0) = log N(z_1; 0, I) + integral_0^1 div v(z_u, u) du`` (Chen et al. 2018).
     """
@@ -150,7 +150,7 @@ def integrate_log_prob(
         base_v, base_divergence = field.base.at(u).velocity_and_divergence(z)
         return v + base_v, divergence + base_divergence, variance
 
-    with as_asked(piece.z.device):  # the trace's sums as well as the field's products
+    with as_asked(piece.z.device):  # covers the trace's sums as well as the field's products
         z_1, divergence, variance = solver.integrate_with_trace(field, traced, piece.z, points)
     base = -0.5 * (z_1.double().square().sum(1) + z_1.shape[1] * math.log(2 * math.pi))
     return Path(base, divergence, variance.sqrt(), piece.z.double().square().sum(1))

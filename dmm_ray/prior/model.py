@@ -1,4 +1,4 @@
-"""The prior a user holds: likelihood, denoising, sampling, encoding of raw activations; saved as a folder."""
+"""The user-facing prior: likelihood, denoising, sampling and encoding of raw activations; saved as a folder."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from dmm_ray.seeds import MASK64, as_seed
 class ActivationPrior(nn.Module):
     """A diffusion meta-model of one language model's residual-stream activations.
 
-    All methods take and give *raw* activations (n, d), float32. A row's result depends on the row, its id, the
-    arguments and ``seed`` alone, to float tolerance.
+    All methods take and return *raw* activations (n, d), float32. A row's result depends only on the row, its id, the
+    arguments and ``seed``, up to float tolerance.
 
-    Args of every method: ``layer`` is the block number the rows come from (required for a multi-layer prior); ``ids``
-    names rows for the noise, (n,) or (n, 2) integers (default 0..n-1); ``seed`` is any integer; ``solver`` is the rule
-    and grid of integration (default: midpoint on the cosine grid); ``precision`` is that of the network's products:
-    ``float32`` (as the weights are held, never TF32), ``bfloat16`` (states and sums stay in float32), ``auto``
-    (bfloat16 where the device is fast in it) or, by default, what the prior was loaded with.
+    Arguments shared by all methods: ``layer`` is the block number the rows come from (required for a multi-layer
+    prior); ``ids`` identify rows for the noise, (n,) or (n, 2) integers (default 0..n-1); ``seed`` is any integer;
+    ``solver`` is the integration method and grid (default: midpoint on the cosine grid); ``precision`` is that of the
+    network's products: ``float32`` (like the weights, never TF32), ``bfloat16`` (states and sums stay in float32) or
+    ``auto`` (bfloat16 where it is fast on the device); it defaults to the precision the prior was loaded with.
 
     Attributes:
         config: shape and provenance.
@@ -59,8 +59,8 @@ class ActivationPrior(nn.Module):
         normalizer: statistics of each layer.
         calibration: tables behind the percentiles, or None.
         base: the closed-form velocity that the network corrects, or None.
-        velocities: the network as a field, in several number formats.
-        precision: the one that the operations take where they are told none.
+        velocities: the network as a velocity field, in several number formats.
+        precision: the default precision of the operations.
     """
 
     def __init__(
@@ -124,14 +124,13 @@ class ActivationPrior(nn.Module):
         revision: str | None = None,
         precision: PrecisionOption = "float32",
     ) -> Self:
-        """Load a prior, ours or a published one, from a folder, an fsspec URI or a Hugging Face Hub id.
+        """Load a prior, in our format or the published one, from a folder, an fsspec URI or a Hugging Face Hub id.
 
         Args:
-            source: where it is.
+            source: the folder, URI or Hub id.
             device: a torch device.
-            revision: branch, tag or commit of a hub id.
-            precision: of the network's products where an operation is told none; ``auto`` is bfloat16 where the device
-                is fast in it.
+            revision: branch, tag or commit of a Hub id.
+            precision: default precision of the network's products; ``auto`` is bfloat16 where it is fast on the device.
 
         Raises:
             UserError: not a prior, a damaged file, or weights that do not fit the configuration.
@@ -166,11 +165,11 @@ class ActivationPrior(nn.Module):
             self.calibration.save(path)
 
     def fingerprint(self) -> str:
-        """Of the weights and the normaliser: :func:`dmm_ray.prior.weights.fingerprint`."""
+        """Fingerprint of the weights and the normaliser: see :func:`dmm_ray.prior.weights.fingerprint`."""
         return fingerprint(self.state_dict())
 
     def _check_calibration(self) -> None:
-        """Raises UserError where the percentiles are of other weights."""
+        """Raises UserError if the calibration belongs to other weights."""
         if self.calibration is not None:
             self.calibration.check(self.d, self.fingerprint())
 
@@ -184,7 +183,7 @@ class ActivationPrior(nn.Module):
         token: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Upload this prior with a model card to the Hugging Face Hub; the commit's URL.
+        """Upload this prior with a model card to the Hugging Face Hub; returns the commit's URL.
 
         Args: see :func:`dmm_ray.prior.publish.push_to_hub`.
         """
@@ -230,18 +229,18 @@ class ActivationPrior(nn.Module):
 
         Args:
             x: (n, d), finite.
-            layer: see the class, as for all that is not here.
+            layer: see the class.
             steps: intervals from 0 to 1, two network evaluations each (midpoint).
-            probes: Rademacher probes of the trace an evaluation; 0 for the exact trace.
+            probes: Rademacher probes per trace estimate; 0 for the exact trace.
             ids: see the class.
-            seed: of the probes.
+            seed: seed of the probes.
             solver: see the class.
             precision: see the class.
             exact_limit: largest width at which ``probes=0`` is allowed.
 
         Raises:
-            UserError: wrong width, empty or non-finite rows, a layer not modelled, no steps, negative probes, an exact
-                trace beyond ``exact_limit``.
+            UserError: wrong width, no rows, rows with NaN or Inf, a layer not modelled, fewer than one step, negative
+                probes, or an exact trace beyond ``exact_limit``.
         """
         index, solver = self.layer_index(layer), solver or Solver()
         probes = check_probes(probes, self.d, exact_limit)
@@ -265,13 +264,13 @@ class ActivationPrior(nn.Module):
         seed: int = 0,
         precision: PrecisionOption | None = None,
     ) -> Tensor:
-        """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity over fixed (u, noise) pairs.
+        """A cheap proxy for ``-log_prob`` (n,): mean squared error of the velocity over fixed (u, noise) pairs.
 
         ``mean over k of |v(z_u, u_k) - (noise_k - z)|^2 / d`` with ``u_k = (k + 1/2) / pairs``: one evaluation each, no
         derivatives. Lower is more natural; the scale is that of the training loss.
 
         Raises:
-            UserError: as :meth:`log_prob`, no pairs.
+            UserError: as for :meth:`log_prob`; fewer than one pair.
         """
         index, pairs = self.layer_index(layer), as_integer("pairs", pairs, least=1)
         field, rows = self._field(index, precision), self._rows(x, ids, index)
@@ -297,22 +296,22 @@ class ActivationPrior(nn.Module):
         precision: PrecisionOption | None = None,
         distance: float | None = None,
     ) -> Tensor:
-        """Move raw activations (n, d) towards where natural ones lie: noise them to level u, then restore.
+        """Move raw activations (n, d) towards natural ones: noise them to level u, then restore.
 
         Args:
             x: (n, d), finite.
             u: noise level (0 returns the row, 1 discards it), a number or one per row (n,); equal levels share a solve.
             steps: intervals from u to 0 (``sample`` only), two network evaluations each (midpoint).
             mode: ``sample`` follows the flow to a natural state; ``mean`` takes E[z | z_u] in one evaluation.
-            layer: see the class, as for all that is not here.
+            layer: see the class.
             ids: see the class.
-            seed: of the noise.
+            seed: seed of the noise.
             solver: see the class.
             precision: see the class.
             distance: instead of ``u``: each row's :meth:`level_for_distance`.
 
         Raises:
-            UserError: as :meth:`log_prob`, u outside [0, 1], another mode; as :meth:`level_for_distance`.
+            UserError: as for :meth:`log_prob` and :meth:`level_for_distance`; u outside [0, 1]; an unknown mode.
         """
         if distance is not None:
             u = self.level_for_distance(x, distance, steps, mode, layer, ids, seed, solver, precision)
@@ -339,18 +338,18 @@ class ActivationPrior(nn.Module):
         solver: Solver | None = None,
         precision: PrecisionOption | None = None,
     ) -> Tensor:
-        """The ``u`` (n,) at which :meth:`denoise`, otherwise called alike, moves each row by ``distance`` at most.
+        """The ``u`` (n,) at which :meth:`denoise`, with the same arguments, moves each row by at most ``distance``.
 
-        The distance is relative and in normalised space: ``|restored - z| / |z|``, so that 0.3 is a move by three
-        tenths of the row's own distance from the mean. Levels are multiples of 1/32, found by bisection at the cost of
-        about 6 calls.
+        The distance is relative and in normalised space: ``|restored - z| / |z|``, so 0.3 moves a row by three tenths
+        of its own distance from the mean. Levels are multiples of 1/32, found by bisection at the cost of about 6
+        calls.
 
         Raises:
-            UserError: as :meth:`denoise`, a distance that is negative or not a number.
+            UserError: as for :meth:`denoise`; a distance that is negative or not finite.
         """
         index = self.layer_index(layer)
         if not 0 <= as_number("distance", distance) < math.inf:
-            raise UserError(f"distance: a finite number, 0 or more, is needed (got {distance})")
+            raise UserError(f"distance: expected a finite number, 0 or more (got {distance})")
         restorer = Restorer(self._field(index, precision), solver or Solver(), steps, mode)
         rows, found = self._rows(x, ids, index), []
         for z, noise in ((p.z, normal(seed, p.ids, self.d, STREAM_PATH)) for p in rows.pieces(1)):
@@ -436,15 +435,15 @@ class ActivationPrior(nn.Module):
             x: (n, d), finite.
             u: noise level; the published probes use 0.1.
             block: which denoiser block (features = d_mlp); None concatenates all (features = n_blocks * d_mlp).
-            layer: see the class, as for all that is not here.
+            layer: see the class.
             ids: see the class.
-            seed: of the noise.
-            noises: how many noises the units are averaged over.
+            seed: seed of the noise.
+            noises: number of noise draws that the units are averaged over.
             precision: see the class.
-            top: only the units with the largest values, this many, as :class:`TopUnits`.
+            top: return only this many units with the largest values, as :class:`TopUnits`.
 
         Raises:
-            UserError: as :meth:`denoise`, a block that the denoiser lacks, no noises, more units than there are.
+            UserError: as for :meth:`denoise`; a block that the denoiser lacks; no noises; more units than there are.
         """
         index, blocks = self.layer_index(layer), self.config.n_blocks
         check_level(u)
@@ -464,7 +463,7 @@ class ActivationPrior(nn.Module):
                 total += (torch.cat(hidden, dim=1) if block is None else hidden[block]) / noises
             return total
 
-        if top is not None:  # a piece's features at a time are held, never all rows'
+        if top is not None:  # only one piece's features are held at a time, never those of all rows
             parts = [TopUnits.of(encoded(piece), top) for piece in rows.pieces(blocks)]
             return TopUnits(*(torch.cat(column) for column in zip(*parts, strict=True)))
         found = rows.empty(units)
@@ -480,7 +479,7 @@ class ActivationPrior(nn.Module):
         return PriorRows(x, ids, self.config, self.normalizer, layer_index)
 
     def layer_index(self, layer: int | None) -> int:
-        """The index of ``layer`` among the modelled ones. Raises UserError for another, or None with several."""
+        """The index of ``layer`` among the modelled ones. Raises UserError for any other, or for None with several."""
         if layer is None and len(self.layers) == 1:
             return 0
         if layer is None or as_integer("layer", layer) not in self.layers:
@@ -489,7 +488,7 @@ class ActivationPrior(nn.Module):
 
 
 def new_denoiser(config: PriorConfig) -> Denoiser:
-    """An initialised denoiser of the shape that ``config`` says; with a base, one that corrects nothing yet."""
+    """A newly initialised denoiser of the shape given by ``config``; with a base, its output starts at zero."""
     denoiser = Denoiser(config.d, config.d_model, config.d_mlp, config.n_blocks, config.multi_layer)
     if config.base != "none":
         nn.init.zeros_(denoiser.out_proj.weight)

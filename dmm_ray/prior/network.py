@@ -9,7 +9,7 @@ The architecture of the published Generative Latent Prior (Luo et al. 2026), wit
 
 Shapes: B rows, M distinct conditions (noise level, layer), D activation width, H model width, F MLP width; S = 1 + K
 stacked passes: the plain one and its derivatives along K tangents (forward mode by hand: unlike torch.func.jvp under
-vmap it needs no global state, so that threads may run it, and compiles).
+vmap, it needs no global state, so it is safe to run in threads, and it compiles).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sinusoid(t_M: Tensor, width: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """One residual block; its gate comes from outside, once per distinct noise level."""
+    """One residual block; its gate is computed outside, once per distinct noise level."""
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Block(nn.Module):
     def hidden(self, h_BH: Tensor, gate_MF: Tensor) -> Tensor:
         """The block's hidden units (B, F), the inputs of ``down_proj``: the prior's meta-neurons.
 
-        Rows come in M equal runs, one for each gate.
+        Rows come in M runs of equal length, one per gate.
         """
         y_BH = self.ln(h_BH)
         gated_MkF = self.gate_proj(y_BH).unflatten(0, (len(gate_MF), -1)) * gate_MF[:, None]
@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
 
     @property
     def blocks(self) -> Iterable[Block]:
-        """``layers`` as what they are."""
+        """``layers``, typed as blocks."""
         return cast(Iterable[Block], self.layers)
 
     def gates(self, u_M: Tensor, depth_M: Tensor | None = None) -> list[Tensor]:
@@ -112,7 +112,7 @@ class Denoiser(nn.Module):
         return [block.time_proj(e_MH) for block in self.blocks]
 
     def velocity(self, z_BD: Tensor, gates: list[Tensor], index_B: Tensor | None = None) -> Tensor:
-        """The velocity (B, D) of rows in M equal runs, one a condition, or with each row's ``index`` of its own."""
+        """The velocity (B, D) of rows in M equal runs, one per condition, or with the condition's ``index`` per row."""
         h_BH = self.in_proj(z_BD)
         for block, gate in zip(self.blocks, gates, strict=True):
             h_BH = block(h_BH, gate if index_B is None else gate[index_B])

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a row's noise is a pure function of (seed, stream, row id).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in 64-bit integer tensor
-operations so that the same bits come out on every device, in any batch, in any order and on any number of workers.
+operations so that the bits are the same on every device, in any batch, in any order and for any number of workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.seeds import MASK64, as_seed, splitmix64
 
 STREAM_PATH, STREAM_SAMPLE, STREAM_ENCODE, STREAM_PAIRS = range(4)
-"""Independent noises of one row, by what they are for: see ``stream`` in :func:`normal`."""
+"""Independent noise streams of a row, by purpose: see ``stream`` in :func:`normal`."""
 DRAW = 1 << 8
 """Draw k of a stream is stream + k * DRAW."""
 ROUNDS = 10
@@ -34,7 +34,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # The products wrap as int64; their 64 bits are right, and the mask undoes the sign of the shift.
+        # The products wrap around in int64, but their 64 bits are right; the mask undoes the shift's sign extension.
         p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
         c0, c1, c2, c3 = (
             ((p1 >> 32) & MASK) ^ c1 ^ k0,
@@ -55,7 +55,7 @@ def row_ids(ids: Tensor | np.ndarray | None, n: int, device: torch.device | str 
         device: where to put them.
 
     Raises:
-        UserError: ids of another length or shape.
+        UserError: ids of the wrong length, shape or type.
     """
     ids_t = torch.arange(n) if ids is None else torch.as_tensor(ids)
     if ids_t.dtype.is_floating_point or ids_t.shape not in {(n,), (n, 2)}:
@@ -80,7 +80,7 @@ def normal(seed: int, ids: Tensor, d: int, stream: int = 0) -> Tensor:
 
     Args:
         seed: any integer.
-        ids: (n,) or (n, 2) int64 row identities; the noise is made on their device.
+        ids: (n,) or (n, 2) int64 row identities; the noise is generated on their device.
         d: width.
         stream: distinguishes independent draws for the same rows.
     """

@@ -1,4 +1,4 @@
-"""Per-dimension standardisation of activations, per layer, with one stated variance floor."""
+"""Per-dimension standardisation of activations, per layer, with a single explicit variance floor."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Normalizer(nn.Module):
         super().__init__()
         self.floor = floor
         self.warned: set[int] = set()
-        """Layers, by index, whose rows were once so far from natural ones that a warning was logged: one is enough."""
+        """Indices of layers for which a warning about rows far from natural ones was logged: one is enough."""
         self.register_buffer("mean", mean.to(torch.float32))
         self.register_buffer("var", var.to(torch.float32).clamp(min=floor))
 
     def normalize(self, x: Tensor, layer_index: int = 0) -> Tensor:
-        """Raw activations (n, d) of the layer at index ``layer_index`` to normalised float32."""
+        """Normalise raw activations (n, d) of the layer at index ``layer_index``; float32."""
         return (x.to(torch.float32) - self.mean[layer_index]) / self.var[layer_index].sqrt()
 
     def denormalize(self, z: Tensor, layer_index: int = 0) -> Tensor:
@@ -35,7 +35,7 @@ class Normalizer(nn.Module):
         return z * self.var[layer_index].sqrt() + self.mean[layer_index]
 
     def log_determinant(self, layer_index: int = 0) -> float:
-        """``log |dz / dx|`` in nats: what a density of z gains to become one of x."""
+        """``log |dz / dx|`` in nats: add it to a log-density of z to get that of x."""
         return float(-0.5 * self.var[layer_index].double().log().sum())
 
 

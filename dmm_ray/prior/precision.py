@@ -1,4 +1,4 @@
-"""Products in the number format that was asked for, whatever the process has set."""
+"""Matrix products in the requested number format, whatever the process-wide settings."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _restore: Callable[[], None]
 
 @contextlib.contextmanager
 def as_asked(device: torch.device) -> Iterator[None]:
-    """Inside, products have the format of their factors: no TF32 (or bfloat16, on CPUs), no autocast."""
+    """Context in which products use the format of their factors: no TF32 (or bfloat16 on CPUs), no autocast."""
     with exact_float32(), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 products without TF32 (or bfloat16, on CPUs) inside, whatever the process has set; puts that back."""
+    """Context in which float32 products use no TF32 (or bfloat16 on CPUs); restores the process's settings on exit."""
     global _inside, _restore
+    # The settings are process-wide: the first thread to enter changes them, the last to leave restores them.
     with _lock:
         if _inside == 0:
             _restore = _forbid_short_products()

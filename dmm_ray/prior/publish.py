@@ -30,25 +30,25 @@ def push_to_hub(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload the prior in a folder, and nothing else that lies there, in one commit; the commit's URL.
+    """Upload the prior in a folder, and nothing else from there, in one commit; returns the commit's URL.
 
-    The repository is created where there is none. A README.md in the folder goes along as it is; otherwise a model card
-    is written.
+    The repository is created if it does not exist. A README.md in the folder is uploaded as it is; otherwise a model
+    card is generated.
 
     Args:
-        path: a local prior's folder, as ``save_pretrained`` or ``dmm train`` writes.
+        path: a prior's local folder, as written by ``save_pretrained`` or ``dmm train``.
         repo_id: owner/name on the Hub.
-        private: of a new repository; None for the owner's default.
-        license: the subject's licence, as the Hub spells it; None looks it up where the subject is on the Hub.
+        private: whether a new repository is private; None for the owner's default.
+        license: the subject's licence, as the Hub spells it; None looks it up if the subject is on the Hub.
         commit_message: first line of the commit.
-        token: of the Hub; None for the one logged in with.
-        revision: branch, created where there is none; None for the main one.
+        token: Hub token; None uses that of the current login.
+        revision: branch, created if it does not exist; None for the main one.
 
     Raises:
-        UserError: not a prior's folder, a licence not known, or the Hub refuses.
+        UserError: not a prior's folder, an unknown licence, or the Hub refuses.
     """
     if not is_local(path) or folder.is_published(path):
-        raise UserError(f"{path}: a local folder in this package's format is needed; import or copy it first")
+        raise UserError(f"{path}: expected a local folder in this package's format; import or copy it first")
     config = folder.load_config(path)
     files: dict[str, str | bytes] = {
         name: _content(path, name) for name in folder.FILES if exists(join(path, name))
@@ -71,12 +71,12 @@ def push_to_hub(
             "log in with `hf auth login`, or give a token that may write there"
         ) from e
     except ValueError as e:
-        raise UserError(f"{CARD}: the Hub does not take it ({' '.join(str(e).split())}); fix license=") from e
+        raise UserError(f"{CARD}: the Hub rejected it ({' '.join(str(e).split())}); fix license=") from e
     return str(done.commit_url)
 
 
 def _content(path: str, name: str) -> str:
-    """A file's path on this machine, which the client reads piece by piece."""
+    """A file's local path, which the Hub client reads in chunks."""
     return filesystem(join(path, name))[1]
 
 
@@ -91,13 +91,13 @@ def _card(
 
 
 def _figures(path: str) -> dict[str, Any]:
-    """What the run's ``summary.json`` says was measured, if it is there."""
+    """The metrics in the run's ``summary.json``, if there is one."""
     summary = read_json(join(path, SUMMARY)) if Path(_content(path, SUMMARY)).exists() else {}
     return {k: v for k, v in summary.get("figures", {}).items() if isinstance(v, int | float | str)}
 
 
 def _parameters(path: str) -> int:
-    """The number of the network's weights, from the file's header."""
+    """The network's parameter count, from the file's header."""
     with safetensors.safe_open(_content(path, folder.WEIGHTS), framework="pt") as f:
         names = [name for name in f.keys() if name.startswith("denoiser.")]  # noqa: SIM118
         return sum(math.prod(f.get_slice(name).get_shape()) for name in names)

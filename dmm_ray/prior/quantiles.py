@@ -1,4 +1,4 @@
-"""Quantile tables: where a score lies among those of natural rows, by position in the document."""
+"""Quantile tables: where a score lies among the scores of natural rows, by position in the document."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 QUANTILE_LEVELS = 257
-"""Quantiles kept of a score, at the levels (k + 1/2) / 257."""
+"""Quantiles kept per score, at the levels (k + 1/2) / 257."""
 TAIL = 12
 """The tails' slope is taken between the outermost quantile and the one this many further in (about 5 % of rows)."""
 ROUNDING = 1e-5
-"""Of a score, relative: what float32 sums, and another batch or machine, may change."""
+"""Relative rounding error of a score: how much float32 sums may differ with the batch or the machine."""
 MIN_ROWS = 128
 """Positions are pooled until a bucket has this many rows."""
 
@@ -22,18 +22,18 @@ MIN_ROWS = 128
 class Table:
     """Quantiles of one score over all rows and by bucket of positions.
 
-    A score's *share below* is the part of natural rows that score less, equal ones counted half, linear between the
-    quantiles. Beyond the outermost quantile the shares fall off exponentially, at the slope of the last 5 %:
-    they keep the order of the scores and are 0 or 1 only where floats end.
+    A score's *share below* is the fraction of natural rows that score less, ties counted half, interpolated linearly
+    between the quantiles. Beyond the outermost quantile, shares fall off exponentially at the slope of the last 5 %:
+    they preserve the order of the scores and reach 0 or 1 only at the limits of floating point.
     """
 
     edges: Tensor
-    """(buckets,) int64: each bucket's first position, rising; a position before the first counts to it."""
+    """(buckets,) int64: each bucket's first position, ascending; earlier positions belong to the first bucket."""
     values: Tensor
-    """(1 + buckets, 257) float64, rising along the second dimension; the first row is of all positions."""
+    """(1 + buckets, 257) float64, ascending along the second dimension; the first row covers all positions."""
 
     def shares(self, score: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The shares of natural rows below and above each score (n,), float64; NaN where the score is.
+        """The shares of natural rows below and above each score (n,), float64; NaN where the score is NaN.
 
         Args:
             score: (n,).
@@ -58,13 +58,13 @@ class Table:
         position: np.ndarray | None = None,
         edges: Tensor | None = None,
     ) -> Table:
-        """The table of natural rows' scores.
+        """Build the table from the scores of natural rows.
 
         Args:
             score: (n,).
-            weights: (n,) positive: how many rows each one stands for.
+            weights: (n,) positive: how many rows each row stands for.
             position: (n,), with ``edges``; None makes no buckets.
-            edges: as :func:`bucket_edges` gives them.
+            edges: as returned by :func:`bucket_edges`.
         """
         edges = torch.empty(0, dtype=torch.int64) if edges is None else edges
         parts = [np.ones(len(score), dtype=bool)]
@@ -75,7 +75,7 @@ class Table:
 
 
 def quantiles(score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The 257 weighted quantiles of scores (n,), float64: a row's level is the weight below it and half its own.
+    """The 257 weighted quantiles of scores (n,), float64: a row's level is the weight below it plus half its own.
 
     With equal weights that is Hazen's plotting position (i + 1/2) / n.
     """
@@ -103,9 +103,9 @@ def bucket_edges(position: np.ndarray, min_rows: int = MIN_ROWS) -> Tensor:
 
 
 def _shares(values_Q: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares below and above by one row of a table."""
+    """Shares below and above, looked up in one row of a table."""
     last = QUANTILE_LEVELS - 1
-    # Where natural rows are all alike, their own like, a rounding away, is one of them and not beyond them all.
+    # If natural rows are all alike, a score that differs only by rounding is one of them and not beyond them all.
     for edge in (values_Q[0], values_Q[last]):
         score_N = torch.where((score_N - edge).abs() <= ROUNDING * edge.abs(), edge, score_N)
     first = torch.searchsorted(values_Q, score_N)

@@ -1,6 +1,6 @@
-"""YAML files whose values may refer to others of the same file: ``${a.b}``, ``${.sibling}``, ``${a.${b}}``.
+"""YAML files whose values may refer to others in the same file: ``${a.b}``, ``${.sibling}``, ``${a.${b}}``.
 
-The notation is OmegaConf's. Only what is asked for is resolved, nothing is evaluated, and resolvers such as
+The notation is OmegaConf's. Only requested keys are resolved, nothing is evaluated, and resolvers such as
 ``${oc.env:HOME}`` are refused.
 """
 
@@ -17,15 +17,15 @@ from dmm_ray.files import read_bytes
 INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 REFERENCE = re.compile(r"(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)")
 ESCAPED = "\0"
-"""Stands for an escaped or already resolved ``${`` while a value is worked on."""
+"""Stands for an escaped or already resolved ``${`` while a value is being resolved."""
 MISSING = "???"
-"""OmegaConf's mark of a value that is yet to be given."""
+"""OmegaConf's marker of a value that is yet to be given."""
 
 Path = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Also reads paths, which OmegaConf writes as Python objects, as strings."""
+    """A safe loader that also reads paths, which OmegaConf writes as Python objects, as strings."""
 
 
 def _path_text(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> str:
@@ -38,7 +38,7 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:pathlib.", 
 
 
 class NoKeyError(LookupError):
-    """A key that a file lacks."""
+    """The file lacks a key."""
 
 
 class Settings:
@@ -70,14 +70,14 @@ class Settings:
             raise UserError(f"{self.uri}: no {key}; add it to the file") from e
 
     def find(self, key: str) -> Any | None:
-        """As :meth:`get`, but None where the key is missing."""
+        """Like :meth:`get`, but None if the key is missing."""
         try:
             return self._value(tuple(key.split(".")))
         except NoKeyError:
             return None
 
     def keys(self, key: str) -> set[str]:
-        """The keys of the mapping at ``key``, their values left alone; empty where it is none."""
+        """The keys of the mapping at ``key``, without resolving its values; empty if it is not a mapping."""
         try:
             node = self._node(tuple(key.split(".")))
         except NoKeyError:
@@ -95,7 +95,7 @@ class Settings:
             self._open.pop()
 
     def _node(self, path: Path) -> Any:
-        """What stands at ``path``; a reference on the way there is followed, one at its end is not."""
+        """The node at ``path``; a reference along the way is followed, one at the end is not."""
         node = self._tree
         for i, key in enumerate(path):
             if isinstance(node, str) and "${" in node:
@@ -118,7 +118,7 @@ class Settings:
         return self._expanded(node, path) if isinstance(node, str) else node
 
     def _expanded(self, text: str, path: Path) -> Any:
-        """``text`` with its references replaced, inner ones first; a value that is one reference keeps its type."""
+        """``text`` with its references replaced, inner ones first; a value that is just a reference keeps its type."""
         text = text.replace("\\${", ESCAPED)
         while match := INNERMOST.search(text):
             value = self._referred(match[1].strip(), path)
@@ -130,7 +130,7 @@ class Settings:
         return text.replace(ESCAPED, "${")
 
     def _referred(self, expression: str, path: Path) -> Any:
-        """The value of ``${expression}`` standing at ``path``; n leading dots count from its n-th parent."""
+        """The value of ``${expression}`` found at ``path``; n leading dots are relative to its n-th parent."""
         where = f"{self.uri}: {'.'.join(path)} refers to ${{{expression}}}"
         if ":" in expression:
             raise UserError(f"{where}, a resolver, which is not run; write the value itself")

@@ -1,4 +1,4 @@
-"""Raw activations on their way in: checked, named, cut into pieces that fit in memory, normalised."""
+"""Input rows: raw activations checked, given ids, cut into pieces that fit in memory, and normalised."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dmm_ray.prior.normalizer import Normalizer
 
 Ids = Tensor | np.ndarray | None
 CHUNK_FLOATS = 1 << 21
-"""Rows are worked through in pieces whose widest intermediate holds about this many numbers (8 MB, for the caches)."""
+"""Rows are processed in pieces whose widest intermediate has about this many elements (8 MB, to fit the caches)."""
 CUDA_CHUNKS = 64
 """A GPU gets pieces this many times as large."""
 TOO_WIDE = 9.0
-"""Rows whose median mean square after normalisation is not within this factor of 1 bring a warning."""
+"""A warning is logged for rows whose median mean square after normalisation is not within this factor of 1."""
 logger = logging.getLogger(__name__)
 
 
 def chunk_rows(config: PriorConfig, width: int, device: torch.device) -> int:
-    """How many rows to work on at once where each takes ``width`` times the network's widest layer."""
+    """How many rows to process at once if each takes ``width`` times the network's widest layer."""
     floats = CHUNK_FLOATS * (CUDA_CHUNKS if device.type == "cuda" else 1)
     return max(1, floats // (width * max(config.d_mlp, config.d)))
 
 
 class RowChunk(NamedTuple):
-    """Consecutive rows: which ones, raw and normalised (m, d) float32, and their ids (m, 2), on the prior's device."""
+    """Consecutive rows: their slice, raw and normalised (m, d) float32, and ids (m, 2), on the prior's device."""
 
     at: slice
     x: Tensor
@@ -41,20 +41,20 @@ class RowChunk(NamedTuple):
 
 
 class PriorRows:
-    """Activations of the layer at index ``layer_index``, checked as a whole before any work is done.
+    """Activations of the layer at index ``layer_index``, all checked before any work is done.
 
     Args:
         x: (n, d) raw, finite; a tensor, an array or lists.
         ids: (n,) or (n, 2) integers; None for 0..n-1.
-        config: of the prior.
-        normalizer: of the prior; its device is worked on.
-        layer_index: of the layer among the prior's.
+        config: the prior's configuration.
+        normalizer: the prior's normaliser, whose device is used.
+        layer_index: index of the layer among the prior's.
 
     Attributes:
         positions: second column of ids that are pairs, (n,), or None.
 
     Raises:
-        UserError: wrong shape, no rows, a row that contains NaN or Inf, ids that do not fit.
+        UserError: wrong shape, no rows, a row with NaN or Inf, or ids that do not match.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class PriorRows:
 
     @property
     def layer(self) -> int:
-        """The block number that the rows are said to come from."""
+        """The block number that the rows are declared to come from."""
         return self.config.layers[self.layer_index]
 
     def empty(self, width: int) -> Tensor:
-        """Room (n, width) for a result."""
+        """An uninitialised result tensor (n, width)."""
         return torch.empty(len(self), width, device=self.device)
 
     def pieces(self, width: int) -> Iterator[RowChunk]:
-        """All rows in turn, as many at once as memory allows where each takes ``width`` network widths.
+        """Yield all rows in order, as many at once as memory allows if each takes ``width`` network widths.
 
-        At the end, logs a warning, once for a prior's layer, if they do not fit the normaliser.
+        At the end, logs a warning, once per layer of a prior, if they do not fit the normaliser.
         """
         size, squares = chunk_rows(self.config, width, self.device), []
         for start in range(0, len(self), size):

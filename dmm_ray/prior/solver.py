@@ -1,6 +1,7 @@
 """Fixed-grid Runge-Kutta integration of the flow between noise levels.
 
-A fixed grid keeps a row's result independent of its batch mates, which one adaptive error norm over a batch does not.
+On a fixed grid a row's result is independent of the rest of its batch; with an adaptive error norm over the batch it
+would not be.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dmm_ray.operations import Grid, Method
 Velocity = Callable[[Tensor, float], Tensor]
 """(states (n, d), u) -> velocities (n, d)."""
 Traced = Callable[[Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
-"""(states, u, number of the trace along the path) -> velocities (n, d), an estimate (n,) of their divergence and the
+"""(states, u, index of the trace along the path) -> velocities (n, d), an estimate (n,) of their divergence and the
 variance (n,) of that estimate."""
 
 
 class Tableau(NamedTuple):
-    """An explicit Runge-Kutta method: where in an interval its stages lie, what each is made of, and their weights."""
+    """An explicit Runge-Kutta method: its stages' nodes within an interval, their coefficients and their weights."""
 
     nodes: tuple[float, ...]
     coefficients: tuple[tuple[float, ...], ...]
@@ -52,7 +53,7 @@ class Solver:
         grid: ``cosine``, dense at both ends, where the velocity bends most, or ``uniform``.
 
     Raises:
-        UserError: another method or grid.
+        UserError: an unknown method or grid.
     """
 
     method: Method = "midpoint"
@@ -60,13 +61,13 @@ class Solver:
 
     def __post_init__(self) -> None:
         if self.method not in TABLEAUX:
-            raise UserError(f"solver: method {', '.join(TABLEAUX)} is needed (got {self.method!r})")
+            raise UserError(f"solver: expected method {', '.join(TABLEAUX)} (got {self.method!r})")
         if self.grid not in ("cosine", "uniform"):
-            raise UserError(f"solver: grid cosine or uniform is needed (got {self.grid!r})")
+            raise UserError(f"solver: expected grid cosine or uniform (got {self.grid!r})")
 
     @property
     def stages(self) -> int:
-        """Network evaluations in one interval."""
+        """Network evaluations per interval."""
         return len(self.tableau.nodes)
 
     @property
@@ -89,7 +90,7 @@ class Solver:
         return [start + (stop - start) * w for w in way]
 
     def integrate(self, velocity: Velocity, z: Tensor, points: list[float]) -> Tensor:
-        """The state at the last of ``points`` from the state z (n, d) at the first."""
+        """Integrate the state z (n, d) from the first of ``points`` to the last."""
         for a, b in pairwise(points):
             slopes: list[Tensor] = []
             for k in range(self.stages):
@@ -102,16 +103,16 @@ class Solver:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Like :meth:`integrate`, with ``integral of div v du`` along the path by the same rule.
 
-        Stages without weight need no trace: midpoint takes it at half of its evaluations.
+        Stages of zero weight need no trace: midpoint computes it at only half of its evaluations.
 
         Args:
-            velocity: where no trace is needed.
-            traced: where one is.
+            velocity: used where no trace is needed.
+            traced: used where one is needed.
             z: states (n, d) at the first of ``points``.
             points: see :meth:`points`.
 
         Returns:
-            The end state (n, d), the integral (n,) and the variance (n,) of its estimate, these in float64.
+            The end state (n, d), the integral (n,) and the variance (n,) of its estimate, the last two in float64.
         """
         total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         variance, traces = torch.zeros_like(total), 0
@@ -148,4 +149,4 @@ def _combine(z: Tensor, width: float, weights: tuple[float, ...], slopes: list[T
 def check_level(u: float) -> None:
     """Raises UserError unless u is a noise level in [0, 1]."""
     if not 0.0 <= as_number("u", u) <= 1.0:
-        raise UserError(f"u: a noise level in [0, 1] is needed, 0 data and 1 noise (got {u})")
+        raise UserError(f"u: expected a noise level in [0, 1], 0 data and 1 noise (got {u})")

@@ -8,23 +8,23 @@ from torch import Tensor
 
 
 class TopUnits(NamedTuple):
-    """The k units of each of n rows with the largest values, the largest first; of equal ones the first unit first."""
+    """The k units with the largest values in each of n rows, largest first; ties are ordered by unit."""
 
     indices: Tensor
-    """Numbers of the units (n, k), int64."""
+    """Indices of the units (n, k), int64."""
     values: Tensor
     """Their values (n, k), float32."""
 
     @classmethod
     def of(cls, values: Tensor, k: int) -> TopUnits:
-        """Those of rows (n, units).
+        """The top k units of rows (n, units).
 
         Example:
             >>> TopUnits.of(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), 2).indices.tolist()
             [[1, 2]]
         """
         found, indices = values.topk(k, dim=1)
-        # topk takes any of equal values. Rows in which a value of the last place is left out are sorted whole.
+        # topk breaks ties arbitrarily: rows where a value equal to the last one is left out are fully sorted instead.
         last = found[:, -1:]
         torn = (values == last).sum(1) > (found == last).sum(1)
         if torn.any():

@@ -12,11 +12,11 @@ from dmm_ray.prior.noise import rademacher
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(z (n, d), tangents (K, n, d)) -> the velocity (n, d) and its derivatives along each of the tangents (K, n, d)."""
 TRACE_STREAM = 1 << 32
-"""Noise streams from here on are trace probes; below are path noises."""
+"""Noise streams from here up are trace probes; those below are path noise."""
 
 
 def _quadratic_forms(field: Field, z: Tensor, probes_KND: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity (n, d) and ``e^T J e`` (K, n) in float64 for K probes a row, J the Jacobian at that row."""
+    """The velocity (n, d) and ``e^T J e`` (K, n) in float64 for K probes per row, J the Jacobian at that row."""
     velocity, along_KND = field(z, probes_KND)
     return velocity, torch.linalg.vecdot(along_KND, probes_KND).double()
 
@@ -38,18 +38,18 @@ def exact_trace(field: Field, z: Tensor, chunk: int) -> tuple[Tensor, Tensor, Te
 def hutchinson_trace(
     field: Field, z: Tensor, ids: Tensor, seed: int, number: int, probes: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hutchinson's estimate of ``tr J`` with Rademacher probes fresh for this evaluation.
+    """Hutchinson's estimate of ``tr J`` with Rademacher probes drawn afresh for this evaluation.
 
-    Probes held along the path, the habit of FFJORD, have errors that add up over the steps; fresh ones average out.
+    Errors of probes held fixed along the path, as in FFJORD, add up over the steps; those of fresh ones average out.
 
     Args:
         field: velocity and its derivatives.
         z: rows (n, d).
-        ids: their identities (n, 2): a probe is a function of (seed, number, which probe, identity).
+        ids: their identities (n, 2): a probe is a function of (seed, number, probe index, identity).
         seed: any integer.
-        number: of the evaluation along the path.
-        probes: how many.
-        chunk: how many at a time.
+        number: index of the evaluation along the path.
+        probes: number of probes.
+        chunk: how many to compute at a time.
 
     Returns:
         The velocity (n, d), the mean over probes (n,) and the variance of that mean (n,), NaN for a single probe; the

@@ -1,4 +1,4 @@
-"""The denoiser as a velocity field at one layer: its number format, its remembered time path, its compilation."""
+"""The denoiser as a velocity field at one layer: its number format, cached time path and compilation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dmm_ray.prior.precision import as_asked
 from dmm_ray.prior.weights import sampled
 
 GATE_FLOATS = 1 << 24
-"""Remembered time paths hold about this many numbers at most."""
+"""Cached time paths have at most about this many elements."""
 Key = tuple[int, float]
 
 
@@ -33,23 +33,22 @@ class _Network(NamedTuple):
 
 
 class Velocities:
-    """Makes the fields of a prior; what it keeps is dropped when the weights move or change.
+    """Makes a prior's velocity fields; its caches are dropped when the weights move or change.
 
-    Every in-place change that torch counts is seen, as are moves and casts. Writing through ``.data``, which torch does
-    not count, is seen by some numbers of each tensor: whatever changes a tensor as a whole is, an edit of a few of its
-    numbers may not be. (A sum over all of them would cost as much as an evaluation of the network.)
+    Moves, casts and every in-place change that torch counts as a version are detected. Writes through ``.data``, which
+    torch does not count, are detected on a sample of each tensor's elements: a change of a whole tensor is noticed, an
+    edit of a few elements may not be. (A sum over all elements would cost as much as an evaluation of the network.)
 
     Args:
-        config: of the prior.
+        config: the prior's configuration.
     """
 
     def __init__(self, config: PriorConfig) -> None:
         self.config = config
         self.options: dict[str, Any] | None = None
         self._weights: tuple[tuple[int, int], ...] = ()
-        # Views of the weights, and their numbers when they were last looked at.
-        self._samples: list[Tensor] = []
-        self._numbers: Tensor | None = None
+        self._samples: list[Tensor] = []  # views of some elements of each weight
+        self._numbers: Tensor | None = None  # their values when last checked
         self._levels: BaseLevels | None = None
         self._networks: dict[Precision, _Network] = {}
         self._gates: dict[Precision, dict[Key, list[Tensor]]] = {}
@@ -65,9 +64,9 @@ class Velocities:
         precision: Precision = "float32",
         base: GaussianMixture | None = None,
     ) -> VelocityField:
-        """The velocity at the layer of index ``layer_index``, of the network and of the base if there is one."""
-        # In-place updates count up the version; a move or a cast changes the address. Weights that were loaded in
-        # inference mode have no version: nothing outside of that mode can write into them.
+        """The velocity field of the network, plus that of the base if any, at the layer with index ``layer_index``."""
+        # In-place updates increment the version; a move or a cast changes the address. Weights that were loaded in
+        # inference mode have no version, but nothing outside that mode can write to them.
         held = [*denoiser.parameters(), *(base.buffers() if base is not None else ())]
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in held)
         if weights != self._weights or self._written():
@@ -84,7 +83,7 @@ class Velocities:
         )
 
     def _written(self) -> bool:
-        """Whether a number has changed that was looked at."""
+        """Whether a sampled element has changed."""
         return self._numbers is not None and not torch.equal(torch.cat(self._samples), self._numbers)
 
     @property
@@ -106,12 +105,12 @@ class VelocityField:
     """``v(z, u) = E[noise - z | z_u]`` at one layer, on normalised rows (n, d); results in the dtype of z.
 
     Args:
-        network: functions of the denoiser.
-        layer_index: of the layer among the prior's.
-        depth: its layer condition, where the prior has one.
-        known: time paths by (layer_index, u), shared by all fields of a prior; the least recently used go first.
-        remembered: most of them.
-        base: what the network corrects.
+        network: the denoiser's functions.
+        layer_index: index of the layer among the prior's.
+        depth: its layer condition, if the prior has one.
+        known: cached time paths by (layer_index, u), shared by a prior's fields; least recently used evicted first.
+        remembered: most time paths to keep.
+        base: the closed-form velocity that the network corrects.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class VelocityField:
         return [h.to(z.dtype) for h in found]
 
     def at_levels(self, z: Tensor, u_N: Tensor) -> Tensor:
-        """The velocity (n, d) of rows each at a level of its own, u (n,)."""
+        """The velocity (n, d) of rows with one noise level per row, u (n,)."""
         u_M, index = torch.unique(u_N, return_inverse=True)
         with as_asked(z.device):
             gates = self._new_path(u_M)
@@ -169,7 +168,7 @@ class VelocityField:
 
 
 def _fresh(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Results copied: CUDA graphs write each call's result where the last one's was."""
+    """Copies the results of a compiled function: CUDA graphs overwrite those of the previous call."""
 
     def call(*args: Any) -> Any:
         found = compiled(*args)

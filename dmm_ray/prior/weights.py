@@ -1,4 +1,4 @@
-"""Weight files read by memory map, so that a prior of many gigabytes is held once."""
+"""Memory-mapped weight files, so that a prior of many gigabytes is held only once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from dmm_ray.files import filesystem, is_local, iter_chunks
 HEADER_BYTES = 8
 """Size of the little-endian header length that a safetensors file begins with."""
 SAMPLED = 256
-"""Numbers of each tensor that a fingerprint and a check for changes look at, at most."""
+"""Most elements of each tensor that fingerprints and change detection look at."""
 LFS = b"version https://git-lfs"
-"""What a file begins with that stands for a large one in a Git repository."""
+"""How a Git LFS pointer, which stands for a large file in a Git repository, begins."""
 
 
 def read_tensors(uri: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, in float32 (16-bit floats widen exactly).
 
-    Float32 tensors are the file's own pages: the file may be replaced meanwhile, but not written into. A file elsewhere
-    is first copied to a temporary one.
+    Float32 tensors are the file's own pages: while they are in use, the file may be replaced but not written to. A
+    remote file is first copied to a temporary one.
 
     Raises:
-        UserError: missing or damaged, a Git LFS pointer, or a tensor of other than finite floating-point numbers.
+        UserError: the file is missing, damaged or a Git LFS pointer, or a tensor is not floating-point or contains NaN
+            or Inf.
     """
     with _local(uri) as path:
         try:
@@ -48,11 +49,9 @@ def read_tensors(uri: str) -> dict[str, Tensor]:
 def _as_float32(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{name} holds {kind} numbers, not floating-point ones; copy or train the prior again"
-        )
+        raise UserError(f"{name} has dtype {kind}, expected floating point; copy or train the prior again")
     tensor = tensor.to(torch.float32)
-    # The extremes show NaN and infinities without a mask as large as the tensor.
+    # The extremes reveal NaN and Inf without a mask as large as the tensor.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise UserError(f"{name} contains NaN or Inf in float32; copy or train the prior again")
     return tensor
@@ -68,7 +67,7 @@ def _refuse_pointer(uri: str, path: str) -> None:
 
 @contextmanager
 def _local(uri: str) -> Iterator[str]:
-    """A path on this machine to the file's content; a copy is deleted at the end (mapped pages outlive that)."""
+    """A local path to the file's content; a temporary copy is deleted at the end (mapped pages outlive it)."""
     if is_local(uri):
         yield filesystem(uri)[1]
         return
@@ -83,22 +82,22 @@ def read_header(read: Callable[[int, int], bytes | bytearray]) -> tuple[dict[str
     """The header of a safetensors file, its metadata included, and where the tensors' bytes begin.
 
     Args:
-        read: gives the file's bytes from one place to another.
+        read: returns the file's bytes from one offset to another.
     """
     start = HEADER_BYTES + int.from_bytes(read(0, HEADER_BYTES), "little")
     return json.loads(read(HEADER_BYTES, start)), start
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """At most ``SAMPLED`` numbers of a contiguous tensor, evenly spread: a view."""
+    """A view of at most ``SAMPLED`` evenly spaced elements of a contiguous tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, -(-flat.numel() // SAMPLED))]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the tensors' names, shapes and some of their numbers, in float32.
+    """SHA-256 over the tensors' names, shapes and some of their elements, in float32.
 
-    It tells trained weights from others at once, however large; an edit of a few numbers by hand may escape it.
+    It quickly tells different trained weights apart, however large; a manual edit of a few elements may escape it.
     """
     found = hashlib.sha256()
     for name in sorted(tensors):

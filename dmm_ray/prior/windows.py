@@ -1,4 +1,4 @@
-"""Means of a score over the last tokens of a document: they tell texts apart that single tokens do not."""
+"""Means of a score over consecutive tokens of a document: they tell apart texts that single tokens do not."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ def window_means(values: np.ndarray, doc: np.ndarray, position: np.ndarray, widt
     """The mean of each row's own value and those of the ``width - 1`` tokens before it, (n,) float64.
 
     NaN unless all of the document's tokens ``position - width + 1`` to ``position`` are among the rows, each once, and
-    none of their values is NaN.
+    none of their values is NaN. The rows may come in any order.
 
     Args:
         values: (n,) a score of each row.
         doc: (n,) integers.
         position: (n,) integers: tokens from the document's start.
-        width: tokens of a window, 1 or more.
-
-    The rows may come in any order.
+        width: window width in tokens, 1 or more.
     """
     out = np.full(len(values), np.nan)
     if len(values) < width:

@@ -1,1 +1,1 @@
-"""Training of priors with Ray Train: every number is a function of the samples seen."""
+"""Training priors with Ray Train: every result is a function of the samples seen."""

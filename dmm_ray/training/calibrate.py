@@ -1,4 +1,4 @@
-"""Calibrating a prior on the rows of a store: which ones are read, and the file beside the weights."""
+"""Calibrating a prior on a store: choosing its rows, and writing the file next to the weights."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 BLOCK = max(WIDTHS)
 """Rows are drawn in blocks of this many consecutive tokens of a document."""
 CANDIDATES = 16
-"""Row groups drawn by the seed supply this many times the rows wanted; blocks are drawn from those."""
+"""Blocks are drawn from this many times the requested rows, taken from row groups drawn by the seed."""
 BISECTIONS = 60
 FEW_ROWS = 256
-"""Below this a warning says that percentiles are rough."""
+"""Below this many rows, a warning says that the percentiles are rough."""
 
 
 class Places(NamedTuple):
-    """n rows of a store, any layer."""
+    """The places of n rows in a store, the same for every layer."""
 
     groups: list[RowGroup]
     group: np.ndarray
-    """(n,) index into ``groups``, rising."""
+    """(n,) index into ``groups``, ascending."""
     row: np.ndarray
-    """(n,) index into the group, rising in each."""
+    """(n,) index into the group, ascending within each."""
     doc: np.ndarray
     """(n,) int64."""
     position: np.ndarray
@@ -56,18 +56,18 @@ def calibrate_prior_on_store(
     device: str = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Calibrate a prior on a store as :func:`calibration_of`; writes ``calibration.safetensors`` into its folder.
+    """Calibrate a prior with :func:`calibration_of` and write ``calibration.safetensors`` into its folder.
 
     Args:
-        folder: the prior's.
+        folder: the prior's folder.
         store: folder or URI of activations.
-        rows: about how many to take of each layer.
-        seed: of the draw and of the scores' noise.
+        rows: approximate number of rows per layer.
+        seed: seed for drawing rows and for the scores' noise.
         device: cpu, cuda or auto.
-        precision: of the network's products.
+        precision: precision of the network's products.
 
     Raises:
-        UserError: no such folder or store, or as :func:`calibration_of`.
+        UserError: no such folder or store, or as for :func:`calibration_of`.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     prior = ActivationPrior.from_pretrained(folder, device=place, precision=precision)
@@ -77,12 +77,12 @@ def calibrate_prior_on_store(
 def calibration_of(
     prior: ActivationPrior, store: ActivationStore, rows: int = 2048, seed: int = 0
 ) -> Calibration:
-    """The calibration of every layer that a prior and a store of natural activations share.
+    """Calibrate every layer that a prior and a store of natural activations share.
 
-    The rows are of validation documents; of all documents where the prior was not trained on a split of a store.
+    Rows come from validation documents, or from all documents if the prior was not trained on a split of a store.
 
     Raises:
-        UserError: a store that the prior does not fit, no validation documents, a row that contains NaN or Inf.
+        UserError: a store that does not match the prior, no validation documents, or a row with NaN or Inf.
     """
     layers = check_fits(prior.config, store, same_model=True)
     split = Split.model_validate(prior.config.split) if prior.config.split else None
@@ -130,11 +130,11 @@ def candidates(store: ActivationStore, layer: int, split: Split | None, rows: in
 
 
 def draw(places: Places, rows: int, seed: int) -> tuple[Places, np.ndarray]:
-    """About ``rows`` of the rows, in runs of up to 32 consecutive tokens, and how many each stands for, (n,) float64.
+    """Draw about ``rows`` of the rows, in runs of up to 32 consecutive tokens, with their weights (n,) float64.
 
-    Documents are cut into blocks every 32 tokens, from a place of each one's own. A block that ends at position p is
-    taken with a probability proportional to 1 / (32 + p), at most 1: so each power of two of positions gets its share.
-    Its rows' weight is one over the probability (Horvitz and Thompson 1952).
+    Documents are cut into blocks of 32 tokens, each document at its own offset. A block that ends at position p is
+    drawn with probability proportional to 1 / (32 + p), at most 1, so that every power of two of positions is covered.
+    Its rows' weight is the inverse of that probability (Horvitz and Thompson 1952): how many rows each stands for.
     """
     shift = (hash_documents(places.doc, seed) % np.uint64(BLOCK)).astype(np.int64)
     place = (places.position + shift) // BLOCK
@@ -163,7 +163,7 @@ def read(store: ActivationStore, layer: int, places: Places) -> Tensor:
 
 
 def _chances(rate: np.ndarray, counts: np.ndarray, rows: int) -> np.ndarray:
-    """``min(1, c rate)`` with c such that ``rows`` are expected of blocks of ``counts`` rows; 1 if all are needed."""
+    """``min(1, c rate)`` with c such that blocks of ``counts`` rows yield ``rows`` on average; 1 if all are needed."""
     low, high = 0.0, 1.0 / rate.min()
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -173,7 +173,7 @@ def _chances(rate: np.ndarray, counts: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _systematic(chance: np.ndarray, seed: int) -> np.ndarray:
-    """Which units are taken, each with its own probability and of their sum as many (Madow 1949), in a random order."""
+    """Mask of units drawn by systematic sampling in random order (Madow 1949), as many as the chances add up to."""
     rng = numpy_rng(seed)
     order = rng.permutation(len(chance))
     passed = np.floor(np.cumsum(chance[order]) + rng.random())

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: a safetensors file for each worker that holds weights of its own, and a marker written last.
+"""Checkpoints of a run: one safetensors file per worker that holds a shard of the weights, and a marker written last.
 
 ``checkpoints/SAMPLES/state-00000-of-00002.safetensors`` holds the first worker's rows of every tensor, and so on; there
-is one file where every worker has all weights. ``complete.json`` has the SHA-256 of each. Any number of workers can
+is a single file if every worker has all weights. ``complete.json`` has the SHA-256 of each. Any number of workers can
 read them.
 """
 
@@ -39,7 +39,7 @@ NO_DIGEST = bytes(32)
 
 
 def part_name(rank: int, world_size: int) -> str:
-    """The file with one worker's rows."""
+    """The name of the file with one worker's rows."""
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
@@ -56,19 +56,20 @@ def save(
     Args:
         out: the run's folder.
         samples: seen so far.
-        tensors: float32, on the CPU; of each worker's part its rows.
-        retention: what stays.
+        tensors: float32, on the CPU; only this worker's rows if sharded.
+        retention: which checkpoints to keep.
         validation_loss: of these weights.
-        cpu_group: workers that each write a part of it, at once; None where this one writes all.
+        cpu_group: workers that write their parts concurrently; None if this one writes everything.
 
     Raises:
-        UserError: no space on the disk.
-        CheckFailed: a tensor contains NaN or Inf. No marker is written if any worker failed.
+        UserError: the disk is full.
+        CheckFailed: a tensor contains NaN or Inf. No marker is written if a worker has failed.
     """
     cpu_group, folder, digest = cpu_group or CpuGroup(), _folder(out, samples), NO_DIGEST
     try:
         digest = _write_part(folder, samples, tensors, cpu_group)
     finally:
+        # After an error too: the other workers wait here, and learn from the empty digest that this one failed.
         said = cpu_group.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
     digests = [bytes(d.tolist()) for d in said]
     try:
@@ -80,23 +81,25 @@ def save(
     finally:
         cpu_group.gather(
             torch.zeros(1)
-        )  # nobody begins the next one while folders without a marker are deleted
+        )  # a barrier: no worker begins the next one while folders without a marker are deleted
 
 
 def _write_part(folder: str, samples: int, tensors: dict[str, Tensor], cpu_group: CpuGroup) -> bytes:
     """Write one worker's file; returns its SHA-256."""
-    # numpy: torch would start OpenMP threads of this thread's own, after which all of the process's threads, being
-    # more than the cores, hardly spin while they wait, and every training step takes twice as long.
+    # numpy, because torch would start another set of OpenMP threads for this thread. With more threads than cores, the
+    # threads of the process hardly spin while they wait, and every training step takes twice as long.
     bad = [name for name, t in tensors.items() if not np.isfinite(t.numpy()).all()]
     if bad:
-        raise CheckFailed(f"{bad[0]} is not finite after {samples} samples: no checkpoint of it; lower --lr")
+        raise CheckFailed(
+            f"{bad[0]} contains NaN or Inf after {samples} samples: no checkpoint written; lower --lr"
+        )
     data = safetensors.torch.save(tensors, {"samples": str(samples)})
     write_bytes(join(folder, part_name(cpu_group.rank, cpu_group.world_size)), data)
     return hashlib.sha256(data).digest()
 
 
 def prune(out: str, retention: CheckpointRetention) -> None:
-    """Delete the checkpoints that ``retention`` does not keep, and what a killed run left half-written."""
+    """Delete the checkpoints that ``retention`` does not keep, and those that a killed run left half-written."""
     found = complete(out)
     kept = set(found[-retention.last :] if retention.last else [])
     if retention.every:
@@ -130,7 +133,7 @@ def _remove(out: str, samples: int, marked: bool) -> None:
 class CheckpointWriter:
     """Writes checkpoints one at a time in a background thread while training continues. A context manager.
 
-    An error of a write is raised by the next :meth:`save`, or on leaving. Arguments as of :func:`save`.
+    An error in a write is raised by the next :meth:`save` or on exit. Arguments as for :func:`save`.
     """
 
     def __init__(self, out: str, retention: CheckpointRetention, cpu_group: CpuGroup | None = None) -> None:
@@ -139,13 +142,13 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, samples: int, tensors: dict[str, Tensor], validation_loss: float | None = None) -> None:
-        """As :func:`save`, once the one before is written. ``tensors`` must not change afterwards."""
+        """Like :func:`save`, once the previous one is written. ``tensors`` must not change afterwards."""
         self.wait()
         arguments = (self.out, samples, tensors, self.retention, validation_loss, self.cpu_group)
         self._pending = self._thread.submit(save, *arguments)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is written."""
+        """Wait until the pending checkpoint is written."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
@@ -158,11 +161,11 @@ class CheckpointWriter:
         if kind is None:
             self.wait()
         elif self._pending and (error := self._pending.exception()):
-            logger.warning("the checkpoint under way was not written: %s", error)
+            logger.warning("the pending checkpoint was not written: %s", error)
 
 
 def complete(out: str) -> list[int]:
-    """Samples seen of every complete checkpoint, rising."""
+    """Samples seen by every complete checkpoint, ascending."""
     root = join(out, FOLDER)
     if not exists(root):
         return []
@@ -170,12 +173,12 @@ def complete(out: str) -> list[int]:
 
 
 def newest(out: str, cpu_group: CpuGroup | None = None) -> int | None:
-    """Samples of the newest checkpoint that is whole, or None. A damaged one is passed over with a warning.
+    """Samples seen by the newest intact checkpoint, or None. Damaged ones are skipped with a warning.
 
     Collective: every rank of the group must call this; each hashes a part of the files.
 
     Raises:
-        CheckFailed: they found different ones.
+        CheckFailed: the ranks found different checkpoints.
     """
     cpu_group = cpu_group or CpuGroup()
     found = complete(out)
@@ -184,7 +187,7 @@ def newest(out: str, cpu_group: CpuGroup | None = None) -> int | None:
         said = [int(n) for n in cpu_group.gather(torch.tensor([samples]))]
         if set(said) != {samples}:
             raise CheckFailed(
-                f"{out}: workers found different checkpoints; --out must be one folder to all of them"
+                f"{out}: workers found different checkpoints; --out must be the same folder for all of them"
             )
         if samples < 0:
             return None
@@ -193,7 +196,7 @@ def newest(out: str, cpu_group: CpuGroup | None = None) -> int | None:
 
 
 def _is_whole(folder: str, cpu_group: CpuGroup) -> bool:
-    """Whether this worker's part of the files is there as it was written."""
+    """Whether this worker's part of the files is intact."""
     try:
         files = _files(folder)
         damaged = [
@@ -202,11 +205,13 @@ def _is_whole(folder: str, cpu_group: CpuGroup) -> bool:
             if not exists(join(folder, name)) or sha256(join(folder, name)) != files[name]
         ]
     except UserError as e:
-        logger.warning("%s; taking the one before", e)
+        logger.warning("%s; falling back to the previous checkpoint", e)
         return False
     if damaged:
         logger.warning(
-            "%s: damaged (%s is missing or not as recorded); taking the one before", folder, damaged[0]
+            "%s: damaged (%s is missing or altered); falling back to the previous checkpoint",
+            folder,
+            damaged[0],
         )
     return not damaged
 
@@ -221,13 +226,13 @@ def _files(folder: str) -> dict[str, str]:
 
 
 def load(out: str, samples: int) -> ShardedReader:
-    """The tensors of a checkpoint, read when they are asked for."""
+    """The tensors of a checkpoint, read lazily."""
     folder = _folder(out, samples)
     return ShardedReader([join(folder, name) for name in sorted(_files(folder))])
 
 
 def finish(out: str, retention: CheckpointRetention) -> None:
-    """After the end of the run: delete all but those that ``retention`` keeps for ever."""
+    """After the end of the run: delete all but those that ``retention`` keeps permanently."""
     root = join(out, FOLDER)
     if not exists(root):
         return

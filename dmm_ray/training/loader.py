@@ -36,19 +36,19 @@ def store_normalizer(store: ActivationStore, prior_config: PriorConfig) -> Norma
 
 
 class Loader:
-    """Shares of global batches in the run's order.
+    """A worker's share of every global batch, in the run's order.
 
-    A window's rows are put, while they are read, where they will be used: a batch is a slice of the window. The next
-    window is loaded by threads while one is in use; of both, a worker holds the rows of its share alone.
+    A window's rows are written to their final position as they are read, so that a batch is a slice of the window.
+    Threads load the next window while the current one is in use; of both, a worker holds only the rows of its share.
 
     Args:
         store: where the rows are.
         layer: which layer.
-        split: whose train part is used.
-        window_rows: rows shuffled together; a worker holds its share of two windows, or an eighth more, in the
+        split: its train part is used.
+        window_rows: rows shuffled together; a worker holds its share of two windows, up to an eighth more, in the
             stored dtype.
-        seed: of the order.
-        pin: put windows into page-locked memory, from which a GPU copies while it computes; needs CUDA.
+        seed: seed of the order.
+        pin: put windows into page-locked memory, so that copies to a GPU overlap with computation; requires CUDA.
 
     Attributes:
         order: which row each sample is.
@@ -78,11 +78,11 @@ class Loader:
         self.waited = 0.0
 
     def batches(self, first: int, size: int, share: slice) -> Generator[Tensor]:
-        """Rows ``share`` of every global batch of ``size`` from batch number ``first`` on, without end, (n, d).
+        """Yield rows ``share`` (n, d) of every global batch of ``size`` from batch ``first`` on, endlessly.
 
-        A batch may be a view of its window, whose memory later windows take over: use it, or copy it, before the next.
-        (Page-locked windows stay as long as their batches; CUDA's allocator uses their memory again.) Closing the
-        generator ends its threads.
+        A batch may be a view of its window, whose memory later windows reuse: use or copy it before taking the next.
+        (Page-locked windows live as long as their batches; CUDA's allocator reuses their memory.) Closing the generator
+        stops its threads.
 
         Raises:
             UserError: a row contains NaN or Inf; the message names its document and position.
@@ -101,10 +101,10 @@ class Loader:
                 batch = loaded.rows[at : at + n]
                 at += n
                 while len(batch) < n:
-                    batch = batch.clone()
+                    batch = batch.clone()  # the window's memory is about to be reused
                     if not self.pin:
                         buffers.give_back(loaded.memory)
-                    del loaded  # before the next but one begins to load
+                    del loaded  # free it before the window after next begins to load
                     loaded, at = self._wait(prefetcher), n - len(batch)
                     batch = torch.cat([batch, loaded.rows[:at]])
                 yield batch
@@ -118,9 +118,9 @@ class Loader:
     def _load(
         self, window: Window, used: np.ndarray, buffers: _BufferPool, readers: Executor
     ) -> LoadedWindow:
-        """Rows ``used`` (n,) of a window, in that order."""
+        """Load rows ``used`` (n,) of a window, in that order."""
         n = len(used)
-        memory = buffers.take(n + 1)  # row n takes those that other workers use
+        memory = buffers.take(n + 1)  # row n is a dummy for the rows that other workers use
         slots = np.full(window.rows, n, dtype=np.int64)
         slots[used] = np.arange(n)
         ends = np.cumsum(self.order.counts[list(window.groups)])
@@ -136,7 +136,7 @@ class Loader:
         records(out)[slot] = records(rows.activation)
 
     def _empty(self, n: int) -> Tensor:
-        """Memory for rows, (n, d)."""
+        """Uninitialised memory for rows (n, d)."""
         d, dtype = self.store.d, self.store.manifest.torch_dtype
         if self.pin:
             return torch.empty(n, d, dtype=dtype, pin_memory=True)
@@ -159,18 +159,19 @@ class Loader:
 
 
 class LoadedWindow(NamedTuple):
-    """A window's rows (n, d), and the memory that they lie at the beginning of."""
+    """A window's rows (n, d), and the buffer that they lie at the beginning of."""
 
     rows: Tensor
     memory: Tensor
 
 
 class _BufferPool:
-    """Memory for windows: that of one that is done with, where it is large enough. Page faults on fresh memory can take
-    more time than all else.
+    """Memory for windows: that of a finished one is reused if it is large enough.
+
+    Page faults on fresh memory can take longer than everything else.
 
     Args:
-        make: memory for n rows.
+        make: allocates memory for n rows.
     """
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
@@ -185,19 +186,19 @@ class _BufferPool:
             return spare
         self._grow |= spare is not None
         del spare
-        return self._make(n + n // 8 if self._grow else n)  # windows differ a little
+        return self._make(n + n // 8 if self._grow else n)  # windows differ slightly in size
 
     def give_back(self, memory: Tensor) -> None:
-        """Nobody reads ``memory`` any more."""
+        """Return ``memory`` to the pool; nothing may read it any more."""
         self._spare.append(memory)
 
 
 class _Prefetcher:
-    """Windows one after the other, the next being loaded by a thread while one is in use.
+    """Loads windows in order, the next one in a thread while the current one is in use.
 
     Args:
-        load: makes a window's rows with the help of some reading threads.
-        windows: which; without end.
+        load: loads a window's rows using the given reader threads.
+        windows: the windows to load, endless.
     """
 
     def __init__(self, load: Callable[[Window, Executor], LoadedWindow], windows: Iterator[Window]) -> None:
@@ -206,13 +207,13 @@ class _Prefetcher:
         self._loading = self._start()
 
     def take(self) -> LoadedWindow:
-        """The rows of the next window, once they are there; begins to load the one after. Raises what loading did."""
+        """Wait for the next window's rows and start loading the one after. Raises any error of the load."""
         rows = self._loading.result()
         self._loading = self._start()
         return rows
 
     def close(self) -> None:
-        """End the threads, each after the row group it is at."""
+        """Stop the threads, each after its current row group."""
         self._readers.shutdown(cancel_futures=True)
         self._thread.shutdown(cancel_futures=True)
 

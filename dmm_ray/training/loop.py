@@ -1,4 +1,4 @@
-"""What every worker runs: batches in the run's order, the same for any number of workers and any restart."""
+"""The training loop of every worker: batches in the run's order, the same for any number of workers and restarts."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from dmm_ray.training.validation import load_validation
 
 logger = logging.getLogger(__name__)
 INTERVAL = "interval"
-"""Of a checkpoint: the metrics of the batches since the last record."""
+"""Name of the checkpoint tensor with the metrics of the batches since the last record."""
 
 
 class Trainer:
     """A training run inside one worker.
 
     Args:
-        config: of the run.
-        prior_config: shape and provenance of the prior to be.
-        rank_info: rank, world size, device. With several workers torch.distributed is set up; ``fsdp`` needs it always.
+        config: the run's configuration.
+        prior_config: shape and provenance of the prior to train.
+        rank_info: rank, world size, device. Several workers require torch.distributed, ``fsdp`` always does.
 
     Raises:
-        ValueError: a precision that is still open.
-        UserError: fewer training rows than a batch, rows that are not finite, a checkpoint of another architecture.
+        ValueError: the precision is still ``auto``.
+        UserError: fewer training rows than a batch, rows with NaN or Inf, or a checkpoint of another architecture.
         CheckFailed: workers found different checkpoints.
     """
 
     def __init__(self, config: TrainConfig, prior_config: PriorConfig, rank_info: RankInfo) -> None:
         if config.precision == "auto":
-            raise ValueError("precision: a run is told which one; dmm_ray.training.settle chooses it")
+            raise ValueError("precision: must be chosen before the run; dmm_ray.training.settle does")
         self.config, self.prior_config, self.rank_info = config, prior_config, rank_info
         (self.layer,) = prior_config.layers
         store = ActivationStore.open(config.activations)
@@ -82,16 +82,16 @@ class Trainer:
         self.peak_lr = config.peak_lr(prior_config.d)
 
     def train(self, signal_after: Callable[[int], RunSignal]) -> bool:
-        """Run on; the first worker logs, saves checkpoints and, at the end, writes the prior's folder.
+        """Train on; the first worker logs, saves checkpoints and, at the end, writes the prior's folder.
 
         Args:
-            signal_after: asked after every batch with the number of batches done; says the same to every worker.
+            signal_after: called after every batch with the number of batches done; returns the same on every worker.
 
         Returns:
-            True at the end, False when ``signal_after`` stopped the run, a checkpoint of which is written then.
+            True at the end, False if ``signal_after`` stopped the run, after writing a checkpoint.
 
         Raises:
-            UserError: rows that are not finite, a full disk.
+            UserError: rows with NaN or Inf, or a full disk.
             CheckFailed: a loss, gradient or weight is NaN or Inf.
         """
         config, schedule = self.config, self.config.schedule
@@ -119,7 +119,7 @@ class Trainer:
         return True
 
     def step_seconds(self) -> Generator[float]:
-        """Train on and on, giving the seconds of every step; for a trial: nothing is logged or saved."""
+        """Train endlessly, yielding the seconds of every step; for a trial: nothing is logged or saved."""
         size = self.config.schedule.batch
         share = self.rank_info.share(size)
         with closing(self.loader.batches(self.batch, size, share)) as batches:
@@ -157,7 +157,7 @@ class Trainer:
         return batch_metrics(torch.cat(losses), torch.cat(levels), full_tensor(norm), share.start, size)
 
     def _log(self, tracker: Tracker | None, log_every: int) -> None:
-        """Record the interval and begin the next one."""
+        """Record the interval and start the next one."""
         config, schedule, window = self.config, self.config.schedule, self.window
         sums = window.sums()
         validate_every = schedule.every(config.validation.validate_every, 10)
@@ -180,14 +180,15 @@ class Trainer:
         window.restart(self.loader.waited)
 
     def _writer(self) -> checkpoint.CheckpointWriter | None:
-        """What writes this worker's part of the checkpoints; the first one's is everything unless they are sharded."""
+        """The writer of this worker's part of the checkpoints; unless sharded, the first worker writes everything."""
         if not self.model.sharded and self.rank_info.rank > 0:
             return None
         cpu_group = self.cpu_group if self.model.sharded else None
         return checkpoint.CheckpointWriter(self.config.out, self.config.checkpoints.retention, cpu_group)
 
     def _save(self, writer: checkpoint.CheckpointWriter | None) -> None:
-        """Have a checkpoint written; the metrics since the last record go into it."""
+        """Have a checkpoint written, including the metrics since the last record."""
+        # Both are collective, so every rank computes them, even one that writes nothing.
         sums = self.window.sums()
         loss = self.validation_loss() if self.config.checkpoints.keep_best else None
         if writer is not None:
@@ -217,7 +218,7 @@ class Trainer:
         return loss
 
     def _resume(self) -> tuple[int, Tensor | None]:
-        """Batches done and the metrics since the last record, from the newest whole checkpoint."""
+        """Batches done and the metrics since the last record, from the newest intact checkpoint."""
         out = self.config.out
         samples = checkpoint.newest(out, self.cpu_group)
         if samples is None:
@@ -238,7 +239,7 @@ class Trainer:
         return Tracker(self.config, samples, {"parameters": parameters}, self.rank_info.on_ray)
 
     def _export(self) -> None:
-        """The first worker writes the prior's folder, of whole tensors that come one after the other."""
+        """The first worker writes the prior's folder; full tensors are gathered one at a time."""
         weights = {}
         for name, average in self.ema.state().items():
             tensor = full_tensor(average)
@@ -255,8 +256,8 @@ def flops(denoiser: nn.Module, rows: int, levels: int) -> float:
     """Floating-point operations of a step's matrix products, forward and backward.
 
     Args:
-        denoiser: whose weights are multiplied.
-        rows: of the batch.
+        denoiser: the network.
+        rows: rows in the batch.
         levels: distinct noise levels; the time path runs once for each.
     """
     weights = [(name, p.numel()) for name, p in denoiser.named_parameters() if p.ndim == 2]
@@ -264,7 +265,7 @@ def flops(denoiser: nn.Module, rows: int, levels: int) -> float:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that was allocated on the device so far; on CPU this process's largest resident size, in GB."""
+    """Peak memory allocated on the device so far, in GB; on CPU, the peak resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Metrics of the batches between two records, kept on the device until they are asked for."""
+"""Metrics of the batches between two records, kept on the device until they are needed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dmm_ray.training.config import TrainConfig
 
 DECILES = 10
 PEAKS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0}
-"""Dense bfloat16 TFLOP/s by a part of the device's name."""
+"""Peak dense bfloat16 TFLOP/s, by a substring of the device's name."""
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
-    """What one device can reach, configured or known; None otherwise."""
+    """Peak TFLOP/s of one device if configured or known, else None."""
     if config.logging.peak_tflops or device.type != "cuda" or config.precision != "bfloat16":
         return config.logging.peak_tflops
     name = torch.cuda.get_device_name(device)
@@ -27,18 +27,18 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
 
 
 def batch_metrics(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: int) -> Tensor:
-    """Metrics that a worker keeps of one global batch, without synchronising the device.
+    """A worker's metrics of one global batch, without waiting for the device.
 
     Args:
         losses: (n,) of the worker's rows.
         u: (n,) their noise levels.
-        norm: of the gradient.
-        first: the first row's place in the global batch.
+        norm: norm of the gradient.
+        first: the first row's position in the global batch.
         batch: size of the global batch.
 
     Returns:
-        float32 (24,): the share's part of the mean loss, the norm, per decile of the noise level the sum of the losses
-        and their number, and the positions of the first and last row whose loss is NaN or Inf.
+        float32 (24,): the share's part of the mean loss, the norm, the sums of the losses and then their counts per
+        decile of the noise level, and the positions of the first and last row whose loss is NaN or Inf.
     """
     n = torch.arange(DECILES, device=u.device)
     member = ((u * NOISE_LEVELS).round().long() - 1)[:, None] * DECILES // NOISE_LEVELS == n
@@ -50,7 +50,7 @@ def batch_metrics(losses: Tensor, u: Tensor, norm: Tensor, first: int, batch: in
 
 
 def means(sums: Tensor) -> dict[str, Any]:
-    """``loss``, ``grad_norm`` and ``loss_by_level`` (null where no sample) of an interval's batches (n, 22)."""
+    """``loss``, ``grad_norm`` and ``loss_by_level`` (null without samples) of an interval's batches (n, 22)."""
     mean, total = sums.double().mean(0), sums.double().sum(0)
     levels, counts = total[2 : 2 + DECILES].tolist(), total[2 + DECILES :].tolist()
     by_level = [x / n if n else None for x, n in zip(levels, counts, strict=True)]
@@ -58,13 +58,13 @@ def means(sums: Tensor) -> dict[str, Any]:
 
 
 class MetricsWindow:
-    """Metrics of the batches since the last record, kept on the device until requested.
+    """Metrics of the batches since the last record, which stay on the device until they are needed.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         batch: global batches done.
-        past: what :meth:`sums` returned when the checkpoint was written that this run resumes from.
-        rank: of this worker.
+        past: the result of :meth:`sums` in the checkpoint that the run resumes from.
+        rank: this worker's rank.
         world_size: number of workers.
         device: where the metrics are.
     """
@@ -85,7 +85,7 @@ class MetricsWindow:
         self.restart(0.0)
 
     def add(self, metrics: Tensor) -> None:
-        """Take in :func:`batch_metrics` of the next batch."""
+        """Add the :func:`batch_metrics` of the next batch."""
         self.new.append(metrics)
         self.fresh += 1
 
@@ -112,8 +112,9 @@ class MetricsWindow:
         return self.past
 
     def _fail(self, sums: Tensor, ends: Tensor) -> None:
-        """Raise CheckFailed naming the first bad batch and, if known, the rows whose loss is NaN or Inf."""
+        """Raise, naming the first bad batch and, if losses in it are NaN or Inf, their range of rows."""
         index = int((~sums.isfinite()).any(1).nonzero()[0])
+        # The last position is negated so that a single MIN over the workers finds both ends.
         ends = ends[index] * torch.tensor([1, -1], device=ends.device)
         if self.world_size > 1:
             dist.all_reduce(ends, op=dist.ReduceOp.MIN)
@@ -130,11 +131,11 @@ class MetricsWindow:
         )
 
     def clear(self) -> None:
-        """Discard the metrics once they are recorded."""
+        """Drop the metrics, which have been recorded."""
         self.past = self.past[:0]
 
     def restart(self, waited: float) -> None:
-        """Restart the speed measurement; ``waited`` is the seconds spent waiting for data so far."""
+        """Start measuring speed; ``waited`` are the seconds spent waiting for data so far."""
         self.started, self.waited, self.fresh = time.perf_counter(), waited, 0
 
     def speed(self, flops_per_batch: float, waited: float) -> dict[str, float]:

@@ -21,15 +21,15 @@ class Window(NamedTuple):
 
 
 class Order:
-    """A seeded pass over all rows, again and again, reshuffled every epoch.
+    """Repeated seeded passes over all rows, reshuffled every epoch.
 
-    Row groups are visited in a random order; as many consecutive ones as hold ``window_rows`` rows form a window, whose
-    rows are permuted. A layer that fits into one window is permuted whole, its groups read in storage order.
+    Row groups are visited in random order; consecutive groups that together hold ``window_rows`` rows form a window,
+    whose rows are permuted. A layer that fits into one window is permuted as a whole, its groups read in storage order.
 
     Args:
         counts: training rows in each row group.
-        window_rows: least number of rows in a window (the last of an epoch may hold fewer).
-        seed: of both shuffles.
+        window_rows: minimum number of rows in a window (the last of an epoch may hold fewer).
+        seed: seed of both shuffles.
     """
 
     def __init__(self, counts: np.ndarray, window_rows: int, seed: int) -> None:
@@ -71,7 +71,7 @@ class Order:
         """A worker's part of a window: the rows that fall into ``share`` of the global batches of ``size``.
 
         Returns:
-            (n,) int64: numbers of rows in the window, in the order of use, samples before ``first`` left out.
+            (n,) int64: row indices within the window, in order of use, without samples before ``first``.
         """
         samples = np.arange(max(window.start, first), window.start + window.rows)
         place = samples % size

@@ -1,4 +1,4 @@
-"""Several workers, one run: their shares of a batch, weights copied (DDP) or sharded (FSDP2), small agreements."""
+"""Parallel training: each worker's share of a batch, replicated (DDP) or sharded (FSDP2) weights, small collectives."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dmm_ray.prior.network import Denoiser
 
 
 class RankInfo(NamedTuple):
-    """Rank, world size and device of a worker."""
+    """A worker's rank, world size and device."""
 
     rank: int
     world_size: int
     device: torch.device
     on_ray: bool = False
-    """In a worker of Ray Train."""
+    """Whether this is a Ray Train worker."""
 
     def share(self, batch: int) -> slice:
         """This worker's contiguous part of a global batch."""
         return slice(batch * self.rank // self.world_size, batch * (self.rank + 1) // self.world_size)
 
     def pieces(self, batch: int, most: int | None) -> list[slice]:
-        """The share cut into nearly equal parts of at most ``most`` rows, as many of them as every other worker has."""
+        """The share cut into nearly equal parts of at most ``most`` rows, the same number of parts on every worker."""
         share, n = self.share(batch), 1
         if most is not None:
             largest = -(-batch // self.world_size)
@@ -45,21 +45,21 @@ class RankInfo(NamedTuple):
 class ParallelDenoiser:
     """The denoiser as one worker trains it.
 
-    With ``fsdp`` its weights lie in shards of rows, one a worker, as DTensors; each block's, and within it each time
-    projection's (which runs before the blocks), are put together while it computes. Else every worker has all.
+    If ``sharded``, its weights are DTensors, sharded by rows over the workers; those of each block, and within it of
+    each time projection (which runs before the blocks), are gathered while it computes. Else every worker has all.
 
     Args:
         denoiser: on the CPU; sharded in place.
-        rank_info: of this worker.
+        rank_info: this worker's rank, world size and device.
         sharded: whether to shard.
-        compiled: put the network through torch.compile.
+        compiled: whether to compile the network with torch.compile.
 
     Raises:
-        UserError: to be compiled on a CPU without a C++ compiler.
+        UserError: compiling on a CPU without a C++ compiler.
 
     Attributes:
-        denoiser: whose weights they are.
-        called: what a training step calls.
+        denoiser: the module that holds the weights.
+        called: the module that a training step calls.
     """
 
     def __init__(self, denoiser: Denoiser, rank_info: RankInfo, sharded: bool, compiled: bool) -> None:
@@ -78,14 +78,14 @@ class ParallelDenoiser:
             self.called = cast(nn.Module, torch.compile(self.called))
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
-        """Context of a forward and backward pass over a micro-batch: gradients are reduced in the last one only.
+        """Context of a piece's forward and backward pass: gradients are reduced over the workers after the last piece.
 
-        Sharded ones meet after every piece, so that no worker ever holds all of them.
+        Sharded ones are reduced after every piece, so that no worker ever holds all of them.
         """
         return self._ddp.no_sync() if self._ddp and not last else nullcontext()
 
     def reshard(self) -> None:
-        """Free the gathered weights after a forward pass without a backward pass (FSDP)."""
+        """Free the gathered weights after a forward pass without a backward pass."""
         if isinstance(self.denoiser, FSDPModule):
             self.denoiser.reshard()
 
@@ -110,7 +110,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This worker's rows of a tensor, sharing its memory; all of one that is not sharded."""
+    """This worker's rows of a tensor, sharing its memory; all rows if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -120,7 +120,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Where this worker's rows of a tensor begin."""
+    """The index of this worker's first row of a tensor."""
     if not isinstance(tensor, DTensor):
         return 0
     chunk = -(-len(tensor) // tensor.device_mesh.size())
@@ -133,8 +133,8 @@ class CpuGroup:
     """Ranks that exchange small tensors on the CPU (gloo). Collective: every rank must build it and call it alike.
 
     Args:
-        rank: of this one.
-        world_size: how many they are.
+        rank: this worker's rank.
+        world_size: number of ranks.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
@@ -142,7 +142,7 @@ class CpuGroup:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def gather(self, numbers: Tensor) -> list[Tensor]:
-        """What every worker says, in order of ranks; all of one shape and dtype."""
+        """Every rank's tensor, in rank order; all must have the same shape and dtype."""
         if self._group is None:
             return [numbers]
         found = [torch.empty_like(numbers) for _ in range(self.world_size)]

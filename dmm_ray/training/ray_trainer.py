@@ -1,4 +1,4 @@
-"""A run on Ray Train: its workers, what they need of the cluster, and how they are told to stop."""
+"""A run on Ray Train: its workers, the resources they need, and how they are told to stop."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from dmm_ray.training.signals import InterruptHandler, RaySignals
 logger = logging.getLogger(__name__)
 RAY_FOLDER, REFUSAL, STOP, STARTED, DONE = ".ray", "refused.json", "stop.json", "started.json", "done.json"
 STOP_S = 60
-"""Time that workers have to save and end."""
+"""Time that workers have to save and exit."""
 WAIT_S = 30.0
-"""Seconds between words on workers that have not started."""
+"""Seconds between warnings about workers that have not started."""
 LET_GO_S = 4.0
-"""How long actors that have ended may hold their resources: Ray takes them back by and by."""
+"""How long finished actors may still hold their resources: Ray releases them with a delay."""
 MEMORY_OPTIONS = "--micro-batch"
 LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|DistBackendError|NCCL", re.IGNORECASE)
-"""What workers raise when another one has failed."""
+"""Matches what workers raise because another one has failed."""
 
 
 def train_on_ray(
     config: TrainConfig, prior_config: PriorConfig, check: Callable[[], None]
 ) -> dict[str, float]:
-    """Run the workers, and have them stop when this process is told to; the resources that each of them had.
+    """Run the workers and stop them when this process is interrupted; returns the resources of each worker.
 
     Args:
-        config: of the run.
-        prior_config: of the prior to be.
-        check: called now and then; raises when the folder has been taken over.
+        config: the run's configuration.
+        prior_config: configuration of the prior to train.
+        check: called periodically; raises if the folder has been taken over.
 
     Raises:
-        UserError: more than the cluster has, or what a worker refused.
+        UserError: more than the cluster has, or an input error raised by a worker.
         CheckFailed: workers failed for another reason, or more often than allowed.
-        KeyboardInterrupt: told to stop.
+        KeyboardInterrupt: the run was interrupted.
     """
     ensure_ray()
     if (samples := checkpoint.newest(config.out)) is not None:  # the workers' own log does not reach the user
@@ -83,7 +83,7 @@ def train_on_ray(
 
 
 def _failure(config: TrainConfig, error: Exception) -> str:
-    """One line on why training failed: the rank at fault and what it raised; its trace is kept in a file."""
+    """One line on why training failed: the rank at fault and its error, whose traceback is kept in a file."""
     failures = sorted(
         (
             (rank, Failure.of(_cause(e), MEMORY_OPTIONS))
@@ -103,14 +103,14 @@ def _failure(config: TrainConfig, error: Exception) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """What Ray Train's own exceptions are about."""
+    """The cause inside Ray Train's own exceptions."""
     for name in ("health_check_failure", "controller_failure"):
         error = getattr(error, name, error)
     return error
 
 
 def _free(wanted: dict[str, float]) -> dict[str, float]:
-    """What is free on the cluster: work that has just ended is given some seconds to let go of what is wanted."""
+    """The cluster's free resources, after giving work that has just ended a few seconds to release those wanted."""
     import ray
 
     deadline = time.monotonic() + LET_GO_S
@@ -125,7 +125,7 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
     """The resources of one worker on the cluster that this process is connected to.
 
     Raises:
-        UserError: the cluster has not enough for the fewest workers.
+        UserError: the cluster has too little for the minimum number of workers.
     """
     asked = config.distribution
     import ray
@@ -138,14 +138,14 @@ def worker_needs(config: TrainConfig) -> dict[str, float]:
     for kind, each in needs.items():
         if each * fewest > has.get(kind, 0):
             raise UserError(
-                f"workers: {fewest} of {each:g} {kind}s need more than the cluster's {has.get(kind, 0):g}; "
+                f"workers: {fewest} x {each:g} {kind} is more than the cluster's {has.get(kind, 0):g}; "
                 f"lower --workers{' or --cpus-per-worker' if kind == 'CPU' else ''}"
             )
     return needs
 
 
 def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
-    """Say so where the workers have to wait for resources, or leave no CPU to others."""
+    """Warn if the workers must wait for resources or leave no CPU to others."""
     asked = config.distribution
     import ray
 
@@ -154,18 +154,18 @@ def warn_of_waiting(config: TrainConfig, needs: dict[str, float]) -> None:
     for kind, each in needs.items():
         if each * fewest > free.get(kind, 0):
             logger.warning(
-                "workers: %d of %g %ss, but only %g of the cluster's %g are free now: the run waits for the rest",
+                "workers: %d x %g %s needed, but only %g of the cluster's %g are free: the run waits for the rest",
                 fewest, each, kind, free.get(kind, 0), has[kind],
             )  # fmt: skip
     if cluster_address() is not None and needs["CPU"] * asked.workers >= has["CPU"]:
         logger.warning(
-            "workers: they take all %g CPUs of the cluster; Ray Data jobs beside them will wait (--cpus-per-worker)",
+            "workers: they take all %g CPUs of the cluster; other Ray Data jobs will wait (see --cpus-per-worker)",
             has["CPU"],
         )
 
 
 class _Fit(threading.Thread):
-    """``trainer.fit()`` aside: in the main thread it would take Ctrl-C for itself and leave this process."""
+    """``trainer.fit()`` in a thread: in the main thread it would handle Ctrl-C itself and exit this process."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(daemon=True, name="dmm-fit")
@@ -173,7 +173,7 @@ class _Fit(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Keep the error that the trainer ends with."""
+        """Fit, and keep the error that the trainer ends with."""
         from ray.exceptions import RayError
         from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -184,14 +184,14 @@ class _Fit(threading.Thread):
 
 
 class Waiting:
-    """Says, now and then, that no workers have started: Ray tries again for ever."""
+    """Warns periodically while no workers have started: Ray retries forever."""
 
     def __init__(self, out: str, needs: dict[str, float]) -> None:
         self.marker, self.needs = _path(out, STARTED), needs
         self.since = self.said = time.monotonic()
 
     def look(self) -> None:
-        """Warn if workers have been missing for long."""
+        """Warn if there have been no workers for a while."""
         import ray
 
         now = time.monotonic()
@@ -234,7 +234,7 @@ def _trainer(config: TrainConfig, prior_config: PriorConfig, needs: dict[str, fl
 
 
 def _lost_workers(marker: str) -> Any:
-    """A callback that takes the sign away that workers run, once one of them has ended with an error."""
+    """A callback that removes the marker of running workers once one of them has ended with an error."""
     from ray.train import UserCallback
 
     class LostWorkers(UserCallback):
@@ -247,7 +247,7 @@ def _lost_workers(marker: str) -> Any:
 
 
 def clear(out: str) -> None:
-    """Delete what a Ray run left: its own state, refusals and stop requests."""
+    """Delete what a Ray run left: Ray's own state, refusals and stop requests."""
     remove_folder(join(out, RAY_FOLDER))
 
 
@@ -256,7 +256,7 @@ def _path(out: str, name: str) -> str:
 
 
 def _raise_refusal(out: str) -> None:
-    """Raise what a worker refused, which is no crash to be tried again."""
+    """Raise the error that a worker reported as final, as opposed to a crash to retry."""
     path = _path(out, REFUSAL)
     if exists(path):
         refusal = read_json(path)
@@ -286,6 +286,6 @@ def _worker(loop_config: dict[str, Any]) -> None:
     except (UserError, CheckFailed) as e:
         write_json(refusal, {"message": str(e), "bad_input": isinstance(e, UserError)})
         if rank_info.world_size > 1:
-            raise  # others may wait for this one: Ray ends them all, and started again they end at the check above
+            raise  # others may wait for this one: Ray stops them all, and restarted they return at the check above
     except Exception as e:
         raise WorkerError(*Failure.of(e, MEMORY_OPTIONS)) from e

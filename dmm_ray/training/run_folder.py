@@ -19,17 +19,17 @@ RUN = "train.json"
 
 
 class SavedRun(NamedTuple):
-    """What a run's folder says of it."""
+    """A run as recorded in its folder."""
 
     out: str
     config: TrainConfig
-    """With the number of samples and the precision that were chosen for it."""
+    """Includes the number of samples and the precision that were chosen for it."""
     prior: PriorConfig
-    """The configuration of the prior to be."""
+    """The configuration of the prior to train."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run has finished."""
         return exists(join(self.out, SUMMARY))
 
     def check(self, asked: TrainConfig, prior_config: PriorConfig) -> None:
@@ -39,12 +39,12 @@ class SavedRun(NamedTuple):
 
 
 def _identity(config: TrainConfig, prior_config: PriorConfig) -> dict[str, Any]:
-    """What decides a run: its configuration, and what is in its store, wherever that lies."""
+    """What identifies a run: its configuration and its store's content, wherever the store lies."""
     return {"activations": prior_config.training.get("store"), **config.identity()}
 
 
 def saved_run(out: str) -> SavedRun | None:
-    """The run in a folder; None where it is free.
+    """The run in a folder; None if the folder is free.
 
     Raises:
         UserError: the folder holds something else.
@@ -63,7 +63,7 @@ def saved_run(out: str) -> SavedRun | None:
 
 
 def claim_folder(config: TrainConfig, prior_config: PriorConfig) -> None:
-    """Take a free folder, whose lock is held, for this run."""
+    """Claim a free folder, whose lock is held, for this run."""
     marker = {"train": config.model_dump(mode="json"), "prior": prior_config.model_dump(mode="json")}
     write_json(join(config.out, RUN), marker)
 

@@ -1,7 +1,7 @@
-"""What a run leaves to the machine: its precision, and the samples that fit into a time. Chosen once, then recorded.
+"""Choices left to the machine, made once and recorded: a run's precision, and the samples that fit into a time.
 
-Everything else about a run is a function of its configuration; so that these are too, they are decided before the first
-batch, written into the run's folder, and read from there whenever the run goes on, on whichever machine.
+Everything else about a run is a function of its configuration. To make these so too, they are decided before the first
+batch, written into the run's folder, and read from there whenever the run resumes, on whatever machine.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 TRIAL_S, WARM_UP, FEWEST_STEPS = 5.0, 3, 5
 """Duration of a trial, its warm-up steps, and its minimum number of steps."""
 VALIDATIONS = 10
-"""Validation losses of a run, as its configuration has it by default."""
+"""Validation losses of a run with the default configuration."""
 
 
 def check_length(config: TrainConfig) -> None:
-    """Raises UserError where a run is given both a number of samples and a time."""
+    """Raises UserError if both a number of samples and a time are given."""
     if config.schedule.samples is not None and config.schedule.minutes is not None:
         raise UserError("minutes: excludes samples; give --samples or --minutes, not both")
 
 
 def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
-    """``config`` with what was chosen for the run in its folder, where that is left open."""
+    """``config`` with its open choices filled in from the run in its folder."""
     schedule = config.schedule
     chosen: dict[str, object] = {}
     if config.precision == "auto":
@@ -48,12 +48,12 @@ def settle_from(config: TrainConfig, saved: SavedRun) -> TrainConfig:
     elif schedule.samples is None:
         chosen["samples"] = DEFAULT_SAMPLES
     elif schedule.samples == saved.config.schedule.samples:
-        chosen["minutes"] = saved.config.schedule.minutes  # the number that was chosen by a trial, spelt out
+        chosen["minutes"] = saved.config.schedule.minutes  # the number chosen by the trial, given explicitly
     return config.model_copy(update=chosen)
 
 
 def settle_precision(config: TrainConfig) -> TrainConfig:
-    """``config`` with the precision of a new run, by what the devices of its workers are fast in."""
+    """``config`` with the precision of a new run: bfloat16 if it is fast on its workers' devices."""
     if config.precision != "auto":
         return config
     if config.distribution.workers == 0:
@@ -63,15 +63,15 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
         needs = worker_needs(config)
         fast = workers_have_fast_bfloat16(needs["CPU"], needs.get("GPU", 0.0))
         precision = choose_precision("auto", fast)
-    logger.info("precision: %s, which the devices are fast in (--precision to choose)", precision)
+    logger.info("precision: %s, the faster one on the devices (--precision to choose)", precision)
     return config.model_copy(update={"precision": precision})
 
 
 def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfig:
-    """``config`` with the samples of a new run, by a trial where a time is given.
+    """``config`` with the samples of a new run, from a trial if a time is given.
 
     Raises:
-        UserError: as a run, or the time is not enough for a batch.
+        UserError: as for a run, or the time is not enough for a batch.
     """
     schedule, workers = config.schedule, config.distribution.workers
     if schedule.minutes is None:
@@ -111,7 +111,7 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
     samples = batches * schedule.batch
     rate = schedule.batch / step_s
     logger.info(
-        "samples: %d, about %g minutes at %.0f a second, by a short trial",
+        "samples: %d, about %g minutes at %.0f per second in a short trial",
         samples,
         schedule.minutes,
         rate,
@@ -122,13 +122,13 @@ def settle_samples(config: TrainConfig, prior_config: PriorConfig) -> TrainConfi
 def try_steps(
     config: TrainConfig, prior_config: PriorConfig, device: str, threads: int | None = None
 ) -> tuple[float, float]:
-    """Seconds of a training step (median) and of a validation loss, by a few steps that are thrown away.
+    """Seconds of a training step (median) and of a validation loss, from a few steps that are discarded.
 
     Args:
-        config: of the trial; its folder holds no checkpoint.
-        prior_config: of the prior to be.
+        config: the trial's configuration; its folder holds no checkpoint.
+        prior_config: configuration of the prior to train.
         device: where to compute.
-        threads: of torch; None leaves them.
+        threads: number of torch threads; None leaves it unchanged.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -147,5 +147,5 @@ def try_steps(
 
 
 def local_device(device: str) -> str:
-    """``device`` in this process, auto resolved."""
+    """``device`` in this process, with auto resolved."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

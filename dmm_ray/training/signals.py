@@ -1,4 +1,4 @@
-"""External events during a run: signals to the driver, stop requests and preemption notices to the workers."""
+"""Requests to a run from outside: signals to the driver, stop requests and preemption notices to the workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_S, ASK_S, AGREE_BATCHES = 1.0, 5.0, 4
 
 
 class RunSignal(Enum):
-    """What the run should do after a batch."""
+    """What a run should do after a batch."""
 
     CONTINUE = "go on"
     CHECKPOINT = "save a checkpoint and go on"
@@ -27,7 +27,7 @@ class RunSignal(Enum):
 
 
 class InterruptHandler:
-    """Context manager: in the main thread, notes SIGINT and SIGTERM; a second signal interrupts immediately."""
+    """A context that, in the main thread, notes SIGINT and SIGTERM; a second one interrupts immediately."""
 
     def __init__(self) -> None:
         self.noted = False
@@ -46,14 +46,14 @@ class InterruptHandler:
         if self.noted:
             raise KeyboardInterrupt
         self.noted = True
-        logger.warning("interrupted: saving a checkpoint; once more to end at once")
+        logger.warning("interrupted: saving a checkpoint; interrupt again to exit immediately")
 
 
 class RaySignals:
-    """Stop requests of the driver and preemption notices of Ray, agreed on by all workers.
+    """Stop requests from the driver and preemption notices from Ray, agreed on by all workers.
 
-    The first worker looks now and then. What it saw travels by a sum on the CPU that is begun after one batch and read
-    a few batches later, so that no worker waits for it and no device is synchronised.
+    The first worker checks periodically. Its findings are all-reduced on the CPU, starting after one batch and read a
+    few batches later, so that no worker waits for them and no device is synchronised.
     """
 
     def __init__(self, request: str, rank: int, world_size: int) -> None:
@@ -75,7 +75,7 @@ class RaySignals:
         return RunSignal.CHECKPOINT if ask and self._preempted() else RunSignal.CONTINUE
 
     def _look(self) -> None:
-        """Begin the next agreement: (stop, time to ask Ray)."""
+        """Start the next all-reduce: (stop, time to ask Ray)."""
         now, stop, ask = time.monotonic(), False, False
         if self.rank == 0 and now - self.looked >= LOOK_S:
             self.looked, stop = now, exists(self.request)
@@ -86,7 +86,7 @@ class RaySignals:
             self.work = dist.all_reduce(self.seen, group=self.group, async_op=True)
 
     def _preempted(self) -> bool:
-        """Whether Ray says that further nodes will be taken away; collective, as Ray wants it: every rank calls it."""
+        """Whether Ray announces the preemption of further nodes. Collective, as in Ray: every rank must call this."""
         import ray.train
 
         info = ray.train.get_preemption_info()

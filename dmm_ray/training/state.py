@@ -1,4 +1,4 @@
-"""What a run has learnt, as named float32 tensors: taken from a worker, and put back, a worker's rows at a time.
+"""A run's training state as named float32 tensors, saved from and restored to the rows of each worker.
 
 Names are ``model.X`` (weights), ``ema.X`` (their average), ``exp_avg.X``, ``exp_avg_sq.X`` and ``step.X`` (AdamW's).
 """
@@ -18,7 +18,7 @@ from dmm_ray.training.parallel import first_row, local_shard
 from dmm_ray.training.step import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""A safetensors file begins with the length of its JSON header, little-endian."""
+"""AdamW's moments of each weight."""
 
 Shape = tuple[int, ...]
 
@@ -27,14 +27,14 @@ class TensorSource(Protocol):
     """Tensors by name that can be read in part."""
 
     def shapes(self) -> dict[str, Shape]:
-        """Of every tensor."""
+        """The shape of every tensor."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor; of one without dimensions its value, whatever is asked."""
+        """Rows of a tensor; for a scalar, its value whatever the range."""
 
 
 def snapshot(denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:
-    """A copy on the CPU of this worker's rows of everything of a run that changes."""
+    """A CPU copy of this worker's rows of all of a run's state."""
     tensors = {f"ema.{name}": t for name, t in ema.state().items()}
     for name, p in denoiser.named_parameters():
         tensors[f"model.{name}"] = p.detach()
@@ -46,7 +46,7 @@ def snapshot(denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) ->
 
 
 def restore(source: TensorSource, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
-    """The inverse of :func:`snapshot`, in place; the rows may have been divided otherwise."""
+    """The inverse of :func:`snapshot`, in place; the rows may have been sharded differently."""
     averages = ema.state()
     for name, p in denoiser.named_parameters():
         state = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
@@ -73,7 +73,7 @@ def check_architecture(where: str, found: Mapping[str, Shape], denoiser: nn.Modu
 
 
 class ShardFile:
-    """A safetensors file of float32 tensors, of which single rows can be read."""
+    """A safetensors file of float32 tensors whose rows can be read individually."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -81,7 +81,7 @@ class ShardFile:
         self.header.pop("__metadata__", None)
 
     def shape(self, name: str) -> Shape:
-        """Of a tensor."""
+        """The shape of a tensor."""
         return tuple(self.header[name]["shape"])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -105,13 +105,13 @@ class ShardFile:
 
 
 class ShardedReader:
-    """The tensors of several parts, the rows of each following those of the part before. A :class:`TensorSource`."""
+    """The tensors of several parts, whose rows are concatenated in order. A :class:`TensorSource`."""
 
     def __init__(self, uris: Sequence[str]) -> None:
         self.parts = [ShardFile(uri) for uri in uris]
 
     def shapes(self) -> dict[str, Shape]:
-        """Of every tensor, put together."""
+        """The full shape of every tensor."""
         found: dict[str, Shape] = {}
         for part in self.parts:
             for name in part.header:

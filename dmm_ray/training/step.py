@@ -50,7 +50,7 @@ class Ema:
         self.average = [p.detach().clone() for p in self.source]
 
     def update(self, batches: int) -> None:
-        """Take in the weights after ``batches`` batches (from 1)."""
+        """Update with the weights after ``batches`` batches (counted from 1)."""
         beta = (1 - 1 / batches) ** (self.gamma + 1)
         torch._foreach_lerp_([local_shard(a) for a in self.average], self._weights(), 1 - beta)
 
@@ -60,7 +60,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While it is entered the denoiser has the averaged weights, and the average the denoiser's."""
+        """A context in which the denoiser has the averaged weights, and the average the denoiser's."""
         self._swap()
         try:
             yield
@@ -79,11 +79,11 @@ class Ema:
 
 
 class FlowBatch:
-    """Rows ``share`` of a global batch on the path: what the network sees and what it should say.
+    """Rows ``share`` of a global batch on the path: the network's inputs and targets.
 
-    With a base the target is what the base leaves of the velocity.
+    With a base, the target is the residual of the base's velocity.
 
-    Sample i of a batch has level ``i // run`` of it; a share that does not cut a run needs no index per row.
+    Sample i of a batch has level ``i // run``; a share that does not cut a run needs no index per row.
 
     Attributes:
         u_B: noise level of every row.
@@ -112,7 +112,7 @@ class FlowBatch:
         self.target = residual(noise - z_BD, self.z_u, self.u_B, base)
 
     def loss(self, model: nn.Module, bf16: bool) -> Tensor:
-        """As :func:`flow_loss`."""
+        """The :func:`flow_loss` of the rows."""
         return flow_loss(model, self.z_u, self.target, self.u_M, self.index, bf16)
 
 

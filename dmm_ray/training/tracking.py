@@ -22,22 +22,22 @@ SHOW_EVERY_S = 5.0
 GAUGES = {
     "samples": "samples trained on",
     "loss": "flow-matching loss over the last logging interval",
-    "samples_per_s": "samples a second",
+    "samples_per_s": "samples per second",
     "data_wait": "share of the time spent waiting for data",
 }
 
 
 class Tracker:
-    """Writes one record per logging interval; only the first worker has one.
+    """Writes one record per logging interval; only the first worker has a tracker.
 
-    ``stats.jsonl`` is rewritten whole each time, so that it is never half a line and works on object stores. A
-    resumed run drops the records after its checkpoint and continues.
+    ``stats.jsonl`` is rewritten in full each time, so that it never ends in half a line and works on object stores. A
+    resumed run drops the records after its checkpoint and continues from there.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         samples: seen so far.
-        about: more for the wandb configuration.
-        on_ray: set Ray's metrics too; inside a Ray worker only.
+        about: additions to the wandb configuration.
+        on_ray: set Ray's metrics too; only inside a Ray worker.
     """
 
     def __init__(self, config: TrainConfig, samples: int, about: dict[str, Any], on_ray: bool) -> None:
@@ -62,12 +62,12 @@ class Tracker:
             self._safely(self.run.finish)
 
     def _safely(self, call: Callable[[], Any]) -> Any:
-        """The result of a Weights & Biases call; None if it fails, and training continues without it."""
+        """The result of a call to Weights & Biases; None if it fails, and training continues without it."""
         try:
             return call()
         except _tracking_errors() as e:
             reason = " ".join(str(e).split())[:200]
-            logger.warning("wandb: %s; the run goes on without it, %s has every number", reason, self.path)
+            logger.warning("wandb: %s; the run continues without it, %s has all metrics", reason, self.path)
             self.run = None
             return None
 
@@ -91,13 +91,13 @@ def run_name(config: TrainConfig) -> str:
 
 
 def run_id(config: TrainConfig) -> str:
-    """What Weights & Biases knows the run by, also when it is resumed: of the whole path, in its own characters."""
+    """The run's id in Weights & Biases, kept on resumption: made of the full path, in characters that it allows."""
     letters = re.sub(r"[^A-Za-z0-9_-]", "-", run_name(config))[:64]
     return f"{letters}-{hashlib.sha256(absolute(config.out).rstrip('/').encode()).hexdigest()[:8]}"
 
 
 def _tracking_errors() -> tuple[type[Exception], ...]:
-    """What goes wrong in Weights & Biases, its own errors among them once it has been imported."""
+    """The errors to expect from Weights & Biases, including its own once it has been imported."""
     wandb = sys.modules.get("wandb")
     return (OSError, RuntimeError, ValueError, *([] if wandb is None else [wandb.Error]))
 
@@ -147,7 +147,7 @@ class StatusLines(threading.Thread):
             self._show()
 
     def stop(self) -> None:
-        """Show the last lines and end."""
+        """Show the last record and stop."""
         self.stopped.set()
         self.join()
         self._show(last=True)
@@ -160,7 +160,7 @@ class StatusLines(threading.Thread):
 
 
 def status_line(record: dict[str, Any], total: int) -> str:
-    """``samples 1.2M/5.0M (24%) loss 0.91 ...`` with named columns; losses by level from the least noise."""
+    """``samples 1.2M/5.0M (24%) loss 0.91 ...`` with named columns; losses by level start at the least noise."""
     done, rate = record["samples"], record["samples_per_s"]
     validation, use = record["validation_loss"], record.get("utilisation")
     levels = "/".join("-" if x is None else f"{x:.2f}" for x in record["loss_by_level"])

@@ -38,36 +38,36 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> str:
-    """Train a prior; the same configuration on the same folder resumes, or returns at once when it is finished.
+    """Train a prior; the same configuration on the same folder resumes, or returns immediately if it has finished.
 
     Returns:
         The prior's folder.
 
     Raises:
-        UserError: no store, a layer it lacks, non-finite rows, a folder that holds something else or another run, or
-            that another process is writing to.
+        UserError: no store, a layer it lacks, rows with NaN or Inf, or a folder that holds something else or another
+            run, or that another process is writing to.
         CheckFailed: the loss became NaN, or workers crashed more often than allowed.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is written before, unless it came twice.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after writing a checkpoint unless the signal came twice.
     """
     config = config.model_copy(
         update={"out": absolute(config.out), "activations": absolute(config.activations)}
     )
     check_length(config)
     store = ActivationStore.open(config.activations)
-    _prior_config(config, store)  # refuses what does not fit, before anything is written
+    _prior_config(config, store)  # raises on bad input before anything is written
     if not _is_finished(config, store):
         make_folder(config.out)
         with writer_lock(config.out) as lock:
-            if not _is_finished(config, store):  # another process may have done it since
+            if not _is_finished(config, store):  # another process may have finished it since
                 config = _settle(config, store)
                 _train(config, _prior_config(config, store), lock)
                 return config.out
-    logger.info("%s: this run is finished already", config.out)
+    logger.info("%s: this run has already finished", config.out)
     return config.out
 
 
 def _is_finished(config: TrainConfig, store: ActivationStore) -> bool:
-    """Whether the run is finished in its folder already. Raises UserError for a folder of another run."""
+    """Whether the run has already finished in its folder. Raises UserError for a folder of another run."""
     saved = saved_run(config.out)
     if saved is None:
         return False
@@ -77,7 +77,7 @@ def _is_finished(config: TrainConfig, store: ActivationStore) -> bool:
 
 
 def _settle(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """The configuration with nothing left open, as the folder says or, in a free one, as it says from now on."""
+    """The configuration with nothing left open, as recorded in the folder or, if that is free, recorded there now."""
     saved = saved_run(config.out)
     if saved is not None:
         return settle_from(config, saved)
@@ -89,7 +89,7 @@ def _settle(config: TrainConfig, store: ActivationStore) -> TrainConfig:
 
 
 def _train(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock) -> None:
-    """Run to the end, in a folder that is held."""
+    """Run to the end in a folder whose lock is held."""
     started = time.perf_counter()
     needs: dict[str, float] | None = None
     status = StatusLines(config)
@@ -155,9 +155,9 @@ def _train_here(config: TrainConfig, prior_config: PriorConfig, lock: WriterLock
 
 
 def _calibrate(config: TrainConfig, needs: dict[str, float] | None) -> None:
-    """Give the finished prior its percentiles; without validation rows it stays without, which has been said.
+    """Calibrate the finished prior; without validation rows it is skipped, as a warning has already said.
 
-    A cluster's workers may have GPUs that this machine lacks: there one of their size does it.
+    A cluster's workers may have GPUs that this machine lacks: there, a worker with the same resources does it.
     """
     if not config.validation.calibration_rows or read_stats(config.out)[-1]["validation_loss"] is None:
         return

@@ -1,4 +1,4 @@
-"""The loss on fixed validation rows at fixed (u, noise) pairs, each worker doing its share of them."""
+"""The loss on fixed validation rows at fixed (u, noise) pairs, of which each worker computes its share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dmm_ray.training.step import STREAM_VALIDATION, flow_loss, residual
 
 logger = logging.getLogger(__name__)
 VALIDATION_LEVELS = 64
-"""Row i is noised to level ``i % LEVELS`` of this many, evenly spaced in (0, 1)."""
+"""Row i is noised to level ``i % VALIDATION_LEVELS`` of this many, evenly spaced in (0, 1)."""
 
 
 class Validation:
     """This worker's share of the validation pairs.
 
     Args:
-        config: of the run.
-        z_BD: all validation rows, normalised, on any device; one or more.
-        rank_info: of this worker.
-        base: of the prior.
+        config: the run's configuration.
+        z_BD: all validation rows, normalised, on any device; at least one.
+        rank_info: this worker's rank, world size and device.
+        base: the prior's base, if any.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Validation:
         self.u_M = torch.linspace(half, 1 - half, VALIDATION_LEVELS, device=rank_info.device)
         pairs = max(
             self.n, rank_info.world_size
-        )  # every worker calls the network equally often: some with a row that counts 0
+        )  # every worker calls the network equally often, some with a row that does not count
         self.pieces = []
         for piece in rank_info.pieces(pairs, config.distribution.micro_batch):
             ids = torch.arange(piece.start, piece.stop)
@@ -79,10 +79,10 @@ def load_validation(
     rank_info: RankInfo,
     base: GaussianMixture | None = None,
 ) -> Validation | None:
-    """The validation of a run; None, with a warning, where no document falls into that part.
+    """The validation of a run; None, with a warning, if no document falls into that part.
 
     Raises:
-        UserError: a row contains NaN or Inf, or there are no rows although the best checkpoint is to be kept.
+        UserError: a row contains NaN or Inf, or there are no rows although ``keep_best`` is set.
     """
     rows = store.select(layer, config.split, VALIDATION, config.validation.validation_rows, config.seed)
     if len(rows.doc) == 0:

@@ -122,7 +122,7 @@ def test_of_another_prior_it_is_refused(calibrated, tmp_path):
     calibrated.save_pretrained(str(tmp_path))
     other = ActivationPrior.untrained(calibrated.config, torch.zeros(D), torch.ones(D), seed=1)
     other.calibration = calibrated.calibration
-    with pytest.raises(UserError, match=r"calibration\.safetensors: it is of a prior with other weights"):
+    with pytest.raises(UserError, match=r"calibration\.safetensors: made for a prior with other weights"):
         other.save_pretrained(str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
     other.calibration = None
@@ -161,8 +161,8 @@ def test_a_damaged_file_is_named(calibrated, tmp_path):
         (whole[:-9], "damaged"),
         (whole[:4], "damaged"),
         (safetensors.torch.save(tensors), "damaged"),
-        (safetensors.torch.save(falling, metadata), "damaged .a table of another shape, or not rising"),
-        (safetensors.torch.save(tensors, other), "version 7, not 1; calibrate"),
+        (safetensors.torch.save(falling, metadata), "damaged .a table has the wrong shape or is not"),
+        (safetensors.torch.save(tensors, other), "version 7, expected 1; calibrate"),
     ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=f"{CALIBRATION}: .*{says}"):
@@ -181,7 +181,7 @@ def test_layers_join_and_others_are_refused(calibrated):
 
 def test_bad_rows_are_refused():
     prior, (x, ids) = gaussian_prior(COVARIANCE), documents(0, 2)
-    with pytest.raises(UserError, match="ids: 32 pairs of document and position"):
+    with pytest.raises(UserError, match="ids: expected 32 pairs of document and position"):
         calibrate(prior, x, ids[:, 0])
     with pytest.raises(UserError, match="contains NaN or Inf"):
         calibrate(prior, x * float("inf"), ids)

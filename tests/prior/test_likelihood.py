@@ -142,7 +142,7 @@ def test_closed_form_at_large_width(exponent):
 def test_exact_trace_beyond_the_limit_only_if_insisted_on():
     values = power_law(600)
     prior, x = power_law_prior(values), torch.randn(2, 600) * values.sqrt().float()
-    with pytest.raises(UserError, match="exact_limit=600 to insist"):
+    with pytest.raises(UserError, match="exact_limit=600 to allow it"):
         prior.log_prob(x, probes=0)
     exact = -0.5 * (x.double().square() / values + values.log() + math.log(2 * math.pi)).sum(1)
     found = prior.log_prob(x, probes=0, steps=32, exact_limit=600).nats
@@ -200,27 +200,24 @@ def test_velocity_error_is_the_loss():
             r"row 0 \(id 4, 7\) contains NaN or Inf",
         ),
         (lambda p: p.log_prob([["a"]]), "activations: expected numbers"),
-        (lambda p: p.denoise(torch.zeros(1, 16), u=1.1), "u: a noise level"),
-        (lambda p: p.denoise(torch.zeros(1, 16), u=math.nan), "u: a noise level"),
+        (lambda p: p.denoise(torch.zeros(1, 16), u=1.1), "u: expected a noise level"),
+        (lambda p: p.denoise(torch.zeros(1, 16), u=math.nan), "u: expected a noise level"),
         (
             lambda p: p.denoise(torch.zeros(2, 16), u=torch.tensor([0.5, -0.1])),
-            r"u: a noise level .* \(got -0.1\)",
+            r"u: expected a noise level .* \(got -0.1\)",
         ),
-        (
-            lambda p: p.denoise(torch.zeros(2, 16), u=torch.ones(3)),
-            "u: expected one noise level or one per row",
-        ),
+        (lambda p: p.denoise(torch.zeros(2, 16), u=torch.ones(3)), "u: expected one noise level or one per"),
         (lambda p: p.denoise(torch.zeros(2, 16), steps=0), "steps: at least 1"),
         (lambda p: p.denoise(torch.zeros(2, 16), steps=0, mode="mean"), "steps: at least 1"),
-        (lambda p: p.level_for_distance(torch.zeros(2, 16), math.nan), "distance: a finite number"),
-        (lambda p: p.level_for_distance(torch.zeros(2, 16), -1), "distance: a finite number"),
+        (lambda p: p.level_for_distance(torch.zeros(2, 16), math.nan), "distance: expected a finite number"),
+        (lambda p: p.level_for_distance(torch.zeros(2, 16), -1), "distance: expected a finite number"),
         (lambda p: p.velocity_error(torch.zeros(2, 16), pairs=0), "pairs: at least 1"),
         (lambda p: p.encode(torch.zeros(2, 16), noises=0), "noises: at least 1"),
-        (lambda p: p.encode(torch.zeros(2, 16), u=-1), "u: a noise level"),
+        (lambda p: p.encode(torch.zeros(2, 16), u=-1), "u: expected a noise level"),
         (lambda p: p.sample(2, steps=0), "steps: at least 1"),
-        (lambda p: p.velocity(torch.zeros(2, 16), 1.5), "u: a noise level"),
+        (lambda p: p.velocity(torch.zeros(2, 16), 1.5), "u: expected a noise level"),
         (lambda p: p.velocity(torch.zeros(2, 15), 0.5), r"z: expected shape \(n, 16\)"),
-        (lambda p: p.denoise(torch.zeros(1, 16), mode="other"), "mode: 'sample' or 'mean'"),
+        (lambda p: p.denoise(torch.zeros(1, 16), mode="other"), "mode: expected 'sample' or 'mean'"),
         (lambda p: p.encode(torch.zeros(1, 16), block=2), "block: this prior has blocks 0 to 1"),
         (lambda p: p.sample(0), "n: at least 1"),
     ],

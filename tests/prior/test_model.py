@@ -189,7 +189,7 @@ class TestBadFolders:
             ActivationPrior.from_pretrained(str(saved))
 
     def test_unreachable_hub(self):
-        with pytest.raises(UserError, match="no such folder, and the Hub did not give it"):
+        with pytest.raises(UserError, match="no such folder, and it could not be downloaded"):
             ActivationPrior.from_pretrained("nobody/nothing")
 
 

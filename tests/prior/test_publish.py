@@ -129,8 +129,12 @@ def test_the_licence_is_the_subjects(hub, tmp_path):
         "tags": None,
     }
     assert "comes under the licence of its subject, `llama3.2`" in text
-    assert bare.startswith("refused: license: that of bare/subject could not be looked up; give license=")
-    assert nowhere.startswith("refused: license: that of the subject, a model not from the Hub, could not")
+    assert bare.startswith(
+        "refused: license: the licence of bare/subject could not be looked up; give license="
+    )
+    assert nowhere.startswith(
+        "refused: license: the licence of the subject, a model not from the Hub, could not"
+    )
     assert hub.repos["me/prior"].commits == ["Upload a prior"]
 
 
@@ -146,9 +150,11 @@ def test_refusals_say_what_to_do(hub, tmp_path):
     )
     assert found[0].startswith("refused: me/prior: the Hub refused (")
     assert found[0].endswith("log in with `hf auth login`, or give a token that may write there")
-    assert found[1].startswith("refused: README.md: the Hub does not take it (")
+    assert found[1].startswith("refused: README.md: the Hub rejected it (")
     assert found[2].startswith("refused: repo_id: ")
-    assert found[3].startswith("refused: me/nothing: no such folder, and the Hub did not give it (")
+    assert found[3].startswith(
+        "refused: me/nothing: no such folder, and it could not be downloaded from the Hub ("
+    )
     assert not any("\n" in message for message in found)
     assert hub.repos.get("me/prior", Repo()).files == {}
 
@@ -156,7 +162,9 @@ def test_refusals_say_what_to_do(hub, tmp_path):
 def test_offline_the_licence_must_be_given(hub, tmp_path):
     push = {"path": prior_folder(tmp_path / "prior"), "repo_id": "me/prior", "token": TOKEN}
     (refused,) = run(hub, tmp_path / "home", ("push", push), HF_HUB_OFFLINE="1")
-    assert refused.startswith(f"refused: license: that of {SUBJECT} could not be looked up; give license=")
+    assert refused.startswith(
+        f"refused: license: the licence of {SUBJECT} could not be looked up; give license="
+    )
 
 
 def test_a_card_in_the_folder_goes_along(hub, tmp_path):
@@ -189,7 +197,7 @@ def test_a_published_prior_is_fetched_with_one_set_of_weights(hub, tmp_path):
 
 
 def test_only_a_local_folder_of_ours_is_pushed(tmp_path):
-    with pytest.raises(UserError, match="a local folder in this package's format is needed; import or copy"):
+    with pytest.raises(UserError, match="expected a local folder in this package's format; import or copy"):
         push_to_hub(str(write(tmp_path / "glp", [7])), "me/prior", license="mit")
     with pytest.raises(UserError, match=r"no config\.json here"):
         push_to_hub(str(tmp_path), "me/prior", license="mit")

@@ -30,7 +30,7 @@ def test_bad_grids(a, b, steps):
 
 
 def test_unknown_solvers_are_named():
-    with pytest.raises(UserError, match="method euler, midpoint, heun, rk4 is needed"):
+    with pytest.raises(UserError, match="expected method euler, midpoint, heun, rk4"):
         Solver(method="dopri5")
     with pytest.raises(UserError, match="grid cosine or uniform"):
         Solver(grid="log")

@@ -85,12 +85,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
             marker.write_text('{"samples": 300, "sha256": "0"}')
     assert checkpoint.newest(str(tmp_path)) == 200
     assert checkpoint.load(str(tmp_path), 200).rows("x", 0, 2).tolist() == [200, 200]
-    assert ("taking the one before" in caplog.text) == (damage != "no marker")
+    assert ("falling back to the previous checkpoint" in caplog.text) == (damage != "no marker")
 
 
 def test_values_that_are_not_finite_are_not_saved(tmp_path):
     save_all(tmp_path, LAST_2, {100: None})
-    with pytest.raises(CheckFailed, match="x is not finite after 200 samples: no checkpoint of it"):
+    with pytest.raises(CheckFailed, match="x contains NaN or Inf after 200 samples: no checkpoint written"):
         checkpoint.save(str(tmp_path), 200, tensors(torch.inf), LAST_2)
     assert checkpoint.complete(str(tmp_path)) == [100]
 

@@ -46,7 +46,7 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     this = config(train_store, tmp_path / "prior")
     with caplog.at_level(logging.INFO):
         out = Path(train(this))
-    assert f"precision: {chosen}, which the devices are fast in" in caplog.text
+    assert f"precision: {chosen}, the faster one on the devices" in caplog.text
     assert recorded(out)["precision"] == chosen
     assert ActivationPrior.from_pretrained(str(out)).config.training["precision"] == chosen
     (out / "summary.json").unlink()  # as if it had been stopped at its last step
@@ -54,7 +54,7 @@ def test_precision_follows_the_machine_and_a_resume_keeps_it_on_another(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         train(this)
-    assert "which the devices are fast in" not in caplog.text
+    assert "the faster one on the devices" not in caplog.text
     assert recorded(out)["precision"] == chosen
     train(this.model_copy(update={"precision": chosen}))
     other = "float32" if answer else "bfloat16"
@@ -73,7 +73,7 @@ def test_a_time_becomes_samples_that_a_resume_takes_instead_of_measuring(
         out = Path(train(this))
     # (6 s - 10 validations of 0.5 s) of steps of 0.25 s
     assert recorded(out)["schedule"]["samples"] == 4 * 256
-    assert f"samples: {4 * 256}, about 0.1 minutes at 1024 a second" in caplog.text
+    assert f"samples: {4 * 256}, about 0.1 minutes at 1024 per second" in caplog.text
     (out / "summary.json").unlink()
     monkeypatch.setattr(settle, "try_steps", lambda *_: pytest.fail("measured again"))
     assert Path(train(this)) == out

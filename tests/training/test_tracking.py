@@ -176,4 +176,4 @@ def test_a_tracker_that_fails_never_stops_a_training(tmp_path, monkeypatch, capl
     tracker.log(RECORD)
     tracker.close()
     assert read_stats(str(tmp_path)) == [RECORD]
-    assert "wandb: no such project; the run goes on without it" in caplog.text
+    assert "wandb: no such project; the run continues without it" in caplog.text

@@ -205,11 +205,11 @@ def test_one_run_at_a_time_writes_a_folder(finished, train_store, tmp_path):
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused(train_store, ray_local, tmp_path):
     for changes, said in (
-        ({"workers": 5, "cpus_per_worker": 1}, "workers: 5 of 1 CPUs need more than the cluster's 4;"),
-        ({"workers": 9, "min_workers": 3, "cpus_per_worker": 2}, "workers: 3 of 2 CPUs need more than"),
+        ({"workers": 5, "cpus_per_worker": 1}, "workers: 5 x 1 CPU is more than the cluster's 4;"),
+        ({"workers": 9, "min_workers": 3, "cpus_per_worker": 2}, "workers: 3 x 2 CPU is more than"),
         (
             {"workers": 1, "device": "cuda"},
-            "workers: 1 of 1 GPUs need more than the cluster's 0; lower --workers$",
+            "workers: 1 x 1 GPU is more than the cluster's 0; lower --workers$",
         ),
     ):
         with pytest.raises(UserError, match=said):
@@ -229,7 +229,7 @@ def test_workers_that_must_wait_are_said(ray_local, caplog, monkeypatch):
         this = TrainConfig(activations="a", out="b", workers=4, min_workers=2, cpus_per_worker=1)
         assert ray_trainer.worker_needs(this) == {"CPU": 1}
         ray_trainer.warn_of_waiting(this, {"CPU": 1})
-    assert "workers: 2 of 1 CPUs, but only 1 of the cluster's 4 are free now: the run waits" in caplog.text
+    assert "workers: 2 x 1 CPU needed, but only 1 of the cluster's 4 are free: the run waits" in caplog.text
     ray.kill(holder)
 
 
