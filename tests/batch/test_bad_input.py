@@ -43,8 +43,8 @@ def saved(path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d": 16}, "activations: .* has d = 32, the prior models d = 16"),
-        ({"layers": (3,)}, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
+        ({"d": 16}, "activations: .* has d = 32, but the prior models d = 16"),
+        ({"layers": (3,)}, "layer: .* has layers 1, 2, but the prior models 3; extract that layer"),
         ({"layers": (1, 2)}, r"layer: this prior models 1, 2 \(got None\)"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_prior_of_other_code_does_not_fit(tiny_store: Path) -> None:
     check_fits(prior, store, same_model=True)
     subject["resolved"]["code"] = {"modeling_own.py": "0" * 64}
     with pytest.raises(
-        UserError, match=r"^activations: .* was trained on .* \(other Python code\); give a store"
+        UserError, match=r"^activations: .* was trained on .* \(different Python code\); give a store"
     ):
         check_fits(prior.model_copy(update={"subject": subject}), store, same_model=True)
     del subject["resolved"]  # a prior of before
