@@ -96,7 +96,7 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], out: str, tmp_path: 
         ("split: this prior was saved without", lambda: score(
             ScoreConfig(**{**options, "prior": saved(tmp_path / "plain")}, out=out, split="test"))),
         ("is the store that is read", lambda: denoise(DenoiseConfig(out=options["activations"], **options))),
-        ("holds no store but other things", lambda: sample(
+        ("is not a store but contains other files", lambda: sample(
             SampleConfig(prior=options["prior"], n=1, out=str(tmp_path)))),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

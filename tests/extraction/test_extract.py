@@ -184,7 +184,7 @@ def test_out_that_holds_something_else(run: Callable[..., Path], tmp_path: Path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"out: .*file is a file"):
         run(out=str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"out: .* holds no store but other things \(file\)"):
+    with pytest.raises(UserError, match=r"out: .* is not a store but contains other files \(file\)"):
         run(out=str(tmp_path))
     with pytest.raises(UserError, match="a file is in the way"):
         run(out=str(tmp_path / "file" / "store"))
