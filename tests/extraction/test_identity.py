@@ -133,7 +133,7 @@ def test_settings_and_versions_of_another_library(
     (store / "summary.json").unlink()
     with caplog.at_level(logging.WARNING):
         extract_here(**tiny_options, out=str(store))
-    assert f"{store}: begun with transformers 4.0.0 (here {transformers.__version__})" in caplog.text
+    assert f"{store}: started with transformers 4.0.0 (here {transformers.__version__})" in caplog.text
     assert json.loads((store / "manifest.json").read_text()) == written
     assert changed_part(source, Manifest.model_validate(written)) is None
     written["subject"]["resolved"]["rope"]["rope_parameters"]["rope_theta"] = 500.0
