@@ -56,7 +56,7 @@ class PriorJob(Job[JobConfig]):
             batch_rows=self.config.batch_rows,
         )
         logger.info(
-            "%s: %d units of %d documents at most, layer %d, on %d actors (%s)",
+            "%s: %d units of up to %d documents, layer %d, on %d actors (%s)",
             manifest.verb, units, manifest.documents_per_unit, manifest.layers[0], resources.actors,
             resources.device,
         )  # fmt: skip
@@ -87,7 +87,7 @@ def arguments_of(config: JobConfig) -> dict[str, Any]:
 
 
 def settle_precision(config: JobConfig) -> Precision:
-    """The precision of a job: as requested, else as in the folder to resume, else as the devices are fast in."""
+    """The precision of a job: as requested, else as in the folder to resume, else by device."""
     if config.precision != "auto":
         return config.precision
     recorded = recorded_arguments(config.out)
@@ -119,7 +119,7 @@ def table_figures(out: str, manifest: Manifest) -> dict[str, Any]:
     shown = {name: merge_quantiles(parts) for name, parts in quantiles.items()}
     logger.info(
         "%d rows of %d documents; mean %s", totals["rows"], totals["documents"],
-        ", ".join(f"{name} {mean:.4g}" for name, mean in averages.items()) or "of no score",
+        ", ".join(f"{name} {mean:.4g}" for name, mean in averages.items()) or "n/a",
     )  # fmt: skip
     return {**totals, "units": manifest.units, "means": averages, "quantiles": shown}
 

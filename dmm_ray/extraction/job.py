@@ -47,7 +47,7 @@ class Extraction(Job[ExtractConfig]):
             offload_folder=config.subject.offload_folder,
         )
         logger.info(
-            "extracting %d units of %d documents at most, layers %s, on %d actors (%s)%s",
+            "extracting %d units of up to %d documents, layers %s, on %d actors (%s)%s",
             units, manifest.documents_per_unit, list(manifest.layers), resources.actors, resources.device,
             expected_time(self.plan, loading, resources, units),
         )  # fmt: skip
