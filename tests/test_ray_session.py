@@ -90,5 +90,5 @@ def test_local_is_this_machine_and_asks_for_no_more_than_it_has(
     ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    with pytest.raises(UserError, match=r"^cpus_per_actor: 1000 is more than the 4 that Ray has here"):
+    with pytest.raises(UserError, match=r"^cpus_per_actor: 1000 is more than the 4 available to Ray here"):
         plan_resources(ActorPool(cpus_per_actor=1000), 1)

@@ -1,1 +1,1 @@
-"""A prior over whole stores, with Ray Data: score, denoise, encode, sample."""
+"""Applies a prior to entire stores with Ray Data: score, denoise, encode, sample."""

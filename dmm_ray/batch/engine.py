@@ -1,4 +1,4 @@
-"""One unit of documents in, one shard out: read the rows, ask the prior, write, record."""
+"""Turns a unit of documents into one shard: read the rows, run the prior, write, record."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from dmm_ray.units.actor import UnitActor
 from dmm_ray.units.unit import Unit
 
 BATCH_FLOATS = 1 << 26
-"""Results of a batch hold about this many numbers at most."""
+"""Approximate maximum number of values in the results of a batch."""
 
 
 @dataclass(frozen=True)
 class PriorTask:
-    """What every engine of a run is told."""
+    """The parameters shared by all actors of a run."""
 
     out: str
     manifest: Manifest
@@ -43,10 +43,11 @@ class PriorTask:
 
 
 class PriorActor(UnitActor):
-    """Holds a prior, loaded at the first unit.
+    """An actor that holds a prior, loaded for the first unit.
 
-    Several threads may work: one of its own uses the prior, while they read and write, by numpy. (Each thread in which
-    torch computes gets OpenMP threads; where there are more in all than cores, they hardly spin while they wait.)
+    ``work`` may be called from several threads: they read and write with numpy while a dedicated thread runs the prior.
+    (Every thread that computes with torch gets its own OpenMP threads; with more in total than cores, they hardly spin
+    while waiting.)
     """
 
     memory_options = "--batch-rows or --rows-per-shard"
@@ -58,11 +59,11 @@ class PriorActor(UnitActor):
 
     @cached_property
     def prior(self) -> ActivationPrior:
-        """The prior on its device. Raises UserError where there is no such device, or the prior has changed."""
+        """The prior on its device. Raises UserError if the device is missing or the prior has changed."""
         assert self.task.manifest.derived is not None
         if self.task.device == "cuda" and not torch.cuda.is_available():
             raise UserError(
-                "gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0"
+                "gpus_per_actor: torch finds no GPU in the actor; install a CUDA build of torch or set it to 0"
             )
         torch.set_num_threads(self.task.threads)
         about = self.task.manifest.derived
@@ -70,17 +71,15 @@ class PriorActor(UnitActor):
         calibration = about.arguments.get("calibration")
         same = hash_prior(prior.config, prior.state_dict()) == about.prior_hash
         if not same or (calibration is not None and hash_calibration(about.prior) != calibration):
-            raise UserError(
-                f"prior: {about.prior} has changed since this job started; give --out another folder"
-            )
+            raise UserError(f"prior: {about.prior} has changed since this job started; choose another --out")
         return prior.to(self.task.device)
 
     def work(self, unit: Unit) -> dict[str, Any]:
-        """Do a unit: how many ``rows`` it has. One that has its record is done.
+        """Process a unit and return its number of ``rows``. A unit that has its record is already done.
 
         Raises:
-            UserError: rows or arguments that the prior does not take.
-            OSError: the folder cannot be written.
+            UserError: the prior rejects the rows or arguments.
+            OSError: the folder is not writable.
         """
         out, manifest = self.task.out, self.task.manifest
         name = join(out, record_name(unit.unit))
@@ -95,7 +94,7 @@ class PriorActor(UnitActor):
         return {"rows": record.rows}
 
     def _ask(self, rows: Rows, ids: Tensor) -> tuple[Found, Moments | None]:
-        """Results, and moments of the activations among them."""
+        """The results, with the moments if they are activations."""
         operation, found = self.task.operation, self.task.operation.nothing
         if len(ids):
             found = operation.unit(self.prior, rows, self._batches(rows.activation, ids))
@@ -113,7 +112,7 @@ class PriorActor(UnitActor):
 
 
 def hash_calibration(prior: str) -> str | None:
-    """SHA-256 of the calibration of the prior at ``prior``; None without one."""
+    """SHA-256 of the calibration of the prior at ``prior``; None if it has none."""
     path = join(resolve(prior), CALIBRATION)
     return sha256(path) if exists(path) else None
 

@@ -1,4 +1,4 @@
-"""What a job over a store reads: the prior, the store, the choice of rows; all checked first."""
+"""Opens and checks the inputs of a job over a store: the prior, the store and the selection of rows."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchInputs:
-    """A prior and the rows of a store that it is asked about."""
+    """A prior and the rows of a store to apply it to."""
 
     prior: str
-    """Where the prior is, as actors find it."""
+    """Location of the prior, valid for the actors."""
     prior_hash: str
     layer: int
     store: ActivationStore
     rows: StoreRows
     expected: int
-    """How many rows there are, about."""
+    """Approximate number of rows."""
 
 
 def open_prior(config: JobConfig) -> tuple[ActivationPrior, int]:
-    """The prior, on the CPU, and the layer to work on. Raises UserError where there is none such."""
+    """The prior, on the CPU, and the layer to work on. Raises UserError if either does not exist."""
     prior = ActivationPrior.from_pretrained(config.prior)
     return prior, prior.layers[prior.layer_index(config.layer)]
 
 
 def locate(prior: str) -> str:
-    """Where a prior is, as other processes find it: local folders made absolute, hub ids unchanged."""
+    """The location of a prior, valid in other processes: local folders made absolute, hub ids unchanged."""
     return absolute(prior) if resolve(prior) == prior else prior
 
 
 def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> BatchInputs:
-    """Open and check all; extract the activations first where text is given.
+    """Open and check all inputs; extract the activations first if text is given.
 
     Raises:
-        UserError: no such store or text, one that the prior does not fit, no rows of the part, a row that contains
+        UserError: the store or text is missing or does not fit the prior, the part has no rows, or a row contains
             NaN or Inf.
     """
     out = absolute(config.out)
     check_target(out)
     uri = absolute(config.activations or f"{out.rstrip('/')}-activations")
     if uri.rstrip("/") == out.rstrip("/"):
-        raise UserError(f"out: {out} is the store that is read; choose another --out")
+        raise UserError(f"out: {out} is the input store; choose another --out")
     if config.text is not None:
         extract_first(config, prior, layer, uri)
     store = ActivationStore.open(uri)
@@ -80,15 +80,15 @@ def load_inputs(config: StoreJobConfig, prior: ActivationPrior, layer: int) -> B
 
 
 def extract_first(config: StoreJobConfig, prior: ActivationPrior, layer: int, store: str) -> None:
-    """Write, or finish, the store of the text, of the tokens that the prior was trained on.
+    """Write or resume the store for the text, with the same selection of tokens that the prior was trained on.
 
     Raises:
-        UserError: no model is known, or as ``dmm extract``.
+        UserError: the model is unknown, or as for ``dmm extract``.
     """
     known = prior.config.subject
     subject = config.subject.recorded(known.get("id"), known.get("revision"), known.get("block_path"))
     if subject.model is None:
-        raise UserError("model: the prior does not say which model it is of; give --model")
+        raise UserError("model: the prior does not record the model it was trained on; give --model")
     logger.info("extracting layer %d of %s into %s", layer, subject.model, store)
     trained = prior.config.training
     extract(
@@ -108,14 +108,14 @@ def check_rows(prior: ActivationPrior, source: StoreRows) -> None:
     """Warn if the first rows do not fit the prior's normaliser.
 
     Raises:
-        UserError: a chosen row contains NaN or Inf; the message names it.
+        UserError: a selected row contains NaN or Inf; the message names it.
     """
     store, layer = source.store, source.layer
     for documents in suspects(store, layer):
-        source.rows(documents)  # checks them; the rows of other documents are checked when they are read
+        source.rows(documents)  # checks them; rows of other documents are checked when the actors read them
     first = store.read(layer, store.row_groups(layer)[0], ("activation",)).activation
     finite = first[torch.isfinite(first).all(1)]
     if len(finite):
         row = prior.layer_index(layer)
         for _ in PriorRows(finite, None, prior.config, prior.normalizer, row).pieces(1):
-            pass  # the warning comes at the end
+            pass  # the warning is logged at the end of the iteration

@@ -1,4 +1,4 @@
-"""A prior's operation as a job of units: its actors, its precision, the summary of a table."""
+"""An operation of a prior as a job of units: its actors, its precision, and the summary of a table."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SHOWN = (1, 5, 25, 50, 75, 95, 99)
 
 
 class PriorJob(Job[JobConfig]):
-    """A prior's operation on rows.
+    """An operation of a prior on rows.
 
     Args:
-        config: of the verb.
-        manifest: what its folder is to hold.
+        config: the configuration of the command.
+        manifest: describes the contents of the folder.
         source: the rows.
-        operation: what is done with them.
+        operation: the operation to apply to them.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PriorJob(Job[JobConfig]):
         self.source, self.operation = source, operation
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
-        """The prior in each."""
+        """Actors that each hold the prior."""
         manifest = self.manifest
         task = PriorTask(
             self.out,
@@ -56,38 +56,38 @@ class PriorJob(Job[JobConfig]):
             batch_rows=self.config.batch_rows,
         )
         logger.info(
-            "%s: %d units of %d documents at most, layer %d, on %d actors (%s)",
+            "%s: %d units of up to %d documents, layer %d, on %d actors (%s)",
             manifest.verb, units, manifest.documents_per_unit, manifest.layers[0], resources.actors,
             resources.device,
         )  # fmt: skip
         return PriorActor, (task,)
 
     def finish(self) -> dict[str, Any]:
-        """Sum up a table, or write the moments of activations."""
+        """Summarise a table, or write the moments of activations."""
         total = table_figures if self.manifest.is_table else finish
         return total(self.out, self.manifest)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Which prior it was."""
+        """The hash of the prior."""
         return {"prior_hash": self.manifest.derived and self.manifest.derived.prior_hash}
 
 
 def recorded_arguments(out: str) -> dict[str, Any] | None:
-    """What the results in a folder are made with, by option; None where it holds no results of a prior."""
+    """The arguments of the results in a folder, by option; None if it contains no results of a prior."""
     out = absolute(out)
     derived = read_manifest(out).derived if exists(join(out, MANIFEST)) else None
     return derived.arguments if derived else None
 
 
 def arguments_of(config: JobConfig) -> dict[str, Any]:
-    """What decides the results of a job, beside the prior and the rows; as the folder that it resumes has it."""
+    """What determines a job's results besides prior and rows, in the form recorded by the folder to resume."""
     recorded = recorded_arguments(config.out)
     return config.identity() if recorded is None else identity_as_saved(config, recorded)
 
 
 def settle_precision(config: JobConfig) -> Precision:
-    """The precision of a job: asked for, that of the folder it resumes, or by what the devices are fast in."""
+    """The precision of a job: as requested, else as in the folder to resume, else by device."""
     if config.precision != "auto":
         return config.precision
     recorded = recorded_arguments(config.out)
@@ -100,9 +100,9 @@ def settle_precision(config: JobConfig) -> Precision:
 
 
 def table_figures(out: str, manifest: Manifest) -> dict[str, Any]:
-    """Sums over the records: rows, documents, bytes, each score's mean, quantiles of the main one.
+    """Totals over the records: rows, documents, bytes, the mean of each score, and quantiles of the main one.
 
-    Quantiles are those of the units' quantiles, each weighted by its rows.
+    Quantiles are computed from the units' quantiles, weighted by their rows.
     """
     totals = {"rows": 0, "documents": 0, "bytes": 0}
     means: dict[str, list[tuple[int, float]]] = {}
@@ -119,7 +119,7 @@ def table_figures(out: str, manifest: Manifest) -> dict[str, Any]:
     shown = {name: merge_quantiles(parts) for name, parts in quantiles.items()}
     logger.info(
         "%d rows of %d documents; mean %s", totals["rows"], totals["documents"],
-        ", ".join(f"{name} {mean:.4g}" for name, mean in averages.items()) or "of no score",
+        ", ".join(f"{name} {mean:.4g}" for name, mean in averages.items()) or "n/a",
     )  # fmt: skip
     return {**totals, "units": manifest.units, "means": averages, "quantiles": shown}
 
@@ -130,7 +130,7 @@ def _average(parts: list[tuple[int, float]]) -> float:
 
 
 def merge_quantiles(parts: list[tuple[int, list[float]]]) -> dict[str, float]:
-    """Percentiles of all rows, about, from the number of rows and the 101 quantiles of each part."""
+    """Approximate percentiles of all rows, from the number of rows and the 101 quantiles of each part."""
     values = np.concatenate([found for _, found in parts])
     weights = np.repeat([rows for rows, _ in parts], len(QUANTILES)).astype(np.float64)
     order = np.argsort(values, kind="stable")

@@ -1,4 +1,4 @@
-"""What is done with a unit's rows: each operation takes rows to named results."""
+"""The operations on a unit's rows: each maps rows to named results."""
 
 from __future__ import annotations
 
@@ -27,39 +27,41 @@ from dmm_ray.store.reader import Rows
 
 ACTIVATION, FEATURES, INDICES, VALUES = "activation", "features", "indices", "values"
 Found = dict[str, Tensor]
-"""Results of n rows by column: (n,) or (n, width), on the CPU. A column that is not there is null for every row."""
+"""Results of n rows by column: (n,) or (n, width), on the CPU. A missing column is null for every row."""
 SCORES, PROXY = (
     {name: result.meaning for name, result in kind.RESULTS.items()}
     for kind in (LogProbArguments, VelocityErrorArguments)
 )
 WINDOWS = {
-    "window_nats_per_dim": "mean of nats_per_dim over the last {} tokens; null where not all are there",
-    "window_percentile": "per cent of natural windows with a lesser mean; null without a calibration of it",
-    "window_combined_percentile": "the same of means of combined_percentile",
+    "window_nats_per_dim": "mean of nats_per_dim over the last {} tokens; null if not all are present",
+    "window_percentile": "per cent of natural windows with a smaller mean; null without a calibration for it",
+    "window_combined_percentile": "the same for means of combined_percentile",
 }
-PROXY_WINDOWS = {"window_velocity_error": "mean of velocity_error over the last {} tokens; null likewise"}
+PROXY_WINDOWS = {
+    "window_velocity_error": "mean of velocity_error over the last {} tokens; null if not all are present"
+}
 
 
 class BatchOperation(Protocol):
-    """Picklable; ``layer`` is the block number that the rows are of."""
+    """A picklable operation; ``layer`` is the block number of the rows."""
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns of the table that is written, and what they mean; none where activations are."""
+        """Columns of the output table, with their meanings; empty if the output is activations."""
 
     @property
     def width(self) -> int:
-        """Numbers of a row's result, while it is worked on."""
+        """Number of values per row while it is processed."""
 
     @property
     def nothing(self) -> Found:
-        """Results of no rows."""
+        """The results of zero rows."""
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """Results of rows x (n, d) with ids (n, 2)."""
+        """The results of rows x (n, d) with ids (n, 2)."""
 
     def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
-        """What needs all rows of a unit, added."""
+        """Add the results that require all rows of a unit."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class ScoreOperation:
 
     @property
     def columns(self) -> dict[str, str]:
-        """See the tables above."""
+        """The scores and, with ``window_tokens``, their window means."""
         scores, windows = (PROXY, PROXY_WINDOWS) if self.config.proxy else (SCORES, WINDOWS)
         width = self.config.window_tokens
         return scores | ({k: v.format(width) for k, v in windows.items()} if width else {})
 
     @property
     def width(self) -> int:
-        """One number per column."""
+        """One value per column."""
         return len(self.columns)
 
     @property
@@ -87,12 +89,12 @@ class ScoreOperation:
         return {}
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """(n,) each."""
+        """One value per row in each column, (n,)."""
         kind = VelocityErrorArguments if self.config.proxy else LogProbArguments
         return _asked(prior, kind, self.config, self.layer, x, ids)
 
     def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
-        """Means over the last tokens of the same document; NaN where not all of them are among the rows."""
+        """Add means over the last tokens of the same document; NaN if not all of them are among the rows."""
         width = self.config.window_tokens
         if not width:
             return found
@@ -132,41 +134,41 @@ def _asked(
 
 
 def _check_answers(found: Tensor, ids: Tensor) -> None:
-    """Raise UserError where the prior's answer (n, ..) to a row is NaN or infinite; ids (n, 2) name it.
+    """Raise UserError if the prior's result (n, ..) for a row contains NaN or Inf; ids (n, 2) name the row.
 
-    The rows themselves are finite, as the store was checked: these are so far out that the prior's numbers overflow.
+    The rows themselves are finite, because the store was checked: such rows are so far out that the prior overflows.
     """
     bad = ~found.reshape(len(found), -1).isfinite().all(1)
     if bad.any():
         doc, position = ids[int(bad.nonzero()[0])].tolist()
         raise UserError(
-            f"activations: the row of document {doc} at position {position} has no finite answer; it is too far from "
-            "what the prior models; leave it out when extracting (--exclude '[\"outliers\"]') or drop the document"
+            f"activations: the result for document {doc}, position {position} contains NaN or Inf: the row is too far "
+            "from what the prior models; extract with --exclude '[\"outliers\"]' or drop the document"
         )
 
 
 class _EachByItself:
-    """What is found of a row depends on no other."""
+    """An operation whose result for a row does not depend on other rows."""
 
     def unit(self, prior: ActivationPrior, rows: Rows, found: Found) -> Found:
-        """As it is."""
+        """Return ``found`` unchanged."""
         return found
 
 
 class _Activations(_EachByItself):
-    """Rows of activations."""
+    """An operation whose results are activations."""
 
     width: int
     dtype: str
 
     @property
     def columns(self) -> dict[str, str]:
-        """None: activations are written."""
+        """Empty: activations are written."""
         return {}
 
     @property
     def nothing(self) -> Found:
-        """``activation`` (0, d)."""
+        """An empty ``activation``, (0, d)."""
         return {ACTIVATION: torch.empty(0, self.width, dtype=DTYPES[self.dtype])}
 
     def _stored(self, found: Found, ids: Tensor) -> Found:
@@ -177,7 +179,7 @@ class _Activations(_EachByItself):
 
 @dataclass(frozen=True)
 class DenoiseOperation(_Activations):
-    """Restored rows."""
+    """Denoised activations."""
 
     config: DenoiseConfig
     layer: int
@@ -197,11 +199,11 @@ class EncodeOperation(_EachByItself):
     layer: int
     width: int
     kept: int
-    """Of those, how many are written."""
+    """Number of these values that are written."""
 
     @property
     def columns(self) -> dict[str, str]:
-        """One, or two with ``top``."""
+        """One column, or two with ``top``."""
         c = self.config
         place = "all blocks" if c.block is None else f"block {c.block}"
         if c.top is not None:
@@ -213,7 +215,7 @@ class EncodeOperation(_EachByItself):
 
     @property
     def nothing(self) -> Found:
-        """The columns without rows."""
+        """The columns with zero rows."""
         dtype = getattr(torch, self.config.dtype)
         if self.config.top is not None:
             shape = (0, self.config.top)
@@ -221,20 +223,20 @@ class EncodeOperation(_EachByItself):
         return {FEATURES: torch.empty(0, self.kept, dtype=dtype)}
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """The columns, (n, kept) in the stored dtype each. Raises UserError if that cannot hold them."""
+        """The columns, each (n, kept), in the stored dtype. Raises UserError if that cannot represent them."""
         c = self.config
         found = _asked(prior, EncodeArguments, c, self.layer, x, ids)
         name = FEATURES if c.top is None else VALUES
         kept = found[name] if c.features is None else found[name][:, c.features]
         stored = kept.to(getattr(torch, c.dtype))
         if not stored.isfinite().all():
-            raise UserError(f"dtype: {c.dtype} cannot hold every hidden unit; give --dtype float32")
+            raise UserError(f"dtype: {c.dtype} cannot represent every hidden unit; give --dtype float32")
         return found | {name: stored}
 
 
 @dataclass(frozen=True)
 class SampleOperation(_Activations):
-    """Drawn rows."""
+    """Sampled activations."""
 
     config: SampleConfig
     layer: int
@@ -242,15 +244,15 @@ class SampleOperation(_Activations):
     dtype: str
 
     def batch(self, prior: ActivationPrior, x: Tensor, ids: Tensor) -> Found:
-        """``activation`` (n, d) in the stored dtype; of x the length alone counts."""
+        """``activation`` (n, d) in the stored dtype; only the number of rows of x matters."""
         return self._stored(_asked(prior, SampleArguments, self.config, self.layer, len(ids), ids), ids)
 
 
 def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:
-    """How many features a row has, and how many of them are written.
+    """The number of hidden units per row, and how many of them are written.
 
     Raises:
-        UserError: a block or a feature that the prior lacks.
+        UserError: the prior lacks a requested block or hidden unit.
     """
     if config.block is not None and config.block >= prior.n_blocks:
         raise UserError(f"block: this prior has blocks 0 to {prior.n_blocks - 1} (got {config.block})")
@@ -258,10 +260,10 @@ def hidden_units(config: EncodeConfig, prior: PriorConfig) -> tuple[int, int]:
     if config.top is not None:
         if config.top > there:
             raise UserError(
-                f"top: 1 to {there} of this prior's hidden units can be asked for (got {config.top})"
+                f"top: expected 1 to {there}, this prior's number of hidden units (got {config.top})"
             )
         return there, config.top
     chosen = config.features or []
     if len(set(chosen)) < len(chosen) or not all(0 <= f < there for f in chosen):
-        raise UserError(f"features: distinct numbers from 0 to {there - 1} are needed (got {chosen})")
+        raise UserError(f"features: expected distinct numbers from 0 to {there - 1} (got {chosen})")
     return there, len(chosen) or there

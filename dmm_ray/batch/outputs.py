@@ -1,4 +1,4 @@
-"""Writing a unit's results: a shard of activations with its moments, or of a table with its figures."""
+"""Writes a unit's results: a shard of activations with their moments, or a table with its statistics."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from dmm_ray.units.unit import Unit
 
 QUANTILES = np.linspace(0, 1, 101)
 SUMMARISED = ("nats_per_dim", "velocity_error")
-"""Columns whose quantiles go into the records."""
+"""Columns whose quantiles are recorded."""
 
 
 def write_unit(
     out: str, manifest: Manifest, unit: Unit, rows: Rows, found: Found, moments: Moments | None
 ) -> Record:
-    """Write the files of a unit, a table or activations with their ``moments``; its record, which is written last."""
+    """Write the files of a unit, a table or activations with ``moments``; returns the record, to be written last."""
     layer = str(manifest.layers[0])
     if moments is None:
         files = _write_table(out, manifest, unit.unit, rows, found)
@@ -89,7 +89,7 @@ def _write_table(out: str, manifest: Manifest, unit: int, rows: Rows, found: Fou
 
 
 def make_table(rows: Rows, columns: Sequence[str], found: Found) -> pa.Table:
-    """The rows' names and ``columns``: float32, null where NaN or not found; features are bytes, other arrays lists."""
+    """The rows' ids and ``columns``: float32, null if NaN or missing; features are bytes, other arrays are lists."""
     names = {
         "doc": pa.array(rows.doc),
         "position": pa.array(rows.position),
@@ -116,7 +116,7 @@ def _array(name: str, values: Tensor | None, n: int) -> pa.Array:
 
 
 def unit_figures(rows: Rows, found: Found) -> dict[str, Any]:
-    """Documents with rows; count and mean of each score's values that are there; quantiles of the main one."""
+    """Number of documents with rows, count and mean of each score's finite values, and quantiles of the main score."""
     scores = {name: values.numpy().astype(np.float64) for name, values in found.items() if values.ndim == 1}
     there = {name: values[np.isfinite(values)] for name, values in scores.items()}
     return {

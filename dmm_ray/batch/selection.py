@@ -1,4 +1,4 @@
-"""Which rows of a store are worked on, and reading those of a unit."""
+"""Selects the rows of a store to process, and reads those of a unit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dmm_ray.units.unit import Unit
 
 
 class RowSource(Protocol):
-    """Where the rows of units come from."""
+    """A source of the rows of units."""
 
     def rows(self, unit: Unit) -> Rows:
-        """Those of documents ``unit.first`` up to but without ``unit.stop``, ordered by (doc, position)."""
+        """The rows of documents ``unit.first`` up to but excluding ``unit.stop``, ordered by (doc, position)."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Rows that are made from noise: document i is the i-th one, at position 0, and has no token."""
+    """Rows to be sampled: row i is document i, at position 0, without a token."""
 
     def rows(self, unit: Unit) -> Rows:
-        """Their names; activations of width 0."""
+        """The ids of the rows, with activations of width 0."""
         n = unit.stop - unit.first
         doc = np.arange(unit.first, unit.stop, dtype=np.int64)
         return Rows(torch.empty(n, 0), doc, np.zeros(n, np.int32), np.full(n, -1, np.int32))
@@ -39,21 +39,21 @@ class Draws:
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of rows by their names alone."""
+    """A selection of rows that depends only on their ids."""
 
     split: Split | None = None
     part: int = 0
-    """TRAIN, VALIDATION or TEST, where there is a split."""
+    """TRAIN, VALIDATION or TEST, if there is a split."""
     seed: int = 0
     highest: int = 2**64 - 1
-    """Rows are taken whose hash of (seed, doc, position) is not above this."""
+    """Select rows whose hash of (seed, doc, position) is at most this."""
 
     def documents(self, doc: np.ndarray) -> np.ndarray:
-        """Whether the part has them, (n,) bool."""
+        """Whether each document is in the part, (n,) bool."""
         return np.ones(len(doc), bool) if self.split is None else self.split.of(doc) == self.part
 
     def mask(self, doc: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Whether rows are chosen, (n,) bool."""
+        """Whether each row is selected, (n,) bool."""
         inside = self.documents(doc)
         if self.highest < 2**64 - 1:
             inside &= hash_rows(doc, position, self.seed) <= np.uint64(self.highest)
@@ -66,12 +66,12 @@ def hash_rows(doc: np.ndarray, position: np.ndarray, seed: int) -> np.ndarray:
 
 
 class StoreRows:
-    """The chosen rows of one layer of a store, by runs of documents.
+    """The selected rows of one layer of a store, by runs of documents.
 
     Args:
-        store: where they are.
-        layer: which layer.
-        selection: which rows.
+        store: the store.
+        layer: the layer.
+        selection: the rows to select.
     """
 
     def __init__(self, store: ActivationStore, layer: int, selection: Selection) -> None:
@@ -81,7 +81,7 @@ class StoreRows:
             self._groups[group.shard].append(group)
 
     def rows(self, unit: Unit) -> Rows:
-        """The chosen rows of the unit's documents. Raises UserError for one that contains NaN or Inf."""
+        """The selected rows of the unit's documents. Raises UserError if one contains NaN or Inf."""
         groups = self._of(unit)
         found = self.store.gather(self.layer, groups, [self._inside(group, unit) for group in groups])
         check_finite(self.store, self.layer, found)
@@ -101,10 +101,10 @@ class StoreRows:
 def select(
     store: ActivationStore, layer: int, config: PriorConfig, part: str, rows: int | None, seed: int
 ) -> Selection:
-    """The rows of a part of the prior's split, or of all documents; ``rows`` of them drawn by ``seed``, or all.
+    """Select rows of a part of the prior's split, or of all documents: ``rows`` rows drawn by ``seed``, or all.
 
     Raises:
-        UserError: the prior has no split, or there is not one such row.
+        UserError: the prior has no split, or there are no such rows.
     """
     selection = Selection(seed=seed)
     if part != "all":
@@ -117,18 +117,18 @@ def select(
         counted += len(found)
         lowest = np.concatenate([lowest, found])
         if rows is None and counted:
-            return selection
+            return selection  # every row of the part, and there is at least one
         if rows is not None and len(lowest) > rows:
             lowest = np.partition(lowest, rows - 1)[:rows]
     if not counted:
-        raise UserError(f"split: {store.uri} has no row of a {part} document; give another --split")
+        raise UserError(f"split: {store.uri} has no rows of {part} documents; give another --split")
     if counted <= (rows or 0):
         return selection
     return Selection(selection.split, selection.part, seed, int(lowest.max()))
 
 
 def _hashes(store: ActivationStore, layer: int, selection: Selection) -> Iterator[np.ndarray]:
-    """Hashes of the rows of the part, by row group; only the names are read."""
+    """Hashes of the rows of the part, by row group; reads only the ids."""
 
     def read(group: RowGroup) -> np.ndarray:
         names = store.read(layer, group, ("doc", "position"))
@@ -139,7 +139,7 @@ def _hashes(store: ActivationStore, layer: int, selection: Selection) -> Iterato
 
 
 def expected_rows(store: ActivationStore, selection: Selection, rows: int | None) -> int:
-    """How many rows are chosen, about."""
+    """The approximate number of selected rows."""
     documents = store.manifest.documents
     sample = np.linspace(0, documents - 1, min(documents, 4096)).astype(np.int64)
     inside = round(store.rows * float(selection.documents(sample).mean()))
@@ -147,7 +147,7 @@ def expected_rows(store: ActivationStore, selection: Selection, rows: int | None
 
 
 def suspects(store: ActivationStore, layer: int) -> Iterator[Unit]:
-    """Documents of the store among whose rows there may be one that contains NaN or Inf."""
+    """Runs of documents of which a row may contain NaN or Inf, according to the records."""
     for record in store.records:
         if record.nonfinite.get(str(layer)):
             yield Unit(record.unit, record.first_document, record.first_document + record.documents)

@@ -1,4 +1,4 @@
-"""``dmm score``, ``denoise``, ``encode`` and ``sample``: everything is checked, then the units are run."""
+"""``dmm score``, ``denoise``, ``encode`` and ``sample``: check all inputs, then run the units."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from dmm_ray.units.unit import count_units
 
 logger = logging.getLogger(__name__)
 UNIT_ROWS, UNIT_BYTES = 16384, 256 << 20
-"""Of a unit's results, at most, where ``rows_per_shard`` is not given."""
+"""Maximum size of a unit's results if ``rows_per_shard`` is not given."""
 LEAST_ROWS, LEAST_UNITS = 1024, 16
-"""Few rows make this many units, unless they would be smaller than that."""
+"""Few rows are divided into this many units, unless units would have fewer rows than that."""
 NAME_BYTES = 16
 C = TypeVar("C", bound=JobConfig)
 
 
 def score(config: ScoreConfig) -> str:
-    """Write a table of scores; its folder. Raises UserError for bad input, before anything is written."""
+    """Write a table of scores and return its folder. Raises UserError for bad input, before writing anything."""
     started = time.monotonic()
     prior, layer = open_prior(config)
     if not config.proxy:
@@ -61,7 +61,7 @@ def score(config: ScoreConfig) -> str:
 
 
 def denoise(config: DenoiseConfig) -> str:
-    """Write a store of restored activations; its folder. Raises UserError as :func:`score`."""
+    """Write a store of denoised activations and return its folder. Raises UserError as :func:`score`."""
     started = time.monotonic()
     prior, layer = open_prior(config)
     inputs = load_inputs(config, prior, layer)
@@ -75,7 +75,7 @@ def denoise(config: DenoiseConfig) -> str:
 
 
 def encode(config: EncodeConfig) -> str:
-    """Write a table of hidden units; its folder. Raises UserError as :func:`score`."""
+    """Write a table of hidden units and return its folder. Raises UserError as :func:`score`."""
     started = time.monotonic()
     prior, layer = open_prior(config)
     there, kept = hidden_units(config, prior.config)
@@ -88,7 +88,7 @@ def encode(config: EncodeConfig) -> str:
 
 
 def sample(config: SampleConfig) -> str:
-    """Write a store of drawn activations; its folder. Raises UserError as :func:`score`."""
+    """Write a store of sampled activations and return its folder. Raises UserError as :func:`score`."""
     started = time.monotonic()
     prior, layer = open_prior(config)
     check_target(absolute(config.out))
@@ -111,7 +111,7 @@ def store_manifest(
     row_bytes: int,
     dtype: DtypeName | None = None,
 ) -> Manifest:
-    """The manifest of results on a store's rows: the store's own, and what is done with it."""
+    """The manifest of results for a store's rows: that of the store, plus the operation applied to it."""
     source = inputs.store.manifest
     per_unit = documents_per_unit(config, inputs.expected, source.documents, row_bytes + NAME_BYTES)
     changes = {
@@ -134,7 +134,7 @@ def store_manifest(
 
 
 def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) -> Manifest:
-    """The manifest of drawn activations: the prior's subject, no text."""
+    """The manifest of sampled activations: the prior's subject, and no text."""
     known = prior.config.subject
     subject = SubjectEntry(
         id=known.get("id", "unknown"),
@@ -161,7 +161,7 @@ def sample_manifest(config: SampleConfig, prior: ActivationPrior, layer: int) ->
 
 
 def documents_per_unit(config: JobConfig, rows: int, documents: int, row_bytes: int) -> int:
-    """How many documents make a unit, of ``documents`` that have about ``rows`` rows."""
+    """The number of documents per unit, given ``documents`` documents with about ``rows`` rows in total."""
     most = config.rows_per_shard
     if most is None:
         most = min(UNIT_ROWS, UNIT_BYTES // row_bytes, max(LEAST_ROWS, rows // LEAST_UNITS))
@@ -169,13 +169,13 @@ def documents_per_unit(config: JobConfig, rows: int, documents: int, row_bytes: 
 
 
 def _warn_of_calibration(config: ScoreConfig, prior: ActivationPrior, layer: int) -> None:
-    """Say which columns will be null."""
+    """Warn about columns that will be null."""
     found = prior.calibration
     if found is None or layer not in found.layers:
         logger.warning("score: %s is not calibrated for layer %d; percentiles are null", config.prior, layer)
     elif config.window_tokens and config.window_tokens not in found.widths and not config.proxy:
         logger.warning(
-            "window_tokens: calibrated for %s, not %d; percentiles of windows are null",
+            "window_tokens: calibrated for %s, not %d; window percentiles are null",
             ", ".join(map(str, found.widths)),
             config.window_tokens,
         )

@@ -1,1 +1,1 @@
-"""Text to an activation store: truncated language models in a pool of actors."""
+"""Extracts activations from text into a store, with truncated language models in a pool of actors."""

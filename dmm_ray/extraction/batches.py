@@ -1,4 +1,4 @@
-"""Which sequences go through the model together: end to end, or padded to alike lengths."""
+"""Groups sequences into batches: packed end to end, or padded to similar lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PADDING_SHARE = 0.05
 def packs(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Sequences laid end to end: indices into ``lengths``, longest first, none of length 0.
 
-    A pack holds at most ``batch_tokens`` tokens, or a single sequence.
+    A pack has at most ``batch_tokens`` tokens, or a single sequence.
     """
     groups: list[list[int]] = []
     free = 0
@@ -24,9 +24,9 @@ def packs(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def padded_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Sequences padded to their longest: indices into ``lengths``, longest first, none of length 0.
+    """Sequences padded to the longest of their batch: indices into ``lengths``, longest first, none of length 0.
 
-    A batch holds at most ``batch_tokens`` tokens, of which at most 5 % are padding, or a single sequence.
+    A batch has at most ``batch_tokens`` tokens, of which at most 5 % are padding, or a single sequence.
     """
     groups: list[list[int]] = []
     tokens = 0

@@ -1,4 +1,4 @@
-"""One unit of documents in, one shard per layer out: tokenise, run the subject, scatter, write, record."""
+"""Turns a unit of documents into one shard per layer: tokenise, run the subject, scatter, write, record."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from dmm_ray.units.unit import Unit
 
 @dataclass(frozen=True)
 class Loading:
-    """How an engine holds the model; nothing here changes what it computes."""
+    """How an engine loads the model; none of this affects what it computes."""
 
     batch_tokens: int
     threads: int
@@ -58,7 +58,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class ExtractionTask:
-    """What every engine of a run is told."""
+    """The parameters shared by all engines of a run."""
 
     out: str
     manifest: Manifest
@@ -67,10 +67,11 @@ class ExtractionTask:
 
 
 class Engine:
-    """Extracts units with a truncated subject that it loads at the first one.
+    """Extracts units with a truncated subject, loaded for the first unit.
 
-    ``extract`` may be called from several threads: one of its own runs the model while they read, tokenise and write.
-    (If each ran it in turn, each would have OpenMP threads, more in all than cores, which then hardly spin.)
+    ``extract`` may be called from several threads: they read, tokenise and write while a dedicated thread runs the
+    model. (If every thread ran the model, each would have its own OpenMP threads, more in total than cores, and
+    oversubscribed OpenMP threads hardly spin.)
     """
 
     def __init__(self, task: ExtractionTask, corpus: Corpus) -> None:
@@ -81,28 +82,28 @@ class Engine:
 
     @cached_property
     def forward(self) -> Forward:
-        """The model and how rows are taken from it, loaded at the first unit."""
+        """The model and its batching, loaded for the first unit."""
         return load_forward(self.task.manifest, self.task.loading)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The subject's; once it is there, units are tokenised while the model runs on others."""
+        """The subject's tokenizer; once loaded, units are tokenised while the model runs on other units."""
         return self._thread.submit(lambda: self.forward.subject.tokenizer).result()
 
     def extract(self, unit: Unit, turn: Callable[[], AbstractContextManager[None]] = nullcontext) -> Record:
-        """Extract and, in a ``turn``, write the shards, then the moments, then the record; a unit that has its record
-        is done, unless a straggler of another run left it.
+        """Extract a unit and, in a ``turn``, write the shards, then the moments, then the record. A unit that has a
+        record is already done, unless the record was left by a straggler of a different run.
 
         Raises:
-            UserError: more documents failed than are to be skipped.
-            OSError: the store cannot be written.
+            UserError: more documents failed than may be skipped.
+            OSError: the store is not writable.
         """
         m, name = self.task.manifest, join(self.task.out, record_name(unit.unit))
         if exists(name) and (done := read_record(self.task.out, unit.unit)).config_hash == m.config_hash:
             return done
         documents = list(self.corpus.read(unit.first, unit.stop))
         tokenizer = self.tokenizer
-        with self._tokenising:  # a tokenizer is not made for several threads
+        with self._tokenising:  # tokenizers are not thread-safe
             read = read_pieces(documents, m.window, m.kept, m.seed, tokenizer)
         outputs, result = self._thread.submit(self._run, read.pieces).result()
         failed = read.failed + sorted(outputs.failed.items())
@@ -145,7 +146,7 @@ class Engine:
 
 
 class Extractor(UnitActor):
-    """Holds an engine."""
+    """An actor that holds an engine."""
 
     memory_options = "--batch-tokens or --rows-per-shard"
 
@@ -154,16 +155,18 @@ class Extractor(UnitActor):
         self.engine = Engine(task, corpus)
 
     def work(self, unit: Unit) -> dict[str, Any]:
-        """How many ``rows`` the unit has, how many documents ``failed`` and the last ``failure``."""
+        """The number of ``rows`` of the unit, the number of documents that ``failed``, and the last ``failure``."""
         record = self.engine.extract(unit, self.turn)
         failure = record.failed[-1][1] if record.failed else None
         return {"rows": record.rows, "failed": len(record.failed), "failure": failure}
 
 
 def load_forward(manifest: Manifest, loading: Loading) -> Forward:
-    """The truncated subject on its device. Raises UserError where there is no such device or model."""
+    """The truncated subject on its device. Raises UserError if the device or model is missing."""
     if loading.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("gpus_per_actor: torch finds no GPU in the actor; install its CUDA build or give 0")
+        raise UserError(
+            "gpus_per_actor: torch finds no GPU in the actor; install a CUDA build of torch or set it to 0"
+        )
     torch.set_num_threads(loading.threads)
     subject = SubjectModel.from_pretrained(
         manifest.subject.id,
@@ -177,24 +180,24 @@ def load_forward(manifest: Manifest, loading: Loading) -> Forward:
         max_memory=loading.max_memory,
         offload_folder=loading.offload_folder,
     )
-    # A node may have fetched other code than the one where the job was started, or have other versions.
+    # The actor's node may have different code or library versions than the node where the job was started.
     if changed := changed_part(subject.source, manifest, files=False):
         raise UserError(
-            f"model: {manifest.subject.id}: {changed} is another where the actor runs than where the job was started; "
-            "give every node the same model and the same versions of the libraries"
+            f"model: {manifest.subject.id}: {changed} on the actor's node differs from where the job was started; "
+            "give every node the same model and the same library versions"
         )
     return Forward(subject, manifest.layers, manifest.torch_dtype, loading.batch_tokens, manifest.window)
 
 
 class Read(NamedTuple):
-    """Documents as pieces."""
+    """Documents split into pieces."""
 
     pieces: list[DocumentPiece]
     """In the order of the documents."""
     long: int
     """Documents longer than the window."""
     failed: list[tuple[int, str]]
-    """Documents without text, and chats that the template refuses: number and reason."""
+    """Documents without text and chats rejected by the template: number and reason."""
 
 
 def read_pieces(
@@ -215,7 +218,7 @@ def read_pieces(
 
 
 def _encode(tokenizer: Any, documents: Sequence[Document], window: int | None) -> list[Encoded]:
-    """The tokens of each document. What a tokenizer raises is marked with the document that it is about."""
+    """The tokens of each document. Exceptions of a tokenizer are marked with the document that caused them."""
     try:
         return encode(tokenizer, [d.content for d in documents], window)
     except UserError:
@@ -224,11 +227,11 @@ def _encode(tokenizer: Any, documents: Sequence[Document], window: int | None) -
         for document in documents:
             with concerning(f"document {document.doc}"):
                 encode(tokenizer, [document.content], window)
-        raise  # it is about all of them together
+        raise  # no single document is the cause
 
 
 def _refused(document: Document, tokenizer: Any) -> str | None:
-    """Why the chat template does not take a chat."""
+    """Why the chat template rejects the chat in ``document``; None if it does not."""
     if document.messages is None:
         return None
     try:
@@ -245,7 +248,7 @@ class UnitResult:
 
     table: RowTable
     rows: dict[int, Tensor]
-    """(rows, d) by layer in the stored dtype."""
+    """(rows, d) by layer, in the stored dtype."""
     moments: dict[int, Moments]
     nonfinite: dict[str, int]
     outliers: dict[str, int]
@@ -253,7 +256,7 @@ class UnitResult:
 
     @classmethod
     def of(cls, manifest: Manifest, found: Sequence[DocumentPiece], outputs: Outputs) -> UnitResult:
-        """Leave out the rows that are to be excluded; moments of the others."""
+        """Drop the rows to be excluded and compute the moments of the rest."""
         table, rows = RowTable.of(found), dict(outputs.rows)
         good = np.array([piece.doc not in outputs.failed for piece in found], dtype=bool)
         keep = torch.from_numpy(np.repeat(good, [len(piece.kept) for piece in found]))
@@ -277,7 +280,7 @@ class UnitResult:
 
 
 def _flags(rows: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of the rows (n, d) to keep that contain NaN or Inf, and of those whose norm is far above the median."""
+    """Masks of the rows (n, d) to ``keep`` that contain NaN or Inf, and of those with a norm far above the median."""
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
     finite = torch.isfinite(norm)
     if not finite.all():
@@ -287,7 +290,7 @@ def _flags(rows: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def too_many_failed(errors: Sequence[str], limit: int) -> str:
-    """One line on documents that failed, quoting the first."""
+    """The message for failed documents, quoting the first error."""
     more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
     skip = f"skip up to N such documents with --max-failed-documents N (now {limit})"
     return f"text: {errors[0]}{more}; fix it, or {skip}"

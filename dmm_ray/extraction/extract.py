@@ -1,4 +1,4 @@
-"""``dmm extract``: text to an activation store, with a Ray Data pool of truncated subject models."""
+"""``dmm extract``: extracts activations from text into a store, with a Ray Data pool of truncated subject models."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ DEFAULT_WINDOW = 2048
 
 
 def extract(config: ExtractConfig) -> str:
-    """Write, or finish, the store at ``config.out``; the folder.
+    """Write or resume the store at ``config.out`` and return its folder.
 
     Raises:
-        UserError: bad input, or a folder that holds something else; nothing is written then.
+        UserError: bad input, or the folder contains something else; nothing is written.
     """
     started = time.monotonic()
     out = absolute(config.out)
@@ -59,14 +59,14 @@ def extract(config: ExtractConfig) -> str:
 
 
 def choose_window(window: int | None, context: int) -> int:
-    """The window in tokens. Raises UserError for one that the model's context cannot hold."""
+    """The window in tokens. Raises UserError if it exceeds the model's context."""
     if window is not None and window > context:
-        raise UserError(f"window: {window} is more than the model's context of {context} tokens")
+        raise UserError(f"window: {window} exceeds the model's context of {context} tokens")
     return window or min(DEFAULT_WINDOW, context)
 
 
 def choose_compute_dtype(config: ExtractConfig, out: str) -> Precision:
-    """The number format of the model's computation: asked for, that of the store at ``out``, or by the devices."""
+    """The number format of the model's computation: as requested, else as in the store at ``out``, else by device."""
     if config.compute_dtype != "auto":
         return config.compute_dtype
     if exists(join(out, MANIFEST)):

@@ -1,4 +1,4 @@
-"""Pieces through the subject: packed where it can be, else padded by length; each row to its place."""
+"""Runs pieces through the subject, packed if possible, else padded by length, and scatters the rows."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from dmm_ray.subject import SubjectModel
 
 logger = logging.getLogger(__name__)
 DOCUMENT_ERRORS = (RuntimeError, IndexError, ValueError)
-"""What a forward pass raises about the tokens that it is given, lack of memory for so many included; anything else is a
-fault in the model's code."""
+"""Exceptions of a forward pass caused by its input tokens, including lack of memory for this many; any other exception
+is a bug in the model's code."""
 HOW = {
     "packed": "packed without padding",
     "padded": "padded by length",
-    "alone": "run one by one: this model's rows would depend on what shares a pass",
+    "alone": "run one by one, as this model's rows would depend on the rest of the batch",
 }
 
 
 @dataclass
 class Outputs:
-    """What the model gave for some pieces."""
+    """The model's outputs for a list of pieces."""
 
     rows: dict[int, Tensor]
     """(rows, d) by layer in the stored dtype on the model's device, in the order of the pieces."""
     padding: int = 0
-    """Padding tokens that were run."""
+    """Number of padding tokens run."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Documents whose forward pass failed, and why; their rows are undefined."""
+    """Documents whose forward pass failed, with the reason; their rows are undefined."""
 
 
 class Forward:
@@ -45,9 +45,9 @@ class Forward:
     Args:
         subject: the model.
         layers: block numbers.
-        dtype: of the rows it gives.
-        batch_tokens: most tokens of a pass, unless a piece alone has more.
-        longest: most tokens of a piece.
+        dtype: dtype of the returned rows.
+        batch_tokens: maximum tokens per pass, unless a single piece has more.
+        longest: maximum tokens per piece.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Forward:
         logger.info("sequences are %s", HOW[self.batching])
 
     def __call__(self, found: Sequence[DocumentPiece]) -> Outputs:
-        """Every kept row of every piece."""
+        """The kept rows of all pieces."""
         counts = np.array([len(piece.kept) for piece in found], dtype=np.int64)
         starts = np.cumsum(counts) - counts
         shape = (int(counts.sum()), self.subject.d)
@@ -74,7 +74,7 @@ class Forward:
             {k: torch.empty(shape, dtype=self.dtype, device=self.subject.device) for k in self.layers}
         )
         group = padded_batches if self.batching == "padded" else packs
-        # A pack of at most one token holds a single piece.
+        # With a limit of one token, every pack contains a single piece.
         most = 1 if self.batching == "alone" else self.batch_tokens
         for batch in group([len(piece.ids) for piece in found], most):
             self._run(found, starts, batch, outputs)
@@ -83,11 +83,11 @@ class Forward:
     def _run(
         self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
     ) -> None:
-        """One batch; where it fails its halves, down to the document that is at fault.
+        """Run one batch; if it fails, run its halves, down to the document that causes the failure.
 
         Raises:
-            UserError: the model cannot be read at all.
-            Exception: a fault in the model's code; a note names the document that it showed with.
+            UserError: the model's outputs cannot be captured at all.
+            Exception: a bug in the model's code; a note names the document that triggered it.
         """
         try:
             self._scatter(found, starts, batch, outputs)
@@ -101,7 +101,7 @@ class Forward:
             reason = f"document {doc}: its forward pass failed: {cause_of(e, '--window')}"
         else:
             return
-        # Not inside the handler: the exception keeps the frames, and so the tensors, of the pass that failed.
+        # Outside the handler, because the exception keeps the frames, and so the tensors, of the failed pass alive.
         if len(batch) == 1:
             outputs.failed[doc] = reason
             return
@@ -112,7 +112,7 @@ class Forward:
     def _scatter(
         self, found: Sequence[DocumentPiece], starts: np.ndarray, batch: list[int], outputs: Outputs
     ) -> None:
-        """The rows of one batch, each to its place."""
+        """Run one batch and scatter its rows to their positions."""
         hidden, offsets, padding = self._hidden([found[i].ids for i in batch])
         source = np.concatenate([found[i].kept + at for i, at in zip(batch, offsets, strict=True)])
         target = np.concatenate([starts[i] + np.arange(len(found[i].kept)) for i in batch])
@@ -123,7 +123,7 @@ class Forward:
         outputs.padding += padding
 
     def _hidden(self, ids: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], list[int], int]:
-        """Outputs by layer as (tokens, d), where each sequence begins in them, and the padding among them."""
+        """Outputs by layer as (tokens, d), the offset of each sequence in them, and the number of padding tokens."""
         lengths = [len(tokens) for tokens in ids]
         if self.batching == "packed":
             starts = (np.cumsum(lengths) - lengths).tolist()

@@ -1,4 +1,4 @@
-"""The model of a store and the model at hand: what is recorded of it, and which part of it is another."""
+"""Records the identity of a store's model, and finds which part of a given model differs from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def subject_entry(source: SubjectSource, block_path: str | None, n_layers: int) -> SubjectEntry:
-    """All that decides the rows of a model, for the manifest."""
+    """Everything about a model that determines its rows, for the manifest."""
     return SubjectEntry(
         id=source.model_id,
         revision=source.revision,
@@ -27,7 +27,7 @@ def subject_entry(source: SubjectSource, block_path: str | None, n_layers: int) 
 
 
 def resolved_entry(source: SubjectSource) -> ResolvedEntry:
-    """What decides rows beside the files that are hashed as a whole."""
+    """What determines the rows in addition to the files that are hashed as a whole."""
     return ResolvedEntry(
         chat_template=source.chat_template_hash,
         code=source.code_hashes,
@@ -38,8 +38,8 @@ def resolved_entry(source: SubjectSource) -> ResolvedEntry:
 
 
 def comparable(manifest: Manifest, out: str) -> Manifest:
-    """``manifest`` as the folder ``out`` can hold it: one that was begun before code and settings were recorded goes on
-    without them. Says so where it was begun with other versions of the libraries."""
+    """``manifest`` in a form comparable with that of ``out``: a store started before code and settings were recorded
+    is resumed without them. Warns if it was started with different library versions."""
     if not exists(join(out, MANIFEST)):
         return manifest
     there = read_manifest(out)
@@ -51,20 +51,20 @@ def comparable(manifest: Manifest, out: str) -> Manifest:
 
 
 def warn_of_versions(entry: SubjectEntry, store: str) -> None:
-    """Say which libraries have other versions here than where the rows of ``store`` were computed."""
+    """Warn of libraries whose versions differ from those that computed the rows of ``store``."""
     then, now = entry.resolved.versions if entry.resolved else {}, library_versions()
     changed = [f"{name} {then[name]} (here {now[name]})" for name in then if then[name] != now.get(name)]
     if changed:
-        logger.warning("%s: begun with %s; rows may differ by rounding", store, ", ".join(changed))
+        logger.warning("%s: started with %s; rows may differ by rounding", store, ", ".join(changed))
 
 
 def changed_part(source: SubjectSource, manifest: Manifest, *, files: bool = True) -> str | None:
-    """The first part of a model that is missing or another than in the store; None where all are the same.
+    """The first part of a model that is missing or differs from the store's; None if all parts match.
 
     Args:
         source: the model.
-        manifest: of the store.
-        files: compare ``config.json`` and the weights too, which reads all of them.
+        manifest: the manifest of the store.
+        files: also compare ``config.json`` and the weights, which requires reading all of them.
     """
     entry = manifest.subject
     then: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""An extraction as a job of units: its actors, its time, the documents that may fail."""
+"""An extraction as a job of units: its actors, time estimate and limit on failed documents."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class Extraction(Job[ExtractConfig]):
-    """Text to activations.
+    """Extraction of activations from text.
 
     Args:
-        config: of `dmm extract`.
+        config: the configuration of `dmm extract`.
         out: the store's folder; an absolute path or URI.
-        plan: what it will hold.
+        plan: the expected contents.
         corpus: the text.
     """
 
@@ -35,7 +35,7 @@ class Extraction(Job[ExtractConfig]):
         self.plan, self.corpus = plan, corpus
 
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
-        """An engine of the truncated model in each."""
+        """Actors that each hold an engine with the truncated model."""
         config, manifest = self.config, self.manifest
         loading = Loading(
             batch_tokens=config.batch_tokens or BATCH_TOKENS[resources.device],
@@ -47,7 +47,7 @@ class Extraction(Job[ExtractConfig]):
             offload_folder=config.subject.offload_folder,
         )
         logger.info(
-            "extracting %d units of %d documents at most, layers %s, on %d actors (%s)%s",
+            "extracting %d units of up to %d documents, layers %s, on %d actors (%s)%s",
             units, manifest.documents_per_unit, list(manifest.layers), resources.actors, resources.device,
             expected_time(self.plan, loading, resources, units),
         )  # fmt: skip
@@ -57,7 +57,7 @@ class Extraction(Job[ExtractConfig]):
         )
 
     def add(self, result: dict[str, Any]) -> None:
-        """Raises UserError where more documents failed, in all units together, than are to be skipped."""
+        """Raises UserError if more documents failed, over all units, than may be skipped."""
         super().add(result)
         if self.failed > self.config.max_failed_documents:
             raise UserError(
@@ -66,12 +66,12 @@ class Extraction(Job[ExtractConfig]):
             )
 
     def finish(self) -> dict[str, Any]:
-        """Write the moments of the whole corpus."""
+        """Write the moments of the complete corpus."""
         return finish(self.out, self.manifest)
 
 
 def expected_time(plan: ExtractionPlan, loading: Loading, resources: Resources, todo: int) -> str:
-    """How long the units to do will take, by a short calibration; empty for a job not much longer than that."""
+    """The estimated time for the remaining units, from a short calibration; empty if the job is not much longer."""
     if not worth_calibrating(plan.sample, loading.batch_tokens):
         return ""
     if resources.gpus or cluster_address():
@@ -80,7 +80,7 @@ def expected_time(plan: ExtractionPlan, loading: Loading, resources: Resources, 
     else:
         rate = calibrate(plan.manifest, loading, plan.sample.pieces)
     seconds = plan.sample.tokens * todo / plan.manifest.units / (rate * resources.actors)
-    return f"; about {_duration(seconds)} at {rate:,.0f} tokens/s an actor, by a short calibration"
+    return f"; about {_duration(seconds)} at {rate:,.0f} tokens/s per actor, from a short calibration"
 
 
 def _duration(seconds: float) -> str:

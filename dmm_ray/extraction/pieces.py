@@ -1,4 +1,4 @@
-"""How a document becomes the pieces that go through the model, and those the rows of a store."""
+"""Splits documents into the pieces that are run through the model, and pieces into the rows of a store."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dmm_ray.subject.encoding import Encoded
 
 
 class DocumentPiece(NamedTuple):
-    """Tokens that go through the model by themselves, and the rows that are kept of them."""
+    """A sequence of tokens that is run through the model independently, and the rows to keep from it."""
 
     doc: int
     ids: Sequence[int]
     kept: np.ndarray
-    """Indices into ``ids``, int64, rising."""
+    """Indices into ``ids``, int64, increasing."""
     position: np.ndarray
     """Their positions in the document, int64."""
 
@@ -27,15 +27,15 @@ class DocumentPiece(NamedTuple):
 def pieces(
     encoded: Encoded, doc: int, window: int, kept: TokenSelection, seed: int, bos: int | None
 ) -> list[DocumentPiece]:
-    """The pieces of a document of which at least one row is kept, in order.
+    """The pieces of a document with at least one row to keep, in order.
 
     Args:
-        encoded: its tokens: cut at ``window`` already unless long documents are split.
+        encoded: its tokens, already truncated to ``window`` unless long documents are split.
         doc: its number.
-        window: most tokens of a piece.
-        kept: what is kept.
-        seed: of the tokens drawn where only some are kept.
-        bos: the id that every window begins with where the document begins with it.
+        window: maximum tokens per piece.
+        kept: which tokens to keep.
+        seed: seed for drawing tokens if only some are kept.
+        bos: the id that every window begins with if the document does.
     """
     whole = _windows(encoded, doc, window, kept, bos)
     inside = [_filtered(piece, kept) for piece in whole]
@@ -47,7 +47,7 @@ def pieces(
 def _windows(
     encoded: Encoded, doc: int, window: int, kept: TokenSelection, bos: int | None
 ) -> list[DocumentPiece]:
-    """The document, whole or in windows, with every row but what ``keep_first`` and ``keep_special`` leave out."""
+    """The document, whole or in windows, with all rows except those dropped by ``keep_first`` and ``keep_special``."""
     ids, suffix = encoded.ids, encoded.suffix
     first, last = 0 if kept.keep_first else 1, 0 if kept.keep_special else suffix
     if len(ids) <= window:
@@ -73,7 +73,7 @@ def _filtered(piece: DocumentPiece, kept: TokenSelection) -> DocumentPiece:
 
 
 def _drawn(found: list[DocumentPiece], tokens: int | str, seed: int) -> list[DocumentPiece]:
-    """The last row of the document, or those whose hash of (seed, document, position) is least."""
+    """The last row of the document, or the rows with the smallest hashes of (seed, document, position)."""
     position = np.concatenate([piece.position for piece in found])
     if tokens == "last":
         chosen = position[-1:]
@@ -90,10 +90,10 @@ def _drawn(found: list[DocumentPiece], tokens: int | str, seed: int) -> list[Doc
 
 @dataclass(frozen=True)
 class RowTable:
-    """The rows of some pieces: where each piece's lie, and their identity columns."""
+    """The rows of a list of pieces: where each piece's rows start, and the identity columns."""
 
     starts: np.ndarray
-    """(pieces,) int64: each piece's first row."""
+    """(pieces,) int64: index of each piece's first row."""
     doc: np.ndarray
     """(rows,) int64."""
     position: np.ndarray
@@ -117,9 +117,9 @@ class RowTable:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.doc)
 
     def only(self, mask: np.ndarray) -> RowTable:
-        """The rows where ``mask`` is true; ``starts`` are those of the whole table."""
+        """The rows where ``mask`` is true; ``starts`` still refers to the full table."""
         return RowTable(self.starts, self.doc[mask], self.position[mask], self.token_id[mask])

@@ -1,4 +1,4 @@
-"""Before an extraction: how many rows, bytes, shards and seconds it will take, from a small sample; is there room?"""
+"""Estimates the rows, bytes, shards and seconds of an extraction from a small sample, and checks the disk space."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from dmm_ray.units.unit import documents_per_unit
 logger = logging.getLogger(__name__)
 SAMPLE_SPOTS, SPOT_DOCUMENTS = 32, 8
 SHARD_BYTES = 256 << 20
-"""Of a shard, about, where ``rows_per_shard`` is not given."""
+"""Approximate size of a shard if ``rows_per_shard`` is not given."""
 UNIT_BYTES = 512 << 20
-"""Of all layers of a unit together, about; an actor holds two units or three."""
+"""Approximate size of all layers of a unit together; an actor holds two or three units."""
 SHARD_ROWS = 262144
 LEAST_ROWS, LEAST_UNITS = 4096, 64
-"""A small corpus makes this many units, unless they would be smaller than that."""
+"""A small corpus is divided into this many units, unless units would have fewer rows than that."""
 OVERSHOOT = 4
-"""A unit never holds more documents than could make this many times the rows aimed at."""
+"""A unit never has more documents than could yield this many times the target number of rows."""
 IDENTITY_BYTES = 4
-"""Of doc, position and token_id of a row, compressed, about."""
+"""Approximate compressed size of a row's doc, position and token_id."""
 CALIBRATION_BATCHES = 3
 
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Some documents, drawn by seed, as the engine will see them."""
+    """A sample of documents, drawn by seed and split into pieces as the engine will do."""
 
     documents: int
-    """Of the whole corpus."""
+    """Number of documents in the complete corpus."""
     pieces: tuple[DocumentPiece, ...]
     rows_per_document: float
     tokens_per_document: float
@@ -55,7 +55,7 @@ class CorpusSample:
     def draw(
         cls, corpus: Corpus, window: int, kept: TokenSelection, seed: int, tokenizer: Any
     ) -> CorpusSample:
-        """Read and tokenise at most 256 documents: all of a smaller corpus."""
+        """Read and tokenise up to 256 documents, or all documents of a smaller corpus."""
         drawn = _draw(corpus, seed)
         found = read_pieces(drawn, window, kept, seed, tokenizer).pieces
         rows, tokens = sum(len(p.kept) for p in found), sum(len(p.ids) for p in found)
@@ -63,17 +63,17 @@ class CorpusSample:
 
     @property
     def rows(self) -> int:
-        """Rows of the whole corpus, about."""
+        """Estimated rows of the complete corpus."""
         return round(self.rows_per_document * self.documents)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole corpus that go through the model, about."""
+        """Estimated tokens of the complete corpus to run through the model."""
         return round(self.tokens_per_document * self.documents)
 
 
 def _draw(corpus: Corpus, seed: int) -> list[Document]:
-    """Runs of consecutive documents at seeded places, in rising order."""
+    """Runs of consecutive documents at seeded positions, in increasing order."""
     spots = -(-corpus.n_documents // SPOT_DOCUMENTS)
     chosen = np.arange(spots)
     if spots > SAMPLE_SPOTS:
@@ -88,14 +88,14 @@ def _draw(corpus: Corpus, seed: int) -> list[Document]:
 def choose_documents_per_unit(
     rows_per_shard: int | None, sample: CorpusSample, most_rows: int, row_bytes: int, layers: int
 ) -> int:
-    """How many documents make a unit: no shard over ``rows_per_shard``, or shards of about 256 MB.
+    """The number of documents per unit: no shard over ``rows_per_shard`` rows, or shards of about 256 MB.
 
     Args:
-        rows_per_shard: the most rows of a shard, or None.
-        sample: of the corpus.
-        most_rows: that a document can have.
-        row_bytes: of a row's activation in one layer.
-        layers: how many are kept.
+        rows_per_shard: the maximum rows per shard, or None.
+        sample: a sample of the corpus.
+        most_rows: the maximum rows per document.
+        row_bytes: the size of a row's activation in one layer.
+        layers: the number of layers kept.
     """
     if rows_per_shard is not None:
         return documents_per_unit(rows_per_shard, most_rows)
@@ -107,21 +107,21 @@ def choose_documents_per_unit(
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What an extraction will write."""
+    """The expected output of an extraction."""
 
     manifest: Manifest
     sample: CorpusSample
 
     @property
     def bytes(self) -> int:
-        """Of the whole store, about."""
+        """Estimated size of the complete store."""
         m = self.manifest
         moments = 16 * m.d + (8 * m.d**2 if m.covariance else 0)
         per_layer = self.sample.rows * (m.bytes_per_row + IDENTITY_BYTES) + m.units * moments
         return len(m.layers) * per_layer
 
     def line(self) -> str:
-        """What is planned, for the log."""
+        """One line for the log."""
         m = self.manifest
         return (
             f"plan: about {self.sample.rows:,} rows of {m.documents:,} documents in each of "
@@ -130,7 +130,7 @@ class ExtractionPlan:
         )
 
     def check_room(self, out: str, there: int) -> None:
-        """Raise UserError where ``out`` is local and its disk lacks room for what is not ``there`` yet, in bytes."""
+        """Raise UserError if ``out`` is on a local disk without space for the bytes that are not ``there`` yet."""
         if not is_local(out):
             return
         folder = Path(filesystem(out)[1])
@@ -138,7 +138,7 @@ class ExtractionPlan:
             folder = folder.parent
         disk = os.statvfs(folder)
         free, needed = disk.f_bavail * disk.f_frsize, self.bytes - there
-        if needed > free and disk.f_blocks:  # file systems without blocks refuse writing by themselves
+        if needed > free and disk.f_blocks:  # file systems without blocks report a full disk on write
             raise UserError(
                 f"out: {out} needs about {needed / 1e9:,.3g} GB more and its disk has {free / 1e9:,.3g} GB free; "
                 "choose another --out, fewer layers or --tokens-per-doc"
@@ -146,7 +146,7 @@ class ExtractionPlan:
 
 
 def calibrate(manifest: Manifest, loading: Loading, found: Sequence[DocumentPiece]) -> float:
-    """Tokens per second of one actor, from a few batches after one that warms up."""
+    """Tokens per second of one actor, measured on a few batches after one warm-up batch."""
     threads = torch.get_num_threads()
     try:
         return _rate(load_forward(manifest, loading), loading.batch_tokens, found)
@@ -170,5 +170,5 @@ def _rate(forward: Forward, batch_tokens: int, found: Sequence[DocumentPiece]) -
 
 
 def worth_calibrating(sample: CorpusSample, batch_tokens: int) -> bool:
-    """Whether the job is much longer than its calibration."""
+    """Whether the job will take much longer than the calibration."""
     return sample.tokens > 8 * (CALIBRATION_BATCHES + 1) * batch_tokens

@@ -1,4 +1,4 @@
-"""``dmm verify``: every byte of a store against its records, and a sample of rows against the model."""
+"""``dmm verify``: checks every byte of a store against its records, and a sample of rows against the model."""
 
 from __future__ import annotations
 
@@ -47,29 +47,29 @@ from dmm_ray.units.resume import units_ahead
 logger = logging.getLogger(__name__)
 HASH_THREADS = 4
 TOLERANCE = {"bfloat16": 0.05, "float32": 1e-3}
-"""Largest difference of a recomputed row, relative to its norm: other batches and machines round differently;
-a wrong model, layer or token differs by about 1."""
+"""Maximum difference of a recomputed row, relative to its norm: rounding depends on the batch and the machine;
+a wrong model, layer or token gives a difference of about 1."""
 
 
 class VerifyConfig(Config):
-    """Check a store: hashes, missing and foreign files, statistics, a sample of rows computed again."""
+    """Check a store: hashes, missing and unexpected files, statistics, and a sample of recomputed rows."""
 
     store: str
     """Folder or URI of the store."""
     sample_documents: int = Field(default=8, ge=0)
-    """Documents, drawn by seed, whose rows are computed again where model and text are still there."""
+    """Number of documents, drawn by seed, whose rows are recomputed if model and text are still available."""
     seed: int = 0
-    """Of that draw."""
+    """Seed of that draw."""
     subject: ModelSource = ModelSource()
-    """The language model, if it has moved."""
+    """The language model, if it is no longer at its recorded location."""
 
 
 def verify(config: VerifyConfig) -> str:
-    """Check the store; its folder.
+    """Check the store and return its folder.
 
     Raises:
-        CheckFailed: something is wrong; each finding is logged, the message names the first.
-        UserError: no store there.
+        CheckFailed: something is wrong; every finding is logged, and the message names the first.
+        UserError: there is no store.
     """
     uri = absolute(config.store)
     manifest = read_manifest(uri)
@@ -85,15 +85,15 @@ def verify(config: VerifyConfig) -> str:
         raise CheckFailed(f"{uri}: {problems[0]}{more}")
     for line in [] if manifest.is_table else moments_lines(ActivationStore.open(uri)):
         logger.info("%s", line)
-    logger.info("%s is whole: %d units, every file as recorded", uri, manifest.units)
+    logger.info("%s is intact: %d units, all files match their records", uri, manifest.units)
     return uri
 
 
 def check_files(uri: str, manifest: Manifest) -> list[str]:
-    """What is wrong with the files: missing, foreign, of another length or hash, units without a record."""
+    """Problems with the files: missing, unexpected, wrong length or hash, and units without a record."""
     sizes = file_sizes(uri)
     whole = {SUMMARY} if manifest.is_table else {SUMMARY, STATISTICS}
-    traces = {name for name in sizes if name.startswith(f"{ERRORS}/")}  # of an unfinished run
+    traces = {name for name in sizes if name.startswith(f"{ERRORS}/")}  # left by an unfinished run
     problems, expected = [], {MANIFEST, LOCK, *whole, *traces}
     if manifest.sealed().config_hash != manifest.config_hash:
         problems.append(f"{MANIFEST}: its configuration does not match its config_hash: it was edited")
@@ -118,17 +118,17 @@ def check_files(uri: str, manifest: Manifest) -> list[str]:
             problems.append(problem)
         problems += _record_problems(record, manifest, unit)
         hashes |= {n: entry.sha256 for n, entry in record.files.items() if sizes.get(n) == entry.bytes}
-    problems += [f"{name}: foreign: no record lists it" for name in sorted(sizes.keys() - expected)]
+    problems += [f"{name}: unexpected file: no record lists it" for name in sorted(sizes.keys() - expected)]
     return problems + _check_hashes(uri, hashes)
 
 
 def _record_problems(record: Record, manifest: Manifest, unit: int) -> list[str]:
-    """Whether a record is the one of its unit, with the files and documents that it must have."""
+    """Problems with a record: it must belong to its unit and list the expected files and documents."""
     files = {shard_name(layer, unit) for layer in manifest.layers}
     files |= set() if manifest.is_table else {moments_name(unit)}
     first = unit * manifest.documents_per_unit
     if record.config_hash != manifest.config_hash:
-        return [f"{record_name(unit)}: its unit was made with another configuration"]
+        return [f"{record_name(unit)}: its unit was made with a different configuration"]
     if record.unit == unit and record.first_document == first and set(record.files) == files:
         return []
     return [
@@ -137,7 +137,7 @@ def _record_problems(record: Record, manifest: Manifest, unit: int) -> list[str]
 
 
 def _check_hashes(uri: str, hashes: dict[str, str]) -> list[str]:
-    """Files whose content is not what was written; copies of another file are named as such."""
+    """Files whose content is not what was written; names the original of a file that is a copy of another."""
     problems, owner = [], {digest: name for name, digest in hashes.items()}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for name, found in zip(hashes, pool.map(lambda n: sha256(join(uri, n)), hashes), strict=True):
@@ -148,7 +148,7 @@ def _check_hashes(uri: str, hashes: dict[str, str]) -> list[str]:
 
 
 def check_statistics(uri: str, manifest: Manifest) -> list[str]:
-    """Whether ``statistics.safetensors`` is the merge of the units' moments."""
+    """Layers whose ``statistics.safetensors`` is not the merge of the units' moments."""
     total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
     units = iter(range(manifest.units))
     parts = in_order(lambda u: read_moments(uri, moments_name(u), manifest.layers), units, units_ahead(total))
@@ -172,7 +172,7 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
-    """Compute the rows of some documents again and compare; nothing where model or text are gone (logged)."""
+    """Recompute and compare the rows of some documents; skipped, with a warning, if model or text are unavailable."""
     m = store.manifest
     documents = _sample(store, config.sample_documents, config.seed)
     if not documents:
@@ -182,7 +182,7 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
         source = asked.resolve()
         corpus = Corpus.scan(m.text.uris, m.text.text_field, m.text.separator)
     except UserError as e:
-        logger.warning("no rows computed again: %s", e)
+        logger.warning("no rows recomputed: %s", e)
         return []
     warn_of_versions(m.subject, store.uri)
     if changed := changed_part(source, m):
@@ -200,13 +200,13 @@ def check_rows(config: VerifyConfig, store: ActivationStore) -> list[str]:
     problems = []
     for doc in documents:
         problems += check_document(store, subject, next(corpus.read(doc, doc + 1)))
-    logger.info("computed %d documents again: %d findings", len(documents), len(problems))
+    logger.info("recomputed %d documents: %d findings", len(documents), len(problems))
     return problems
 
 
 def check_document(store: ActivationStore, subject: SubjectModel, document: Document) -> list[str]:
-    """Compare the stored rows of one document, in every layer, with ``subject``'s, run alone and unpacked; rows left
-    out by ``exclude`` are not missed."""
+    """Compare the stored rows of one document, in every layer, with ``subject`` run on it alone and unpacked; rows
+    dropped by ``exclude`` are not reported as missing."""
     m = store.manifest
     found = read_pieces([document], m.window, m.kept, m.seed, subject.tokenizer).pieces
     captured = [subject.capture(*subject.pad([piece.ids]), m.layers) for piece in found]
@@ -222,14 +222,14 @@ def check_document(store: ActivationStore, subject: SubjectModel, document: Docu
             rows.position, table.position[kept]
         )
         if not same:
-            problems.append(f"{where}: stored tokens are not those of its text")
+            problems.append(f"{where}: stored tokens do not match its text")
         elif (worst := _difference(rows.activation, computed)) > TOLERANCE[m.dtype]:
-            problems.append(f"{where}: stored rows differ from the model's by {worst:.2g} of their size")
+            problems.append(f"{where}: stored rows differ from the model's by {worst:.2g} of their norm")
     return problems
 
 
 def _difference(stored: Tensor, computed: Tensor) -> float:
-    """The largest norm of a row's difference relative to the row's norm, over finite rows."""
+    """The largest difference of a row, as a norm relative to the row's norm, over finite rows."""
     a, b = stored.float(), computed.float().cpu()
     finite = torch.isfinite(a).all(1) & torch.isfinite(b).all(1)
     if not finite.any():
@@ -238,7 +238,7 @@ def _difference(stored: Tensor, computed: Tensor) -> float:
 
 
 def _sample(store: ActivationStore, count: int, seed: int) -> list[int]:
-    """Documents that have rows, drawn by ``seed`` from as many row groups as possible."""
+    """Documents with rows, drawn by ``seed`` from as many row groups as possible."""
     groups = store.row_groups(store.layers[0])
     rng = numpy_rng(seed)
     chosen = rng.choice(len(groups), size=min(count, len(groups)), replace=False)

@@ -1,1 +1,1 @@
-"""Activations on disk: the verified store, what it says of itself, its reader and writer."""
+"""Activations on disk: the verified store, its metadata, reader and writer."""

@@ -1,4 +1,4 @@
-"""Sums over the records of a store, as ``summary.json`` has them."""
+"""Totals over the records of a store, as reported in ``summary.json``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ KEPT_FAILURES = 100
 
 
 class Figures:
-    """Sums over the records of a store."""
+    """Totals over the records of a store."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.units = manifest.units
         self.rows = self.documents = self.tokens = self.long = self.padding = self.excluded = self.bytes = 0
         self.failed = 0
         self.failures: list[tuple[int, str]] = []
-        """The first of them."""
+        """The first failed documents, with reasons."""
         self.nonfinite = dict.fromkeys(map(str, manifest.layers), 0)
         self.outliers = dict.fromkeys(map(str, manifest.layers), 0)
         self.massive: dict[int, dict[int, float]] = {}
 
     def add(self, record: Record) -> None:
-        """Count a unit."""
+        """Add a unit to the totals."""
         for name in ("rows", "documents", "tokens", "long", "padding", "excluded"):
             setattr(self, name, getattr(self, name) + getattr(record, name))
         self.bytes += sum(entry.bytes for entry in record.files.values())
@@ -34,7 +34,7 @@ class Figures:
                 total[layer] += count
 
     def summary(self) -> dict[str, Any]:
-        """As ``summary.json`` has them."""
+        """The totals in the form used by ``summary.json``."""
         return {
             "rows": self.rows,
             "documents": self.documents,
@@ -58,5 +58,5 @@ class Figures:
             f"{self.rows:,} rows of {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB"
             + (f"; {self.failed} documents failed" if self.failed else "")
             + (f"; {self.excluded:,} rows excluded" if self.excluded else "")
-            + (f"; WARNING: {bad} rows hold values that are not finite" if bad else "")
+            + (f"; WARNING: {bad} rows contain NaN or Inf" if bad else "")
         )

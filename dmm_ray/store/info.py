@@ -1,4 +1,4 @@
-"""``dmm info``: what a store is."""
+"""``dmm info``: describes a store."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHOWN_FAILURES = 5
 
 
 class InfoConfig(Config):
-    """Say what a store is: model, text, layers, size, how far it is."""
+    """Describe a store: model, text, layers, size and progress."""
 
     store: str
     """Folder or URI of the store."""
 
 
 def info(config: InfoConfig) -> str:
-    """Log a description of the store; its folder. Raises UserError where there is none."""
+    """Log a description of the store and return its folder. Raises UserError if there is none."""
     uri = absolute(config.store)
     for line in describe(uri):
         logger.info("%s", line)
@@ -33,7 +33,7 @@ def info(config: InfoConfig) -> str:
 
 
 def describe(uri: str) -> list[str]:
-    """The description, a line per fact."""
+    """The description, one line per fact."""
     m, sizes = read_manifest(uri), file_sizes(uri)
     done = [unit for unit in range(m.units) if record_name(unit) in sizes]
     figures = Figures(m)
@@ -56,14 +56,14 @@ def describe(uri: str) -> list[str]:
         f"units      {len(done)} of {m.units} done, {m.documents_per_unit} documents each",
         f"documents  {figures.failed} failed, {figures.long} longer than the window",
         *(f"failed     {error}" for _, error in figures.failures[:SHOWN_FAILURES]),
-        f"tokens     {figures.tokens:,} through the model, {figures.padding:,} of padding beside them",
+        f"tokens     {figures.tokens:,} through the model, plus {figures.padding:,} of padding",
         *(_strange_line(figures, layer) for layer in m.layers),
         *state,
     ]
 
 
 def _resolved_lines(m: Manifest) -> list[str]:
-    """Code that came with the model, and the versions that it ran with."""
+    """The code shipped with the model, and the library versions it ran with."""
     resolved = m.subject.resolved
     if resolved is None:
         return []
@@ -84,7 +84,7 @@ def _text_lines(m: Manifest) -> list[str]:
 
 
 def _derived_lines(m: Manifest) -> list[str]:
-    """What made the rows, where a language model did not."""
+    """What produced the rows, if not a language model."""
     if m.derived is None:
         return []
     source = f" from {m.derived.activations}" if m.derived.activations else ""
@@ -96,7 +96,7 @@ def _derived_lines(m: Manifest) -> list[str]:
 
 
 def _kept_line(m: Manifest) -> str:
-    """What was asked for beyond the defaults."""
+    """The options that differ from the defaults."""
     kept = m.kept.model_dump()
     asked = [
         f"{name} {value}" for name, value in kept.items() if value != TokenSelection().model_dump()[name]
@@ -108,11 +108,11 @@ def _kept_line(m: Manifest) -> str:
 def _strange_line(figures: Figures, layer: int) -> str:
     counts = figures.nonfinite[str(layer)], figures.outliers[str(layer)]
     far = f"with a norm over {OUTLIER_NORM:g} times the median"
-    return f"layer {layer:<4} {counts[0]} rows not finite, {counts[1]} {far}"
+    return f"layer {layer:<4} {counts[0]} rows with NaN or Inf, {counts[1]} {far}"
 
 
 def moments_lines(store: ActivationStore) -> list[str]:
-    """Mean, spread and massive dimensions of each layer."""
+    """Mean, spread and massive dimensions per layer."""
     lines = []
     for layer in store.layers:
         moments = store.statistics(layer)

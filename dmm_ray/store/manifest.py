@@ -1,4 +1,4 @@
-"""What a store holds: ``manifest.json``, the record of each finished unit, and where files are."""
+"""The metadata of a store: ``manifest.json``, the record of each finished unit, and the file layout."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ ROW_GROUP_ROWS = 4096
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DtypeName = Literal["bfloat16", "float32"]
 Excluded = Literal["nonfinite", "outliers"]
-"""Rows that can be excluded, from all layers if they qualify in one: rows that contain NaN or Inf, or whose norm is
+"""Rows that may be excluded, from every layer if they qualify in any: rows that contain NaN or Inf, or whose norm is
 over ``OUTLIER_NORM`` times the median of their unit."""
 OUTLIER_NORM = 10.0
 
 
 class ResolvedEntry(Config):
-    """What else determines a row, recorded after the model was loaded."""
+    """What else determines a row, as resolved when the model was loaded."""
 
     chat_template: str | None
-    """SHA-256; None for a tokenizer without one."""
+    """SHA-256; None if the tokenizer has none."""
     code: dict[str, str]
-    """SHA-256 of each Python file that came with the model and ran (``trust_remote_code``), by name."""
+    """SHA-256 by name of each Python file shipped with the model and executed (``trust_remote_code``)."""
     rope: dict[str, Any]
-    """Settings of the rotary position embedding, defaults included."""
+    """Settings of the rotary position embedding, including defaults."""
     tokenizer_files: dict[str, str]
-    """SHA-256 of the files of a tokenizer that is written in Python, by name."""
+    """SHA-256 by name of the files of a tokenizer written in Python."""
     versions: dict[str, str] = Field(default={})
-    """Of the libraries that computed the rows: said where they differ, not refused."""
+    """Versions of the libraries that computed the rows; differences are logged, not refused."""
 
     def identity(self) -> dict[str, object]:
-        """What a resume must have alike, by part."""
+        """What must match for a resume, by part."""
         return {
             "chat template": self.chat_template,
             **{f"code, {name}": digest for name, digest in self.code.items()},
@@ -55,32 +55,32 @@ class ResolvedEntry(Config):
 
 
 class SubjectEntry(Config):
-    """The model whose activations these are."""
+    """The model that the activations come from."""
 
     id: str
     revision: str | None
     weights_hash: str
     files: dict[str, str]
-    """SHA-256 of config.json and the weight files, which ``weights_hash`` is made of."""
+    """SHA-256 of config.json and the weight files, from which ``weights_hash`` is computed."""
     block_path: str | None
     n_layers: int
     context: int
     resolved: ResolvedEntry | None = None
-    """None in a store that was begun before this was recorded."""
+    """None in a store created before this was recorded."""
 
     @model_serializer(mode="wrap")
     def _as_recorded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``resolved`` where it is not known: such an entry, and all that holds it, stays as it was."""
+        """Omits ``resolved`` if unknown, so that entries written before it existed are reproduced exactly."""
         found: dict[str, Any] = handler(self)
         if self.resolved is None:
             found.pop("resolved", None)
         return found
 
     def parts(self, tokenizer_hash: str) -> dict[str, object]:
-        """What a resume must have alike, by part of the model, the most particular part first.
+        """What must match for a resume, by part of the model, the most specific part first.
 
         Args:
-            tokenizer_hash: of its tokenizer and chat template together.
+            tokenizer_hash: hash of its tokenizer and chat template together.
         """
         if self.resolved is None:
             return {"model": [self.weights_hash, tokenizer_hash]}
@@ -90,7 +90,7 @@ class SubjectEntry(Config):
 
 
 class CorpusEntry(Config):
-    """The text they were extracted from."""
+    """The text that the activations were extracted from."""
 
     uris: tuple[str, ...]
     hash: str
@@ -100,24 +100,24 @@ class CorpusEntry(Config):
 
 
 class Derivation(Config):
-    """How the rows of a store were made by a prior, where a language model did not put them out."""
+    """How a prior produced the rows of a store that are not a language model's own activations."""
 
     verb: Literal["score", "denoise", "encode", "sample"]
     prior: str
-    """Where the prior was."""
+    """Location of the prior."""
     prior_hash: str
-    """Of its configuration and weights."""
+    """Hash of its configuration and weights."""
     activations: str | None
-    """Where the rows were that they were made from."""
+    """Location of the store whose rows were the input."""
     activations_hash: str | None
     """The ``config_hash`` of that store."""
     arguments: dict[str, Any]
-    """All else that decides the numbers."""
+    """Everything else that determines the results."""
     columns: dict[str, str] = Field(default={})
-    """What the shards hold in place of ``activation``, if that is so: columns and what they mean."""
+    """Columns that the shards have instead of ``activation``, with their meanings; empty for activations."""
 
     def identity(self) -> dict[str, object]:
-        """What a resume must have alike, by option."""
+        """What must match for a resume, by option."""
         return {
             "verb": self.verb,
             "prior": self.prior_hash,
@@ -127,7 +127,7 @@ class Derivation(Config):
 
 
 class Manifest(Config):
-    """``manifest.json``: all that decides what a store holds, written before the first shard."""
+    """``manifest.json``: everything that determines the contents of a store, written before the first shard."""
 
     version: int = FORMAT_VERSION
     subject: SubjectEntry
@@ -148,15 +148,15 @@ class Manifest(Config):
     row_group_rows: int = ROW_GROUP_ROWS
     units: int
     derived: Derivation | None = None
-    """Of a store that was made from another one; what the other one was made from stands beside it."""
+    """Set in a store that was derived from another one, whose own provenance is in the other fields."""
     config_hash: str = ""
 
     def sealed(self) -> Manifest:
-        """The same with its ``config_hash``."""
+        """A copy with its ``config_hash`` set."""
         return self.model_copy(update={"config_hash": hash_json(self.identity())})
 
     def identity(self) -> dict[str, object]:
-        """What a resume must have alike, by option; where the model and the text lie is not part of it."""
+        """What must match for a resume, by option; the locations of the model and the text are not part of it."""
         extracted = {
             "version": self.version,
             **self.subject.parts(self.tokenizer_hash),
@@ -214,7 +214,7 @@ class Manifest(Config):
 
     @property
     def is_table(self) -> bool:
-        """Whether the shards hold other columns than activations; there are no moments then."""
+        """Whether the shards have columns other than activations; such a store has no moments."""
         return self.derived is not None and bool(self.derived.columns)
 
     @property
@@ -239,32 +239,32 @@ class Record(Config):
     """``shards/NNNNNN.json``: one finished unit, written after all its files."""
 
     config_hash: str
-    """Of the manifest that it was extracted under."""
+    """Hash of the manifest under which it was extracted."""
     unit: int
     first_document: int
     documents: int
     failed: tuple[tuple[int, str], ...]
-    """Documents without text or whose forward pass failed: number and reason."""
+    """Documents that have no text or whose forward pass failed: number and reason."""
     long: int
-    """Documents longer than the window, cut or split there."""
+    """Documents longer than the window, which were truncated or split."""
     tokens: int
-    """Tokens that went through the model."""
+    """Tokens run through the model."""
     padding: int
-    """Padding tokens that went through it beside them."""
+    """Padding tokens run in addition."""
     rows: int
     excluded: int
-    """Rows left out by ``exclude``."""
+    """Rows dropped by ``exclude``."""
     nonfinite: dict[str, int]
-    """Rows that contain NaN or Inf, by layer, before exclusion; the moments leave them out."""
+    """Rows that contain NaN or Inf, by layer, before exclusion; the moments never include them."""
     outliers: dict[str, int]
-    """Rows with a norm over ``OUTLIER_NORM`` times the unit's median, by layer, before any are left out."""
+    """Rows with a norm over ``OUTLIER_NORM`` times the unit's median, by layer, before exclusion."""
     files: dict[str, FileEntry]
     figures: dict[str, Any] = Field(default={})
-    """Of the columns of a unit of scores or features: what the summary is made of."""
+    """For a unit of scores or features: statistics of its columns, from which the summary is computed."""
 
 
 def layer_folder(layer: int) -> str:
-    """``layer_07``."""
+    """A layer's folder inside the store, such as ``layer_07``."""
     return f"layer_{layer:02d}"
 
 
@@ -279,38 +279,42 @@ def record_name(unit: int) -> str:
 
 
 def moments_name(unit: int) -> str:
-    """The path inside the store of a unit's moments."""
+    """The path of a unit's moments inside the store."""
     return f"{RECORDS}/{unit:06d}.safetensors"
 
 
 def read_manifest(uri: str) -> Manifest:
-    """The manifest of the store at ``uri``. Raises UserError where there is none that this version reads."""
+    """The manifest of the store at ``uri``. Raises UserError if there is none that this version can read."""
     path = join(uri, MANIFEST)
     try:
         value = read_json(path)
     except UserError as e:
         if "no such file" in str(e):
-            raise UserError(f"{uri}: not an activation store (no {MANIFEST}); `dmm extract` makes one") from e
+            raise UserError(
+                f"{uri}: not an activation store (no {MANIFEST}); create one with `dmm extract`"
+            ) from e
         raise
     if isinstance(value, dict) and value.get("version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {value['version']}; this dmm-ray reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: format version {value['version']}; this dmm-ray reads version {FORMAT_VERSION}"
+        )
     try:
         return Manifest.model_validate(value)
     except ValidationError as e:
-        raise UserError(f"{path}: not a manifest of ours: {one_line(e)}") from e
+        raise UserError(f"{path}: not a valid dmm-ray manifest: {one_line(e)}") from e
 
 
 def read_record(uri: str, unit: int) -> Record:
-    """A unit's record. Raises UserError if it is missing or damaged."""
+    """The record of a unit. Raises UserError if it is missing or damaged."""
     path = join(uri, record_name(unit))
     try:
         return Record.model_validate_json(read_bytes(path))
     except ValidationError as e:
-        raise UserError(f"{path}: not a record of ours: {one_line(e)}") from e
+        raise UserError(f"{path}: not a valid dmm-ray record: {one_line(e)}") from e
 
 
 def read_moments(uri: str, name: str, layers: tuple[int, ...]) -> dict[int, Moments]:
-    """The moments by layer in a safetensors file of the store. Raises UserError if it is damaged."""
+    """The moments by layer from a safetensors file of the store. Raises UserError if it is damaged."""
     path = join(uri, name)
     try:
         arrays = load(read_bytes(path))

@@ -1,17 +1,17 @@
-"""What goes together: a prior, the store that it is used on, a language model; and which rows may be used at all.
+"""Compatibility of a prior with a store and a language model, and which rows are usable at all.
 
-Every verb asks here, so that all of them refuse and warn about the same:
+Every command checks compatibility here, so that they all refuse and warn in the same cases:
 
 ==================================  ======================================================================
 width d                             refused
-layer                               refused where the prior does not model it, or store or model lack it
-model (hash of config and weights)  refused where the result is a statement about the prior (`evaluate`,
-                                    calibration); elsewhere a warning, as priors of a base model are used
-                                    on models fine-tuned from it
-model, where the prior has no hash  a warning where both names are hub ids and differ (published priors)
+layer                               refused if the prior does not model it, or the store or model lacks it
+model (hash of config and weights)  refused if the result is a statement about the prior (`evaluate`,
+                                    calibration); otherwise a warning, because priors of a base model are
+                                    also used on models fine-tuned from it
+model, if the prior has no hash     a warning if both names are hub ids and differ (published priors)
 rows with NaN or Inf                refused, naming document and position
-rows far from the normaliser        a warning, by ``dmm_ray.prior.rows``, wherever a prior is given rows
-stored number format                anything goes: it is rounding, to which priors are indifferent
+rows far from the normaliser        a warning from ``dmm_ray.prior.rows``, wherever a prior is given rows
+stored number format                always accepted: it only affects rounding, to which priors are insensitive
 ==================================  ======================================================================
 """
 
@@ -28,41 +28,41 @@ from dmm_ray.store.reader import ActivationStore, Rows
 
 logger = logging.getLogger(__name__)
 CHECKED_BYTES = 1 << 20
-"""Rows looked at together: few enough for the cache."""
+"""Bytes of rows checked at a time: small enough for the cache."""
 EXPONENTS = {torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
-"""By stored dtype: the integers its bits are read as, and the exponent's bits, all set in inf and NaN alone."""
+"""Per stored dtype: the integer type to view it as, and the exponent mask; only inf and NaN have all these bits set."""
 
 
 class Modelled(Protocol):
-    """What a prior says of the activations that it models; a ``PriorConfig`` is one."""
+    """Describes the activations that a prior models; implemented by ``PriorConfig``."""
 
     @property
     def d(self) -> int:
-        """Their width."""
+        """Width of the activations."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """Block numbers of their layers."""
+        """Block numbers of the modelled layers."""
 
     @property
     def subject(self) -> Mapping[str, Any]:
-        """The language model: ``id``, ``revision``, ``weights_hash``, as far as they are known."""
+        """The language model: ``id``, ``revision``, ``weights_hash``, where known."""
 
 
 class AnySubject(Protocol):
-    """A language model; a ``SubjectModel`` is one."""
+    """A language model; implemented by ``SubjectModel``."""
 
     @property
     def d(self) -> int:
-        """Width of its activations."""
+        """Width of the model's activations."""
 
     @property
     def n_layers(self) -> int:
-        """How many blocks it has."""
+        """Number of blocks."""
 
     @property
     def model_id(self) -> str:
-        """Its absolute path or hub id."""
+        """Absolute path of its folder, or its hub id."""
 
     @property
     def revision(self) -> str | None:
@@ -70,22 +70,22 @@ class AnySubject(Protocol):
 
     @property
     def weights_hash(self) -> str:
-        """Of its configuration and weights; reading it may take as long as reading the weights."""
+        """Hash of the configuration and weights; computing it may require reading all the weights."""
 
 
 def check_fits(
     prior: Modelled, store: ActivationStore, layer: int | None = None, *, same_model: bool = False
 ) -> list[int]:
-    """Check that a prior goes with a store; the layers that both have. The module says what is refused.
+    """Check that a prior is compatible with a store (see the module's table) and return the layers that both have.
 
     Args:
         prior: the configuration of the prior.
         store: the activations.
-        layer: the only layer that is wanted; None for any that both have.
-        same_model: refuse a store of another model than the prior was trained on, rather than warn.
+        layer: the only layer to use; None for all that both have.
+        same_model: refuse a store of a different model than the prior was trained on, instead of warning.
 
     Raises:
-        UserError: another width, no such layer, or (with ``same_model``) another model.
+        UserError: the width differs, the layer is missing, or (with ``same_model``) the model differs.
 
     Example:
         >>> check_fits(prior.config, ActivationStore.open("runs/demo/activations"))  # doctest: +SKIP
@@ -93,25 +93,23 @@ def check_fits(
     """
     if store.d != prior.d:
         raise UserError(
-            f"activations: {store.uri} has d = {store.d}, the prior models d = {prior.d}; "
-            "give a store of its model"
+            f"activations: {store.uri} has d = {store.d}, but the prior models d = {prior.d}; "
+            "give a store extracted from its model"
         )
     wanted = list(prior.layers) if layer is None else [layer]
     shared = [number for number in wanted if number in store.layers and number in prior.layers]
     if not shared:
         raise UserError(
-            f"layer: {store.uri} has {_listed(store.layers)}, the prior models layer {_listed(prior.layers)}; "
+            f"layer: {store.uri} has layers {_listed(store.layers)}, but the prior models {_listed(prior.layers)}; "
             "extract that layer"
         )
     entry = store.manifest.subject
     other = _other_model(prior.subject, entry.id, entry.revision, lambda: entry.weights_hash)
     code = (prior.subject.get("resolved") or {}).get("code")
     if other is None and code is not None and entry.resolved and entry.resolved.code != code:
-        other = (
-            f"the model {entry.id}, the prior was trained on {prior.subject.get('id')} (other Python code)"
-        )
+        other = f"{entry.id}, but the prior was trained on {prior.subject.get('id')} (different Python code)"
     if other:
-        message = f"activations: {store.uri} is of {other}"
+        message = f"activations: {store.uri} was extracted from {other}"
         if same_model and prior.subject.get("weights_hash"):
             raise UserError(f"{message}; give a store of that model")
         logger.warning("%s", message)
@@ -119,20 +117,20 @@ def check_fits(
 
 
 def check_subject(prior: Modelled, subject: AnySubject, source: str) -> None:
-    """Check that a prior goes with a language model whose activations it is to be used on; warns of another model.
+    """Check that a prior is compatible with a language model; warn if it was trained on a different one.
 
     Args:
         prior: the configuration of the prior.
         subject: the language model.
-        source: where the prior is, for messages.
+        source: location of the prior, for messages.
 
     Raises:
-        UserError: another width, or a layer that the model lacks.
+        UserError: the width differs, or the model lacks a layer of the prior.
     """
     if prior.d != subject.d or max(prior.layers) >= subject.n_layers:
         raise UserError(
-            f"model: {subject.model_id} (d = {subject.d}, {subject.n_layers} layers) is not the one that prior "
-            f"{source} (d = {prior.d}, layers {_listed(prior.layers)}) is of; give that model"
+            f"model: {subject.model_id} (d = {subject.d}, {subject.n_layers} layers) does not match prior "
+            f"{source} (d = {prior.d}, layers {_listed(prior.layers)}); give the model it was trained on"
         )
     known = prior.subject
     if other := _other_model(known, subject.model_id, subject.revision, lambda: subject.weights_hash):
@@ -143,7 +141,7 @@ def check_finite(store: ActivationStore, layer: int, rows: Rows) -> None:
     """Check that no row of a layer contains NaN or Inf.
 
     Raises:
-        UserError: one does; the message names its document and position.
+        UserError: a row does; the message names its document and position.
     """
     if not len(rows.doc):
         return
@@ -163,18 +161,18 @@ def check_finite(store: ActivationStore, layer: int, rows: Rows) -> None:
 def _other_model(
     known: Mapping[str, Any], model: str, revision: str | None, weights_hash: Callable[[], str]
 ) -> str | None:
-    """Where a model is not the one that a prior was trained on: both, for a message; else None."""
+    """A phrase for messages that names both models if they differ; None if they are the same."""
     name, ours = known.get("id"), known.get("weights_hash")
     if ours:
-        # A hub commit decides the weights: nothing has to be read.
+        # A hub commit pins the weights, so there is no need to read and hash them.
         if revision is not None and (name, known.get("revision")) == (model, revision):
             return None
         theirs = weights_hash()
         if theirs == ours:
             return None
-        return f"the model {model}, the prior was trained on {name} ({theirs[:12]}, not {ours[:12]})"
+        return f"{model}, but the prior was trained on {name} (weights {theirs[:12]}, not {ours[:12]})"
     if name and name != model and not any(one.startswith("/") for one in (name, model)):
-        return f"the model {model}, the prior was trained on {name}"
+        return f"{model}, but the prior was trained on {name}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Count, mean and squared deviations per coordinate (all pairs of coordinates on request), in float64, mergeable."""
+"""Mergeable moments in float64: count, mean, squared deviations per coordinate, all pairs of coordinates on request."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 18
-"""Values per step: few enough for the cache."""
+"""Values per step: small enough for the cache."""
 PRODUCT_ROWS = 4096
 MASSIVE_RMS = 20.0
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First two moments of some rows of width d."""
+    """First two moments of a set of rows of width d."""
 
     count: int
     mean: np.ndarray
@@ -25,18 +25,18 @@ class Moments:
     m2: np.ndarray
     """(d,) float64: sum over rows of (x - mean)^2."""
     co: np.ndarray | None = None
-    """(d, d) float64: sum over rows of (x - mean)(x - mean)^T, where asked for."""
+    """(d, d) float64: sum over rows of (x - mean)(x - mean)^T, if requested."""
 
     @classmethod
     def empty(cls, d: int, covariance: bool = False) -> Moments:
-        """The moments of no rows."""
+        """The moments of zero rows."""
         return cls(0, np.zeros(d), np.zeros(d), np.zeros((d, d)) if covariance else None)
 
     @classmethod
     def of(cls, rows: Tensor, covariance: bool = False) -> tuple[Moments, int]:
-        """The moments of the rows (n, d) that are finite, on any device, and how many are not.
+        """The moments of the finite rows among (n, d), on any device, and the number of rows with NaN or Inf.
 
-        Products of the covariance are in float32 of centred values, summed in float64 over chunks of rows.
+        Covariance products are computed in float32 from centred values and summed in float64 over chunks of rows.
         """
         total, bad = cls.empty(rows.shape[1]), 0
         for chunk in rows.split(max(1, CHUNK_VALUES // rows.shape[1])):
@@ -71,18 +71,18 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray | None:
-        """(d, d) population covariance, where it was asked for."""
+        """(d, d) population covariance, if requested."""
         return None if self.co is None else self.co / max(self.count, 1)
 
     def massive(self) -> dict[int, float]:
-        """Dimensions whose root mean square is over 20 times the median dimension's, and how many times, largest
+        """Dimensions whose root mean square is over 20 times that of the median dimension, with the ratio, largest
         first, at most 8: the massive activations of Sun et al. 2024 (arXiv 2402.17762)."""
         rms = np.sqrt(self.var + self.mean**2)
         ratio = rms / max(float(np.median(rms)), 1e-30)
         return {int(i): round(float(ratio[i]), 1) for i in np.argsort(-ratio)[:8] if ratio[i] > MASSIVE_RMS}
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of rows together (Chan, Golub and LeVeque 1979)."""
+        """The moments of the union of both sets of rows (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -96,7 +96,7 @@ class Moments:
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """As named arrays: ``prefix.count`` (1,) int64, ``prefix.mean`` and ``prefix.m2`` (d,) float64;
-        ``prefix.co`` (d, d) float64 where it is there."""
+        ``prefix.co`` (d, d) float64 if present."""
         products = {} if self.co is None else {f"{prefix}.co": self.co}
         return {
             f"{prefix}.count": np.array([self.count], dtype=np.int64),
@@ -107,7 +107,7 @@ class Moments:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
-        """What ``arrays`` gave. Raises KeyError where the names are not there."""
+        """The inverse of ``arrays``. Raises KeyError if a name is missing."""
         return cls(
             int(arrays[f"{prefix}.count"][0]),
             arrays[f"{prefix}.mean"],

@@ -1,4 +1,4 @@
-"""Reading a finished activation store: row groups, statistics, rows of a part of the documents."""
+"""Reads a finished activation store: row groups, statistics, and the rows of a part of the documents."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ COLUMNS = ("activation", "doc", "position", "token_id")
 
 
 class Rows(NamedTuple):
-    """n rows of a layer. A column that was not asked for is empty."""
+    """n rows of a layer. Columns that were not requested are empty."""
 
     activation: Tensor
     """(n, d) in the stored dtype."""
     doc: np.ndarray
     """(n,) int64."""
     position: np.ndarray
-    """(n,) int32: tokens from the document's start."""
+    """(n,) int32: token index from the start of the document."""
     token_id: np.ndarray
     """(n,) int32."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A stretch of rows that is read at once."""
+    """A contiguous block of rows that is read at once."""
 
     shard: int
     index: int
-    """Which row group of the shard."""
+    """Index of the row group within the shard."""
     rows: int
     start: int
-    """Index of its first row in the layer."""
+    """Index of its first row within the layer."""
 
 
 class ActivationStore:
-    """A finished store, its files of the recorded lengths; all layers have the same rows, in one order."""
+    """A finished store whose files have their recorded lengths; all layers have the same rows in the same order."""
 
     def __init__(self, uri: str, manifest: Manifest, records: Sequence[Record]) -> None:
         self.uri = uri
@@ -77,12 +77,12 @@ class ActivationStore:
         """Open the store at ``uri``, a folder or fsspec URI.
 
         Raises:
-            UserError: no store there, an unfinished one, or a file that is missing or of another length.
+            UserError: there is no store, it is unfinished, or a file is missing or has the wrong length.
         """
         uri = absolute(uri)
         manifest = read_manifest(uri)
         if manifest.derived and manifest.is_table:
-            raise UserError(f"{uri}: holds what `dmm {manifest.derived.verb}` wrote, not activations")
+            raise UserError(f"{uri}: contains the output of `dmm {manifest.derived.verb}`, not activations")
         sizes = file_sizes(uri)
         done = [unit for unit in range(manifest.units) if record_name(unit) in sizes]
         if len(done) < manifest.units or STATISTICS not in sizes:
@@ -93,19 +93,21 @@ class ActivationStore:
         records = [read_record(uri, unit) for unit in done]
         for record in records:
             if problem := length_problem(record, sizes):
-                raise UserError(f"{join(uri, problem)}; run the same `dmm extract` again to remake it")
+                raise UserError(f"{join(uri, problem)}; run the same `dmm extract` again to recreate it")
             if record.config_hash != manifest.config_hash:
                 name = join(uri, record_name(record.unit))
-                raise UserError(f"{name}: of another configuration than the manifest; `dmm verify` says more")
+                raise UserError(
+                    f"{name}: its configuration is not the manifest's; run `dmm verify` for details"
+                )
         return cls(uri, manifest, records)
 
     def row_groups(self, layer: int) -> list[RowGroup]:
-        """Every row group of ``layer``, in order."""
+        """All row groups of ``layer``, in order."""
         self._check(layer)
         return list(self._groups)
 
     def read(self, layer: int, group: RowGroup, columns: Sequence[str] = COLUMNS) -> Rows:
-        """The rows of a group; columns left out of ``columns`` come back empty."""
+        """The rows of a group; columns not in ``columns`` are returned empty."""
         self._check(layer)
         uri = join(self.uri, shard_name(layer, group.shard))
         with concerning(uri):
@@ -116,26 +118,26 @@ class ActivationStore:
         return to_rows(table, self.d, self.manifest.torch_dtype)
 
     def documents(self, layer: int, group: RowGroup) -> np.ndarray:
-        """The document of each row of a group, (n,) int64, without reading the activations."""
+        """The document number of each row of a group, (n,) int64, without reading the activations."""
         return self.read(layer, group, ("doc",)).doc
 
     def statistics(self, layer: int) -> Moments:
-        """Moments of every row of ``layer``, all documents, rows that are not finite left out."""
+        """Moments of ``layer`` over all documents, excluding rows that contain NaN or Inf."""
         self._check(layer)
         if not self._statistics:
             self._statistics = read_moments(self.uri, STATISTICS, self.layers)
         return self._statistics[layer]
 
     def select(self, layer: int, split: Split, part: int, max_rows: int | None = None, seed: int = 0) -> Rows:
-        """The rows of a part of the documents, ordered by (doc, position).
+        """The rows of one part of the documents, ordered by (doc, position).
 
         Args:
             layer: which layer.
-            split: how documents are divided.
+            split: how documents are split.
             part: TRAIN, VALIDATION or TEST of ``dmm_ray.store.split``.
-            max_rows: take whole documents, in an order drawn by ``seed``, while they fit (one at least); None
-                takes all.
-            seed: of that draw.
+            max_rows: take complete documents, in an order drawn by ``seed``, as long as they fit (at least one);
+                None takes all.
+            seed: seed of that draw.
         """
         self._check(layer)
         docs = [self.documents(layer, group) for group in self._groups]
@@ -146,14 +148,14 @@ class ActivationStore:
         return self.gather(layer, self._groups, wanted)
 
     def document(self, layer: int, doc: int) -> Rows:
-        """The rows of one document, ordered by position; none if it has none."""
+        """The rows of one document, ordered by position; may be empty."""
         self._check(layer)
         units = [r.unit for r in self.records if r.first_document <= doc < r.first_document + r.documents]
         groups = [group for group in self._groups if group.shard in units]
         return self.gather(layer, groups, [np.flatnonzero(self.documents(layer, g) == doc) for g in groups])
 
     def gather(self, layer: int, groups: Sequence[RowGroup], wanted: Sequence[np.ndarray]) -> Rows:
-        """Rows ``wanted`` of each of ``groups``, by index into the group, in order; others are not read."""
+        """The rows ``wanted[i]`` (indices) of each ``groups[i]``, in order; groups without wanted rows are not read."""
         full = [(group, index) for group, index in zip(groups, wanted, strict=True) if len(index)]
         return _concatenate(
             (self.read(layer, group) for group, _ in full),
@@ -170,7 +172,7 @@ class ActivationStore:
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Every file of the store at ``uri``, by its path inside it, with its length in bytes."""
+    """Length in bytes of every file of the store at ``uri``, keyed by path relative to the store."""
     fs, path = filesystem(uri)
     root = path.rstrip("/")
     if is_local(uri):
@@ -181,7 +183,7 @@ def file_sizes(uri: str) -> dict[str, int]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, int]]:
-    """Path and length of every file below a local folder; a file that goes away meanwhile is left out."""
+    """Path and length of every file below a local folder; files deleted in the meantime are skipped."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -192,17 +194,17 @@ def _walk(folder: str) -> Iterator[tuple[str, int]]:
 
 
 def length_problem(record: Record, sizes: dict[str, int]) -> str | None:
-    """The first file of ``record`` that is missing or of another length, and how; None if all are right."""
+    """Describes the first file of ``record`` that is missing or has the wrong length; None if there is none."""
     for name, entry in record.files.items():
         if name not in sizes:
             return f"{name}: missing"
         if sizes[name] != entry.bytes:
-            return f"{name}: {sizes[name]} bytes where its record says {entry.bytes}"
+            return f"{name}: {sizes[name]} bytes, but its record says {entry.bytes}"
     return None
 
 
 def to_rows(table: pa.Table, d: int, dtype: torch.dtype) -> Rows:
-    """The columns of a shard's table as arrays of their own memory."""
+    """The columns of a shard's table, copied into arrays that own their memory."""
     activation = torch.empty(0, d, dtype=dtype)
     if "activation" in table.column_names:
         activation = _activations(table.column("activation"), d, dtype)
@@ -253,7 +255,7 @@ def _source(uri: str) -> pa.NativeFile:
 
 
 def _draw(docs: np.ndarray, counts: np.ndarray, max_rows: int | None, seed: int) -> np.ndarray:
-    """Documents in seeded order while their rows fit into ``max_rows``; at least one."""
+    """Documents in seeded order as long as their rows fit into ``max_rows``; at least one."""
     if max_rows is None or not len(docs):
         return docs
     order = np.argsort(hash_documents(docs, seed), kind="stable")
@@ -262,7 +264,7 @@ def _draw(docs: np.ndarray, counts: np.ndarray, max_rows: int | None, seed: int)
 
 
 def _concatenate(pieces: Iterable[Rows], wanted: Sequence[np.ndarray], d: int, dtype: torch.dtype) -> Rows:
-    """Rows ``wanted`` of each piece. By numpy: threads that read get no OpenMP threads then."""
+    """The rows ``wanted`` of each piece. Uses numpy, so that reader threads do not start OpenMP threads."""
     n = sum(map(len, wanted))
     out = Rows(empty_rows(n, d, dtype), np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
     at = 0
@@ -276,12 +278,12 @@ def _concatenate(pieces: Iterable[Rows], wanted: Sequence[np.ndarray], d: int, d
 
 
 def empty_rows(n: int, d: int, dtype: torch.dtype) -> Tensor:
-    """Memory for rows, (n, d); numpy's, which comes in huge pages: faults on small ones took 15 % of the reading."""
+    """Uninitialised rows (n, d) from numpy, which uses huge pages: faults on small pages took 15 % of read time."""
     raw = torch.from_numpy(np.empty((n, d * dtype.itemsize), dtype=np.uint8))
-    return raw.view(dtype) if n else torch.empty(0, d, dtype=dtype)  # no rows have strides that forbid a view
+    return raw.view(dtype) if n else torch.empty(0, d, dtype=dtype)  # strides of zero rows forbid a view
 
 
 def records(rows: Tensor) -> np.ndarray:
-    """Rows (n, d) as n opaque values that share their memory."""
+    """Rows (n, d) viewed as n opaque values, without copying."""
     raw = rows.view(torch.uint8).numpy()
     return raw.view(np.dtype((np.void, raw.shape[1])))[:, 0]

@@ -1,4 +1,4 @@
-"""Train, validation and test documents, by a seeded hash of the document's number."""
+"""Splits documents into train, validation and test by a seeded hash of the document number."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ PARTS = ("train", "validation", "test")
 
 
 class Split(Config):
-    """Fractions of documents per part; a document's part depends on its number and the seed alone."""
+    """Fractions of documents per part; a document's part depends only on its number and the seed."""
 
     seed: int = 0
-    """Which documents go where."""
+    """Seed of the assignment."""
     train: float = 0.9
     """Fraction of documents to train on."""
     validation: float = 0.05
-    """Fraction that chooses sizes and gives early looks."""
+    """Fraction used for choices, such as sizes, and for monitoring."""
     test: float = 0.05
-    """Fraction that is only reported on."""
+    """Fraction used only for reported results."""
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Split:
         parts = (self.train, self.validation, self.test)
         if min(parts) < 0 or abs(sum(parts) - 1) > 1e-6:
-            raise ValueError(f"train, validation and test must be from 0 and add up to 1, not {sum(parts):g}")
+            raise ValueError(
+                f"train, validation and test must be non-negative and add up to 1, not {sum(parts):g}"
+            )
         return self
 
     def of(self, doc: np.ndarray) -> np.ndarray:

@@ -13,35 +13,35 @@ class TokenSelection(Group):
     """Which tokens of a document are kept."""
 
     keep_first: bool = False
-    """Keep position 0 (BOS, [CLS] or attention sink) too."""
+    """Also keep position 0 (BOS, [CLS] or attention sink)."""
     keep_special: bool = False
-    """Keep the special tokens that a tokenizer puts at a document's end ([SEP], an end of text) too."""
+    """Also keep the special tokens that a tokenizer appends to a document ([SEP], end of text)."""
     long_documents: Literal["cut", "split"] = "cut"
-    """Cut a document longer than the window, or split it into windows that do not see each other."""
+    """Truncate documents longer than the window, or split them into windows that do not attend to each other."""
     tokens_per_doc: Literal["all", "last"] | int = "all"
-    """Tokens kept per document: all, the last, or this many drawn by seed."""
+    """Tokens to keep per document: all, the last, or this many, drawn by seed."""
     min_position: int = Field(default=0, ge=0)
-    """Leave out earlier positions."""
+    """Drop positions before this one."""
     max_position: int | None = Field(default=None, ge=0)
-    """Leave out later positions."""
+    """Drop positions after this one."""
 
     @field_validator("tokens_per_doc", mode="before")
     @classmethod
     def _all_last_or_number(cls, value: object) -> object:
         if value in ("all", "last") or (str(value).isdecimal() and int(str(value)) > 0):
             return value
-        raise ValueError("give all, last or a number from 1")
+        raise ValueError("expected all, last or a positive integer")
 
     @model_validator(mode="after")
     def _in_order(self) -> TokenSelection:
         if self.max_position is not None and self.max_position < self.min_position:
             raise ValueError(
-                f"max_position {self.max_position} is before min_position {self.min_position}: nothing is left"
+                f"max_position {self.max_position} is less than min_position {self.min_position}: no positions are left"
             )
         return self
 
     def most_rows(self, window: int) -> int:
-        """The most rows that a document cut at ``window`` gives."""
+        """The maximum number of rows from a document truncated to ``window`` tokens."""
         low = max(self.min_position, 0 if self.keep_first else 1)
         high = window if self.max_position is None else min(window, self.max_position + 1)
         drawn = {"all": window, "last": 1}.get(str(self.tokens_per_doc), self.tokens_per_doc)

@@ -1,4 +1,4 @@
-"""Shards: one Parquet file per unit and layer, written whole or not at all, hashed on the way."""
+"""Writes shards: one Parquet file per unit and layer, written atomically and hashed while being written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dmm_ray.store.manifest import DTYPES, ROW_GROUP_ROWS, FileEntry
 
 
 class HashingFile(io.RawIOBase):
-    """A write-only file that hashes, in a thread beside the writing, and counts what passes through."""
+    """A write-only file that counts the bytes written and hashes them in a background thread."""
 
     def __init__(self, target: IO[bytes], hasher: Executor) -> None:
         self._target = target
@@ -44,19 +44,19 @@ class HashingFile(io.RawIOBase):
         return size
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written so far."""
         return self.bytes
 
     @property
     def entry(self) -> FileEntry:
-        """Length and hash of what was written."""
+        """Length and hash of the bytes written."""
         self._hashed.result()
         return FileEntry(bytes=self.bytes, sha256=self._digest.hexdigest())
 
 
 @contextmanager
 def whole_file(uri: str) -> Iterator[HashingFile]:
-    """A file that appears under its name only when the block ends well: rename (local) or a single put."""
+    """A file that appears under its name only if the block succeeds: by rename (local) or a single put."""
     fs, path = filesystem(uri)
     if not is_local(uri):
         with tempfile.NamedTemporaryFile() as local, ThreadPoolExecutor(1) as hasher:
@@ -72,10 +72,10 @@ def whole_file(uri: str) -> Iterator[HashingFile]:
 def write_shard(
     uri: str, activation: Tensor, doc: np.ndarray, position: np.ndarray, token_id: np.ndarray
 ) -> FileEntry:
-    """Write one layer's rows of a unit.
+    """Write the rows of one layer of a unit.
 
     Args:
-        uri: where.
+        uri: destination.
         activation: (n, d) contiguous, bfloat16 or float32, on the CPU.
         doc: (n,) int64.
         position: (n,) int32.
@@ -103,7 +103,7 @@ def write_shard(
 
 
 def shard_schema(d: int, dtype: torch.dtype) -> pa.Schema:
-    """Columns of a shard; metadata ``dtype`` and ``d`` say what the bytes of ``activation`` are."""
+    """Columns of a shard; the metadata ``dtype`` and ``d`` describe the bytes of ``activation``."""
     name = next(name for name, known in DTYPES.items() if known == dtype)
     return pa.schema(
         [

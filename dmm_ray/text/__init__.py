@@ -1,1 +1,1 @@
-"""Documents out of text files of many kinds, on any file system."""
+"""Reads documents from text files of many formats, on any file system."""

@@ -1,4 +1,4 @@
-"""What a record of a corpus says: a text, a chat, or what is wrong with it."""
+"""Parses a record of a corpus: a text, a chat, or an error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Roles of the speakers in conversations of ``from`` and ``value``."""
+"""Role of each speaker in conversations with ``from`` and ``value`` (ShareGPT)."""
 OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 MESSAGES = "messages"
-"""The field of a chat, read where a record has no text field."""
+"""The field with a chat, read if a record has no text field."""
 
 
 class Document(NamedTuple):
@@ -20,16 +20,16 @@ class Document(NamedTuple):
     text: str | None
     error: str | None
     messages: tuple[dict[str, Any], ...] | None = None
-    """A chat: at least one message of a ``role`` and a ``content``, and what belongs to tools."""
+    """A chat: at least one message with ``role`` and ``content``, plus any tool fields."""
 
     @property
     def content(self) -> str | tuple[dict[str, Any], ...]:
-        """Its text or its messages; empty for a failed one."""
+        """The text or messages; empty for a failed document."""
         return self.text or self.messages or ""
 
 
 class Content(NamedTuple):
-    """A document that is not numbered yet: exactly one field is not None."""
+    """A document without a number yet: exactly one field is not None."""
 
     text: str | None = None
     error: str | None = None
@@ -37,12 +37,12 @@ class Content(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """Whether it is a text of white space alone."""
+        """Whether this is a text that contains only white space."""
         return self.text is not None and not self.text.strip()
 
 
 def plain_content(raw: bytes) -> Content:
-    """The text that ``raw`` encodes, without the white space around it."""
+    """Decode ``raw`` and strip surrounding white space."""
     try:
         return Content(text=raw.decode().removeprefix("\ufeff").strip())
     except UnicodeDecodeError:
@@ -50,7 +50,7 @@ def plain_content(raw: bytes) -> Content:
 
 
 def json_content(raw: bytes, text_field: str) -> Content:
-    """A line of jsonl. A blank line is a blank document."""
+    """Parse a line of JSONL. A blank line is a blank document."""
     content = plain_content(raw)
     if not content.text:
         return content
@@ -62,7 +62,7 @@ def json_content(raw: bytes, text_field: str) -> Content:
 
 
 def record_content(record: Mapping[str, object], text_field: str) -> Content:
-    """A record with the text field, or else with ``messages``."""
+    """Parse a record that has the text field or, failing that, ``messages``."""
     if text_field in record:
         value = record[text_field]
         return (
@@ -79,10 +79,10 @@ def _text_content(value: object, text_field: str) -> Content:
 
 
 def _chat_content(value: object, field: str) -> Content:
-    """A list of messages, as chat templates take them: ``{"role": str, "content": str}``.
+    """Parse a list of messages into the form that chat templates expect: ``{"role": str, "content": str}``.
 
-    Content may be a list of text parts, and null beside tool calls; ``from`` and ``value``, with ShareGPT's names of
-    speakers, are read as role and content. Other keys are left out, but for those of tools.
+    The content may be a list of text parts, or null if there are tool calls. ``from`` and ``value``, with ShareGPT's
+    speaker names, are read as role and content. Other keys are dropped, except those for tools.
     """
     if not isinstance(value, list) or not value:
         kind = "null" if value is None else "an empty list" if value == [] else "not a list"
@@ -97,15 +97,13 @@ def _chat_content(value: object, field: str) -> Content:
 
 
 def _message(message: object, number: int) -> dict[str, Any] | str:
-    """A message, or what is wrong with it."""
+    """The parsed message, or an error message."""
     if not isinstance(message, dict):
         return f"message {number} is not an object with role and content"
     if "from" in message and "value" in message and "role" not in message:
         speaker = message["from"]
         if speaker not in SHAREGPT:
-            return (
-                f"message {number} is from {str(speaker)[:40]!r}; of {', '.join(SHAREGPT)} the role is known"
-            )
+            return f"message {number} is from {str(speaker)[:40]!r}; expected one of {', '.join(SHAREGPT)}"
         message = {"role": SHAREGPT[speaker], "content": message["value"]}
     for key in ("role", "content"):
         if key not in message and not (key == "content" and message.get("tool_calls")):
@@ -122,7 +120,7 @@ def _message(message: object, number: int) -> dict[str, Any] | str:
 
 
 def _joined(content: object) -> object:
-    """The text of a list of text parts; anything else as it is."""
+    """The joined text of a list of text parts; anything else unchanged."""
     if not isinstance(content, list):
         return content
     texts = [
@@ -133,7 +131,7 @@ def _joined(content: object) -> object:
 
 
 def _problem(value: object, what: str) -> str | None:
-    """Why ``value`` is no text, if it is none."""
+    """Why ``value`` is not valid text; None if it is."""
     if not isinstance(value, str):
         if value is None:
             return f"{what} is null"
@@ -143,10 +141,10 @@ def _problem(value: object, what: str) -> str | None:
             else ()
         )
         if kinds := sorted(set(parts) - {"text"}):
-            return f"{what} has a part of type {kinds[0][:40]!r}, where a language model of texts takes text alone"
+            return f"{what} has a part of type {kinds[0][:40]!r}; only text parts are supported"
         return f"{what} is not a string"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"{what} holds half a surrogate pair"
+        return f"{what} contains an unpaired surrogate"
     return None

@@ -1,1 +1,1 @@
-"""Resumable work in units on a Ray Data actor pool: the folder, its lock, the actors."""
+"""Resumable work, divided into units, on a Ray Data actor pool: the folder, its lock and the actors."""

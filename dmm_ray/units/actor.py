@@ -1,4 +1,4 @@
-"""Ray Data actors that work on one unit at a time: only a small result, or a failure as text, travels back."""
+"""Ray Data actors that process one unit per call and return only a small result, or a failure as text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dmm_ray.units.unit import Unit
 
 
 class UnitActor(ABC):
-    """Writes into the folder ``out``. What is raised comes back as an error row: Ray would wrap it in its own traces,
-    and could not pickle every exception.
+    """Writes into the folder ``out``. Exceptions are returned as error rows, because Ray would wrap them in its own
+    tracebacks and cannot pickle every exception.
 
-    Once such a row is out this actor writes nothing more, in no thread: what it left over can be removed then. (Others
-    may be writing still when the run ends; what they leave over the next run removes.)
+    Once an error row has been returned, no thread of this actor writes anything more, so its temporary files can be
+    removed. (Other actors may still be writing when the run ends; the next run removes what they leave behind.)
     """
 
     memory_options: ClassVar[str] = ""
-    """Options of the command that lower an actor's need for memory, for the line of a failure."""
+    """Command-line options that reduce an actor's memory use, named in failure messages."""
 
     def __init__(self, out: str) -> None:
         self.out = out
@@ -35,11 +35,11 @@ class UnitActor(ABC):
 
     @abstractmethod
     def work(self, unit: Unit) -> dict[str, Any]:
-        """Do one unit: its small result, with the ``rows`` it has."""
+        """Process one unit and return its small result, which includes its number of ``rows``."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """The result of the one unit of ``batch`` as JSON, or an ``error``, with the ``unit`` and its ``trace`` unless
-        it is about bad input."""
+        """The result of the single unit in ``batch`` as JSON; for a failure an ``error``, with ``unit`` and ``trace``
+        unless it is about bad input."""
         unit = Unit(*(int(batch[name][0]) for name in Unit._fields))
         try:
             result = self.work(unit)
@@ -58,14 +58,14 @@ class UnitActor(ABC):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """One thread at a time writes. Raises UserError, the first failure again, after a failure."""
+        """Let one thread write at a time. After a failure, raises UserError with the first failure."""
         with self._writing:
             if self._failed is not None:
                 raise UserError(self._failed["error"])
             yield
 
     def _stop(self, failure: dict[str, Any]) -> dict[str, Any]:
-        """Let nothing more be written; the first failure."""
+        """Prevent any further writing and return the first failure."""
         with self._writing:
             self._failed = self._failed or failure
             return self._failed

@@ -1,4 +1,4 @@
-"""A resumable run over units on a Ray Data actor pool: its folder before, during and after the work."""
+"""A resumable run over units on a Ray Data actor pool, including preparing and completing its folder."""
 
 from __future__ import annotations
 
@@ -30,50 +30,50 @@ C = TypeVar("C", bound=Config)
 
 
 class Job(ABC, Generic[C]):
-    """What a verb does with units.
+    """The work that a command does on units.
 
     Args:
-        out: folder to write or to resume; an absolute path or URI.
-        manifest: what the folder is to hold.
-        pool: the processes that do it.
-        config: of the verb, for ``summary.json``.
+        out: folder to write or resume; an absolute path or URI.
+        manifest: describes the contents of the folder.
+        pool: the processes that do the work.
+        config: the command's configuration, for ``summary.json``.
     """
 
     def __init__(self, out: str, manifest: Manifest, pool: ActorPool, config: C) -> None:
         self.out, self.manifest, self.pool, self.config = out, manifest, pool, config
         self.failed = 0
-        """Documents that failed so far, those of units that were done before too."""
+        """Number of documents that failed so far, including those in units from earlier runs."""
 
     @abstractmethod
     def actor(self, resources: Resources, units: int) -> tuple[type[UnitActor], tuple[Any, ...]]:
-        """The class of the actors and their arguments; logs what ``units`` units are about to be done."""
+        """The actor class and its arguments; logs a description of the ``units`` units to be done."""
 
     def add(self, result: dict[str, Any]) -> None:
-        """Count a unit's result. An overriding method may raise UserError to end the run."""
+        """Add a unit's result to the totals. An override may raise UserError to end the run."""
         self.failed += result.get("failed", 0)
 
     @abstractmethod
     def finish(self) -> dict[str, Any]:
-        """After the last unit: write what is about all of them; the summary's ``figures``."""
+        """Called after the last unit: write data about the whole run and return the summary's ``figures``."""
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """More keys of the summary."""
+        """Additional keys for the summary."""
         return {}
 
 
 def run_job(job: Job[Any], started: float) -> str:
-    """Write, or finish, the folder ``job.out``; the folder.
+    """Write or resume the folder ``job.out`` and return it.
 
     Args:
-        job: what is to be done.
+        job: the work to do.
         started: ``time.monotonic()`` at the start of the command, for the summary's ``seconds``.
 
     Raises:
-        UserError: the folder holds something else or another configuration's results, or is being written; a unit
-            reports bad input.
-        CheckFailed: another process took the folder over; or a unit, or the pool of actors, failed for a reason outside
-            the input. The trace is in the file that the message names, until the folder is finished.
+        UserError: the folder contains something else or results of a different configuration, or is being written by
+            another process; or a unit reports bad input.
+        CheckFailed: another process took over the folder; or a unit or the actor pool failed for a reason other than
+            the input. The traceback is in the file named by the message until the folder is complete.
     """
     out, manifest = job.out, job.manifest
     make_folder(out)
@@ -97,7 +97,7 @@ def run_job(job: Job[Any], started: float) -> str:
 
 
 def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
-    """Do the units that are not ``done``, logging rate and time left; rows per second, or None where all are."""
+    """Process the units not yet ``done``, logging progress; returns rows per second, None if there were no units."""
     manifest = job.manifest
     todo = [
         unit_at(unit, manifest.documents, manifest.documents_per_unit)
@@ -118,7 +118,7 @@ def _run_units(job: Job[Any], done: Done, lock: WriterLock) -> float | None:
 
 
 def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
-    """What to raise for a result with an error."""
+    """The exception to raise for a result with an error."""
     if "trace" not in result:
         return UserError(result["error"])
     if "unit" not in result:
@@ -133,7 +133,7 @@ def _failure(out: str, manifest: Manifest, result: dict[str, Any]) -> Exception:
 
 
 def work(job: Job[Any], units: list[Unit]) -> Generator[dict[str, Any]]:
-    """The result of each unit, as they finish, from a pool of the job's actors on Ray."""
+    """Yield the results of units as they finish, from a pool of the job's actors on Ray."""
     ensure_ray()
     resources = plan_resources(job.pool, len(units))
     actor, arguments = job.actor(resources, len(units))

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder: a kernel lock on local disks, a record with a heartbeat elsewhere."""
+"""Ensures a single writer per folder: a kernel lock on local disks, a record with a heartbeat elsewhere."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from dmm_ray.files import filesystem, is_local, join, plain_errors, write_bytes
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT_S = 5.0
-"""A holder rewrites its record this often."""
+"""Seconds between rewrites of the record by its holder."""
 LOST_S = 20.0
 """A holder whose heartbeat is overdue by this long checks that the record is still its own before it continues."""
 WATCH_S = 30.0
-"""A record that does not change for this long is stale. More than LOST_S."""
+"""A record that has not changed for this long is stale. Must exceed LOST_S."""
 SETTLE_S = 2.0
-"""After writing the first record, wait this long and read it again, for two that start at once."""
+"""After writing its first record, a process waits this long and rereads it, in case two started at once."""
 
 
 class WriterLock(Protocol):
-    """What the one writer of a folder holds."""
+    """Held by the single writer of a folder."""
 
     def check(self) -> None:
-        """Raise CheckFailed if another writer has taken the folder over, or if that cannot be found out."""
+        """Raise CheckFailed if another writer has taken over the folder, or if that cannot be determined."""
 
 
 @contextmanager
 def writer_lock(uri: str) -> Iterator[WriterLock]:
-    """Hold the folder ``uri`` for writing; call ``check()`` of what this yields between pieces of work.
+    """Lock the folder ``uri`` for writing; call ``check()`` on the yielded lock between pieces of work.
 
-    On a local disk a killed holder's lock is gone with it. Elsewhere its record is watched for ``WATCH_S`` seconds
-    first, comparing contents only, never the clocks of two machines.
+    On a local disk, the lock of a killed process disappears with it. Elsewhere, its record is first watched for
+    ``WATCH_S`` seconds, comparing only contents, never the clocks of two machines.
 
     Raises:
-        UserError: another process holds it, the message names it; or nothing can be written there.
+        UserError: another process, named by the message, holds the lock; or the folder is not writable.
     """
     lock = KernelLock(uri) if is_local(uri) else HeartbeatLock(uri)
     try:
@@ -58,7 +58,7 @@ def writer_lock(uri: str) -> Iterator[WriterLock]:
 
 
 class KernelLock:
-    """``flock`` on ``.lock`` in a local folder: gone with the process that holds it."""
+    """``flock`` on ``.lock`` in a local folder; released when the process that holds it ends."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -66,7 +66,7 @@ class KernelLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Take it. Raises UserError naming the process that has it."""
+        """Take the lock. Raises UserError naming the process that holds it."""
         while self._handle is None:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -79,14 +79,14 @@ class KernelLock:
                 os.truncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
                 self._handle = handle
-            else:  # the holder unlinked this file between our open and our lock
+            else:  # the previous holder unlinked this file between our open and our lock: try again
                 os.close(handle)
 
     def check(self) -> None:
-        """Nothing: a kernel lock cannot be lost."""
+        """Do nothing: a kernel lock cannot be lost."""
 
     def release(self) -> None:
-        """Give it back, if it was taken."""
+        """Release the lock if it was taken."""
         if self._handle is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
@@ -94,7 +94,7 @@ class KernelLock:
 
 
 class Holder(Config):
-    """Content of ``.lock``: who writes. Every heartbeat changes ``when``, which only people read."""
+    """Content of ``.lock``: the current writer. Every heartbeat updates ``when``, which is only for human readers."""
 
     token: str
     host: str
@@ -103,7 +103,7 @@ class Holder(Config):
 
 
 class HeartbeatLock:
-    """A ``.lock`` record on a filesystem without kernel locks, rewritten by a thread while it is held."""
+    """A ``.lock`` record on a filesystem without kernel locks, rewritten by a background thread while held."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -116,10 +116,10 @@ class HeartbeatLock:
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
 
     def acquire(self) -> None:
-        """Take it: watch a record that is there, write our own, see that it stands.
+        """Take the lock: watch any existing record, write our own, and check that it persists.
 
         Raises:
-            UserError: another writer's record changes or takes the place of ours, or the store fails.
+            UserError: another writer's record changes or replaces ours, or the file system fails.
         """
         if (found := self._read()) is not None:
             self._watch(found)
@@ -130,7 +130,7 @@ class HeartbeatLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Make sure that the record was renewed of late, by the heartbeat or here."""
+        """Make sure that the record was renewed recently, by the heartbeat or by this call."""
         try:
             if self._taken_by is None and time.monotonic() - (self._renewed or 0.0) > LOST_S:
                 self._renew()
@@ -140,7 +140,7 @@ class HeartbeatLock:
             raise CheckFailed(f"out: {self.uri} was taken over by {self._taken_by}; this run has stopped")
 
     def release(self) -> None:
-        """Stop the heartbeat; delete the record if it is ours."""
+        """Stop the heartbeat and delete the record if it is ours."""
         if self._renewed is None:
             return
         self._stop.set()
@@ -153,11 +153,11 @@ class HeartbeatLock:
                 with plain_errors(self.path):
                     fs.rm_file(path)
         except UserError as e:
-            logger.warning("the lock stays behind: %s", e)
+            logger.warning("the lock could not be removed: %s", e)
 
     def _watch(self, first: bytes) -> None:
         """Return once the record is gone, or has not changed for WATCH_S. Raises UserError if it changes."""
-        logger.info("%s: a record of %s; watching it for %g s", self.path, owner_of(first), WATCH_S)
+        logger.info("%s: lock held by %s; watching it for %g s", self.path, owner_of(first), WATCH_S)
         until = time.monotonic() + WATCH_S
         while time.monotonic() < until:
             time.sleep(BEAT_S / 2)
@@ -176,7 +176,7 @@ class HeartbeatLock:
                 logger.warning("the lock was not renewed: %s", e)
 
     def _renew(self) -> None:
-        """Write the record again, unless it is another's now. One that was deleted is put back."""
+        """Rewrite the record, or restore it if it was deleted, unless it now belongs to another writer."""
         with self._one_at_a_time:
             found = self._read()
             if found is not None and not self._is_ours(found):
@@ -185,7 +185,7 @@ class HeartbeatLock:
                 self._write()
 
     def _read(self) -> bytes | None:
-        """What is in the record now; None where there is none."""
+        """The current content of the record; None if there is none."""
         fs, path = filesystem(self.path)
         with plain_errors(self.path), suppress(FileNotFoundError):
             return bytes(fs.cat_file(path))
@@ -204,12 +204,12 @@ class HeartbeatLock:
 
 
 def refusal(uri: str, owner: str) -> str:
-    """One line on a folder that ``owner`` holds."""
+    """The message for a folder that ``owner`` holds."""
     return f"out: {uri} is being written by {owner}; wait or choose another --out"
 
 
 def owner_of(content: bytes | None) -> str:
-    """Process and host in a record, as far as it can be read."""
+    """The process and host named in a record, as far as it is readable."""
     try:
         holder = Holder.model_validate_json(content or b"")
     except ValidationError:

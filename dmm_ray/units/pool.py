@@ -1,4 +1,4 @@
-"""Units on a Ray Data pool of actors."""
+"""Runs units on a Ray Data actor pool."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dmm_ray.units.resources import Resources
 from dmm_ray.units.unit import Unit
 
 MAX_BLOCKS = 4096
-"""Most Ray Data blocks of a run; with more units, a block holds several."""
+"""Maximum number of Ray Data blocks per run; with more units, a block contains several."""
 UNITS_IN_FLIGHT = 2
-"""Per actor: one computes while the other is read and prepared, or written."""
+"""Per actor: one computes while the other is read and prepared, or written out."""
 UNIT_RETRIES = 4
-"""How often a unit is begun again after its actor's process died. Without a limit, one that needs more memory than
-there is would be tried for ever."""
+"""How many times a unit is retried after its actor process died. Without a limit, a unit that needs more memory than
+available would be retried forever."""
 LOUD_LOGGERS = (
-    "ray.data._internal.progress",  # says that its bars are off
-    # They show an exception with its trace, which the caller keeps in a file.
+    "ray.data._internal.progress",  # reports that progress bars are disabled
+    # These log exceptions with tracebacks, which the caller saves to a file.
     "ray.data._internal.execution.streaming_executor_state",
     "ray.data._internal.execution.operators.actor_pool_map_operator",
     "ray.data.exceptions",
@@ -33,11 +33,11 @@ LOUD_LOGGERS = (
 def map_units(
     actor: type[UnitActor], arguments: tuple[Any, ...], units: Sequence[Unit], resources: Resources
 ) -> Generator[dict[str, Any]]:
-    """The small result of each unit, in the order they finish, from a pool of ``actor(*arguments)``.
+    """Yield the small result of each unit, in order of completion, from a pool of ``actor(*arguments)``.
 
-    The last one has an ``error`` and its ``trace`` where the pool itself failed: actors cannot be started, or their
-    processes died more than ``UNIT_RETRIES`` times over the same unit. Close this generator when an error ends the
-    run: the pool goes on with units as long as it is open.
+    If the pool itself fails, the last result has an ``error`` and its ``trace``: actors could not be started, or their
+    processes died more than ``UNIT_RETRIES`` times on the same unit. Close this generator when an error ends the
+    run; the pool keeps processing units as long as it is open.
     """
     import ray
 
@@ -46,7 +46,7 @@ def map_units(
     items = [unit._asdict() for unit in units]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
     with warnings.catch_warnings():
-        # It has no other way to limit the retries; the next releases of Ray are to have one.
+        # Ray Data has no other way to limit retries yet; upcoming releases of Ray will.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         results = dataset.map_batches(
             actor,

@@ -1,4 +1,4 @@
-"""Lines of progress while units are being done."""
+"""Progress log lines while units are processed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Logs units done, rows per second and the time left, every 10 seconds at most.
+    """Logs units done, rows per second and the time left, at most every 10 seconds.
 
-    The pace is counted from the first unit on, so that starting the actors is no part of it.
+    The time left is estimated from the end of the first unit, so that it excludes the startup time of the actors.
     """
 
     def __init__(self, units: int) -> None:
@@ -20,7 +20,7 @@ class Progress:
         self.started = self.first = self.logged = time.monotonic()
 
     def add(self, rows: int) -> None:
-        """Count a finished unit."""
+        """Add a finished unit."""
         self.done, self.rows, now = self.done + 1, self.rows + rows, time.monotonic()
         if self.done == 1:
             self.first = now

@@ -1,4 +1,4 @@
-"""How many actors of what size do the work: as asked for, and as the cluster has room for."""
+"""Determines the number and size of actors from the options and the cluster's resources."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dmm_ray.ray_session import cluster_address, ensure_ray, workers_have_fast_b
 
 
 class ActorPool(Group):
-    """The processes that do the work, as far as they are chosen."""
+    """Options for the processes that do the work."""
 
     actors: int | None = Field(default=None, ge=1)
-    """Processes that each hold a model; by default one per GPU, or one per 2 CPUs where there is none."""
+    """Processes that each hold a model; defaults to one per GPU, or one per 2 CPUs without GPUs."""
     cpus_per_actor: float | None = Field(default=None, gt=0)
-    """CPUs (and torch threads) of each; by default 2 at most without a GPU, 1 with one."""
+    """CPUs (and torch threads) per actor; defaults to 1 with a GPU, else at most 2."""
     gpus_per_actor: float | None = Field(default=None, ge=0)
-    """GPUs of each, a share such as 0.5 too; by default 1 where the cluster has any."""
+    """GPUs per actor, may be fractional, such as 0.5; defaults to 1 if the cluster has any."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs where the cluster has any."""
+    """auto uses GPUs if the cluster has any."""
 
     @property
     def gpus(self) -> float | None:
-        """GPUs asked for each actor; None for the default."""
+        """GPUs requested per actor; None for the default."""
         if self.device == "cpu":
             return 0.0
         return self.gpus_per_actor or (1.0 if self.device == "cuda" else self.gpus_per_actor)
@@ -35,17 +35,17 @@ class ActorPool(Group):
 
 @dataclass(frozen=True)
 class Resources:
-    """The actor pool as it is."""
+    """The resolved actor pool."""
 
     actors: int
     fitting: int
-    """Actors that fit into the cluster as it is; autoscaling may bring the rest."""
+    """Number of actors that fit into the cluster now; autoscaling may add the rest."""
     cpus: float
     gpus: float
 
     @property
     def device(self) -> str:
-        """``cuda`` where an actor has a GPU, or a share of one."""
+        """``cuda`` if an actor has a GPU or a share of one, else ``cpu``."""
         return "cuda" if self.gpus else "cpu"
 
 
@@ -53,7 +53,7 @@ def plan_resources(pool: ActorPool, units: int) -> Resources:
     """The pool for ``units`` units on the connected cluster.
 
     Raises:
-        UserError: not one actor fits into a local Ray, which cannot grow.
+        UserError: not even one actor fits into a local Ray instance, which cannot scale up.
     """
     import ray
 
@@ -64,13 +64,13 @@ def plan_resources(pool: ActorPool, units: int) -> Resources:
     fitting = int(min(all_cpus // cpus, all_gpus // gpus if gpus else float("inf")))
     if fitting < 1 and cluster_address() is None:
         field, asked, there = ("gpus", gpus, all_gpus) if gpus > all_gpus else ("cpus", cpus, all_cpus)
-        raise UserError(f"{field}_per_actor: {asked:g} is more than the {there:g} that Ray has here")
+        raise UserError(f"{field}_per_actor: {asked:g} is more than the {there:g} available to Ray here")
     count = max(1, min(pool.actors or fitting, units))
     return Resources(count, max(1, min(fitting, count)), cpus, gpus)
 
 
 def actors_have_fast_bfloat16(pool: ActorPool) -> bool:
-    """Whether the devices that the actors get are fast in bfloat16. Connects to a cluster only to ask it."""
+    """Whether the actors' devices are fast in bfloat16. Connects to Ray only if a cluster is configured."""
     if cluster_address() is None:
         gpus = float(torch.cuda.is_available()) if pool.gpus is None else pool.gpus
         return workers_have_fast_bfloat16(0.0, gpus)

@@ -1,4 +1,4 @@
-"""A store's folder before and after its units are computed: what exists, what can resume, what to clean up."""
+"""A store's folder before and after processing: existing units, what can be resumed, and cleanup."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from dmm_ray.units.lock import LOCK
 
 logger = logging.getLogger(__name__)
 AHEAD_BYTES = 32 << 20
-"""Of moments read ahead of their merging, about."""
+"""Approximate amount of moments to read ahead of merging."""
 
 
 class Done(NamedTuple):
-    """Units that are finished, and how many documents failed in them."""
+    """The finished units, and the number of documents that failed in them."""
 
     units: set[int]
     failed: int
 
 
 def units_ahead(moments: Mapping[int, Moments]) -> int:
-    """Of how many units moments like these, by layer, may be read ahead: few where they have covariances."""
+    """For how many units to read ahead moments the size of these, by layer: few if they include covariances."""
     n_bytes = sum(array.nbytes for part in moments.values() for array in part.arrays("").values())
     return max(1, min(4 * THREADS, AHEAD_BYTES // n_bytes))
 
 
 def check_target(out: str) -> None:
-    """Raise UserError where ``out`` is a file, or a folder that holds other things than a store."""
+    """Raise UserError if ``out`` is a file, or a folder that contains something other than a store."""
     fs, path = filesystem(out)
     with plain_errors(out):
         if fs.isfile(path):
@@ -55,20 +55,20 @@ def check_target(out: str) -> None:
         if not fs.isdir(path):
             return
         entries = {name.strip("/") for name in fs.ls(path, detail=False)} - {
-            path.strip("/")
-        }  # its own marker
+            path.strip("/")  # some object stores list a marker for the folder itself
+        }
     names = {name.rsplit("/", 1)[-1] for name in entries} - {LOCK}
     if names and MANIFEST not in names:
         raise UserError(
-            f"out: {out} holds no store but other things ({sorted(names)[0]}); choose another --out"
+            f"out: {out} is not a store but contains other files ({sorted(names)[0]}); choose another --out"
         )
 
 
 def prepare(out: str, manifest: Manifest) -> Done:
-    """Write the manifest, or compare it with the one there. Left-over files and damaged units go.
+    """Write the manifest or compare it with the existing one; remove leftover files and damaged units.
 
     Raises:
-        UserError: the folder holds finished units of another configuration; the message names the options.
+        UserError: the folder has finished units of a different configuration; the message names the options.
     """
     sizes = file_sizes(out)
     there = read_manifest(out) if MANIFEST in sizes else None
@@ -84,6 +84,7 @@ def prepare(out: str, manifest: Manifest) -> Done:
     kept = set(map(record_name, records)) if same else set()
     fs, path = filesystem(out)
     for name in sizes:
+        # Removing its record is enough to have a unit redone, which overwrites its other files.
         broken = name.startswith("shards/") and name.endswith(".json") and name not in kept
         if TEMPORARY in name or broken or (not same and "/" in name):
             with plain_errors(out):
@@ -94,37 +95,37 @@ def prepare(out: str, manifest: Manifest) -> Done:
 
 
 def _record(out: str, unit: int, sizes: dict[str, int], manifest: Manifest | None) -> Record | None:
-    """The record of a unit that is finished and all of whose files have their lengths."""
+    """The record of a unit if it is finished and all its files have their recorded lengths, else None."""
     if record_name(unit) not in sizes:
         return None
     try:
         record = read_record(out, unit)
     except UserError as e:
-        logger.warning("%s; its unit is made again", e)
+        logger.warning("%s; redoing its unit", e)
         return None
     if manifest is None or record.config_hash != manifest.config_hash:
-        logger.warning("%s: unit %d is of another configuration; it is made again", out, unit)
+        logger.warning("%s: unit %d has a different configuration; redoing it", out, unit)
         return None
     if problem := length_problem(record, sizes):
-        logger.warning("%s: %s; its unit is made again", out, problem)
+        logger.warning("%s: %s; redoing its unit", out, problem)
         return None
     return record
 
 
 def _refuse_other(out: str, there: Manifest, manifest: Manifest) -> None:
-    """Raise UserError naming the options that differ from what the store at ``out`` was made with."""
+    """Raise UserError naming the options that differ from those that the store at ``out`` was made with."""
     theirs, ours = there.identity(), manifest.identity()
-    # How units are cut often follows from other options: it is named only where nothing else differs.
+    # The size of units often follows from other options, so it is only named if nothing else differs.
     cut = {"rows_per_shard": theirs.pop("rows_per_shard")}, {"rows_per_shard": ours.pop("rows_per_shard")}
     refuse_other(out, theirs, ours)
     refuse_other(out, *cut)
 
 
 def finish(out: str, manifest: Manifest) -> dict[str, Any]:
-    """Merge the moments in shard order and write them; sums over all records.
+    """Merge the moments in shard order and write them; returns totals over all records.
 
     Raises:
-        UserError: the corpus gave not one row.
+        UserError: the corpus did not yield a single row.
     """
     total = {layer: Moments.empty(manifest.d, manifest.covariance) for layer in manifest.layers}
     figures = Figures(manifest)
@@ -137,7 +138,7 @@ def finish(out: str, manifest: Manifest) -> dict[str, Any]:
         total = {layer: total[layer].merge(part[layer]) for layer in manifest.layers}
     if figures.rows == 0:
         raise UserError(
-            f"text: {', '.join(manifest.text.uris)}: no document has a token that is to be kept; "
+            f"text: {', '.join(manifest.text.uris)}: no document has any tokens to keep; "
             "see --keep-first, --min-position and --max-position"
         )
     write_moments(out, STATISTICS, total)
@@ -148,7 +149,7 @@ def finish(out: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def remove_temporary(out: str) -> None:
-    """Delete what a killed process was writing."""
+    """Delete partial files left behind by a killed process."""
     fs, path = filesystem(out)
     for name in file_sizes(out):
         if TEMPORARY in name:

@@ -1,4 +1,4 @@
-"""Units of work: which consecutive documents each of them has (one shard per layer)."""
+"""Units of work: each is a run of consecutive documents and makes one shard per layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """Documents ``first`` up to but without ``stop``."""
+    """Documents ``first`` up to but excluding ``stop``."""
 
     unit: int
     first: int
@@ -14,12 +14,12 @@ class Unit(NamedTuple):
 
 
 def documents_per_unit(rows_per_shard: int, most_rows: int) -> int:
-    """As many documents of at most ``most_rows`` rows as cannot exceed ``rows_per_shard``, one at least."""
+    """The largest number of documents, each of up to ``most_rows`` rows, within ``rows_per_shard`` rows; at least 1."""
     return max(1, rows_per_shard // most_rows)
 
 
 def count_units(documents: int, per_unit: int) -> int:
-    """How many units ``documents`` documents make."""
+    """The number of units for ``documents`` documents."""
     return -(-documents // per_unit)
 
 

@@ -43,8 +43,8 @@ def saved(path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d": 16}, "activations: .* has d = 32, the prior models d = 16"),
-        ({"layers": (3,)}, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
+        ({"d": 16}, "activations: .* has d = 32, but the prior models d = 16"),
+        ({"layers": (3,)}, "layer: .* has layers 1, 2, but the prior models 3; extract that layer"),
         ({"layers": (1, 2)}, r"layer: this prior models 1, 2 \(got None\)"),
     ],
 )
@@ -79,9 +79,7 @@ def test_a_row_without_a_finite_answer(
         "denoise": lambda: denoise(DenoiseConfig(**given, steps=2)),
         "encode": lambda: encode(EncodeConfig(**given)),
     }
-    says = (
-        f"^activations: the row of document {rows.doc[5]} at position {rows.position[5]} has no finite answer"
-    )
+    says = f"^activations: the result for document {rows.doc[5]}, position {rows.position[5]} contains NaN or Inf"
     with units_here(), pytest.raises(UserError, match=says):
         calls[verb]()
     assert not Path(out, "summary.json").exists()
@@ -90,13 +88,13 @@ def test_a_row_without_a_finite_answer(
 def test_arguments_that_do_not_fit(options: dict[str, Any], out: str, tmp_path: Path) -> None:
     wide = saved(tmp_path / "wide", d=600)
     for message, call in (
-        ("features: distinct numbers from 0 to 95", lambda: encode(EncodeConfig(out=out, features=[96], **options))),
+        ("features: expected distinct numbers", lambda: encode(EncodeConfig(out=out, features=[96], **options))),
         ("block: this prior has blocks 0 to 1", lambda: encode(EncodeConfig(out=out, block=2, **options))),
         ("probes: 0, the exact trace", lambda: score(ScoreConfig(**{**options, "prior": wide}, out=out, probes=0))),
         ("split: this prior was saved without", lambda: score(
             ScoreConfig(**{**options, "prior": saved(tmp_path / "plain")}, out=out, split="test"))),
-        ("is the store that is read", lambda: denoise(DenoiseConfig(out=options["activations"], **options))),
-        ("holds no store but other things", lambda: sample(
+        ("is the input store", lambda: denoise(DenoiseConfig(out=options["activations"], **options))),
+        ("is not a store but contains other files", lambda: sample(
             SampleConfig(prior=options["prior"], n=1, out=str(tmp_path)))),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -78,7 +78,7 @@ def test_the_folder_says_what_it_is(
     shard.write_bytes(data)
     with pytest.raises(CheckFailed, match="its content is not what was written"):
         verify(VerifyConfig(store=str(copy)))
-    with pytest.raises(UserError, match="holds what `dmm score` wrote, not activations"):
+    with pytest.raises(UserError, match="contains the output of `dmm score`, not activations"):
         ActivationStore.open(str(scores))
 
 

@@ -182,7 +182,7 @@ def test_layer_that_the_store_lacks(options, eval_prior, tmp_path):
     ActivationPrior.untrained(config, torch.zeros(32), torch.ones(32)).save_pretrained(
         str(tmp_path / "third")
     )
-    refused(options, r"layer: .* has 1, 2, the prior models layer 3", prior=str(tmp_path / "third"))
+    refused(options, r"layer: .* has layers 1, 2, but the prior models 3", prior=str(tmp_path / "third"))
 
 
 def test_prior_of_another_model(options, eval_prior, tmp_path):

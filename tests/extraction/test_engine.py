@@ -268,7 +268,7 @@ def test_a_unit_that_a_straggler_of_another_run_left_is_made_again(
     assert record.rows > left.rows
     assert store.rows == record.rows
     straggler.extract(unit)
-    with pytest.raises(UserError, match=r"shards/000000.json: of another configuration than the manifest"):
+    with pytest.raises(UserError, match=r"shards/000000.json: its configuration is not the manifest's"):
         ActivationStore.open(store.uri)
 
 

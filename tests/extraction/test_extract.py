@@ -164,7 +164,7 @@ def test_bad_record_leaves_nothing(run: Callable[..., Path], tmp_path: Path) -> 
         ({"text": "missing.jsonl"}, "text: .*missing.jsonl: no such file"),
         ({"model": "/nowhere/model"}, "model: no folder at /nowhere/model"),
         ({"layers": [1, 4]}, "layers: .* has no layer 4; choose from 0 to 3"),
-        ({"window": 65}, "window: 65 is more than the model's context of 64"),
+        ({"window": 65}, "window: 65 exceeds the model's context of 64"),
         ({"block_path": "model.nothing"}, "block_path: "),
         ({"out": "/sys/store"}, "/sys/store: (no permission|cannot be created)"),
         ({"gpus_per_actor": 64}, "gpus_per_actor: 64 is more than"),
@@ -184,7 +184,7 @@ def test_out_that_holds_something_else(run: Callable[..., Path], tmp_path: Path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"out: .*file is a file"):
         run(out=str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"out: .* holds no store but other things \(file\)"):
+    with pytest.raises(UserError, match=r"out: .* is not a store but contains other files \(file\)"):
         run(out=str(tmp_path))
     with pytest.raises(UserError, match="a file is in the way"):
         run(out=str(tmp_path / "file" / "store"))
@@ -196,7 +196,7 @@ def test_out_that_holds_something_else(run: Callable[..., Path], tmp_path: Path)
     [
         ({"layers": []}, "at least 1"),
         ({"layers": [1, 1]}, "distinct"),
-        ({"layers": [-1]}, "from 0 up"),
+        ({"layers": [-1]}, "distinct block numbers from 0"),
         ({"dtype": "float16"}, "bfloat16"),
         ({"window": 1}, "greater than or equal to 2"),
         ({"layer": 1}, "Extra inputs"),

@@ -41,7 +41,7 @@ def test_read(flag: str, value: str, found: Any) -> None:
         (["--tokens-per-doc", "0"], r"^tokens_per_doc.*\(got '0'\)$"),
         (["--long-documents", "skip"], r"^long_documents: .* 'cut' or 'split' \(got 'skip'\)$"),
         (["--max-memory", "70GiB"], "max_memory: "),
-        (["--min-position", "9", "--max-position", "3"], "max_position 3 is before min_position 9"),
+        (["--min-position", "9", "--max-position", "3"], "max_position 3 is less than min_position 9"),
     ],
 )
 def test_refused_in_one_line(flags: list[str], says: str) -> None:

@@ -114,7 +114,7 @@ def test_a_prior_of_other_code_does_not_fit(tiny_store: Path) -> None:
     check_fits(prior, store, same_model=True)
     subject["resolved"]["code"] = {"modeling_own.py": "0" * 64}
     with pytest.raises(
-        UserError, match=r"^activations: .* was trained on .* \(other Python code\); give a store"
+        UserError, match=r"^activations: .* was trained on .* \(different Python code\); give a store"
     ):
         check_fits(prior.model_copy(update={"subject": subject}), store, same_model=True)
     del subject["resolved"]  # a prior of before
@@ -133,7 +133,7 @@ def test_settings_and_versions_of_another_library(
     (store / "summary.json").unlink()
     with caplog.at_level(logging.WARNING):
         extract_here(**tiny_options, out=str(store))
-    assert f"{store}: begun with transformers 4.0.0 (here {transformers.__version__})" in caplog.text
+    assert f"{store}: started with transformers 4.0.0 (here {transformers.__version__})" in caplog.text
     assert json.loads((store / "manifest.json").read_text()) == written
     assert changed_part(source, Manifest.model_validate(written)) is None
     written["subject"]["resolved"]["rope"]["rope_parameters"]["rope_theta"] = 500.0

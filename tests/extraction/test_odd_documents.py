@@ -197,7 +197,7 @@ def test_a_fault_in_the_models_code_is_one_line_with_its_document(
     assert "in capture_packed\n    " in log.read_text()
     with pytest.raises(CheckFailed) as unfinished:
         verify(VerifyConfig(store=str(store)))
-    assert "foreign" not in str(unfinished.value)
+    assert "unexpected file" not in str(unfinished.value)
     with units_here(), pytest.raises(SystemExit):
         main(command)
     assert not log.parent.exists()

@@ -49,7 +49,7 @@ def test_position_0_and_the_end_are_left_out_unless_asked_for() -> None:
 def test_position_filters() -> None:
     assert rows(kept_of(document(8), min_position=3, max_position=4)) == [(3, 2), (4, 3)]
     assert kept_of(document(2), min_position=5) == []
-    with pytest.raises(ValidationError, match="nothing is left"):
+    with pytest.raises(ValidationError, match="no positions are left"):
         TokenSelection(min_position=5, max_position=4)
 
 

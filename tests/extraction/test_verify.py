@@ -28,7 +28,7 @@ def test_whole_store_passes_with_rows_computed_again(
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert verify(VerifyConfig(store=str(tiny_store))) == str(tiny_store)
-    assert "documents again: 0 findings" in caplog.text
+    assert "documents: 0 findings" in caplog.text
 
 
 def test_flipped_bit(copy: Path) -> None:
@@ -54,7 +54,7 @@ def test_every_finding_is_logged(copy: Path, caplog: pytest.LogCaptureFixture) -
     for finding in (
         "layer_01/shard-000000.parquet: missing",
         "shards/000003.json: missing",
-        "layer_02/shard-000099.parquet: foreign",
+        "layer_02/shard-000099.parquet: unexpected file",
         "manifest.json: its configuration does not match",
     ):
         assert finding in caplog.text
@@ -100,7 +100,7 @@ def test_a_store_of_chosen_rows_passes(
     store = extract_here(**(tiny_options | chosen | {"out": str(tmp_path / "store")}))
     with caplog.at_level(logging.INFO):
         verify(VerifyConfig(store=store, sample_documents=20))
-    assert "computed 20 documents again: 0 findings" in caplog.text
+    assert "recomputed 20 documents: 0 findings" in caplog.text
     opened = ActivationStore.open(store)
     rows = [opened.document(1, doc) for doc in range(60)]
     assert max(len(r.doc) for r in rows) == 5
@@ -145,7 +145,7 @@ def test_changed_model_text_or_absence(
     ):
         verify(VerifyConfig(store=str(copy), model=str(model)))
     verify(VerifyConfig(store=str(copy), model=str(tmp_path / "gone")))
-    assert "no rows computed again: model: no folder at" in caplog.text
+    assert "no rows recomputed: model: no folder at" in caplog.text
 
 
 def test_not_a_store(tmp_path: Path) -> None:

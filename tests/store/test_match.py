@@ -37,10 +37,10 @@ def test_the_shared_layers(store: ActivationStore, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("changes", "layer", "says"),
     [
-        ({"d": 16}, None, "activations: .* has d = 32, the prior models d = 16; give a store of its model"),
-        ({"layers": (3,)}, None, "layer: .* has 1, 2, the prior models layer 3; extract that layer"),
-        ({"layers": (0, 1)}, 0, "layer: .* has 1, 2, the prior models layer 0, 1; extract"),
-        ({}, 2, "layer: .* the prior models layer 1"),
+        ({"d": 16}, None, "activations: .* has d = 32, but the prior models d = 16; give a store extracted"),
+        ({"layers": (3,)}, None, "layer: .* has layers 1, 2, but the prior models 3; extract that layer"),
+        ({"layers": (0, 1)}, 0, "layer: .* has layers 1, 2, but the prior models 0, 1; extract"),
+        ({}, 2, "layer: .* the prior models 1"),
     ],
 )
 def test_another_width_or_layer_is_refused(
@@ -55,7 +55,7 @@ def test_another_model_is_refused_only_for_statements_about_the_prior(
 ) -> None:
     other = modelled(store, subject={"id": "elsewhere", "weights_hash": "0" * 64})
     assert check_fits(other, store) == [1]
-    assert f"the model {store.manifest.subject.id}, the prior was trained on elsewhere" in caplog.text
+    assert f"{store.manifest.subject.id}, but the prior was trained on elsewhere" in caplog.text
     with pytest.raises(UserError, match=r"trained on elsewhere .*; give a store of that model"):
         check_fits(other, store, same_model=True)
 
@@ -92,13 +92,13 @@ def test_a_language_model_is_hashed_only_where_no_commit_says_that_it_is_the_sam
     check_subject(prior, Model(d=8, n_layers=2, model_id="us/base", revision="abc"), "prior")
     assert not caplog.records
     check_subject(prior, Model(d=8, n_layers=2, model_id="us/base", revision="def"), "prior")
-    assert "trained on us/base (111111111111, not 000000000000)" in caplog.text
+    assert "trained on us/base (weights 111111111111, not 000000000000)" in caplog.text
 
 
 @pytest.mark.parametrize(("d", "layers"), [(8, (2,)), (16, (1,))])
 def test_a_language_model_of_another_shape_is_refused(d: int, layers: tuple[int, ...]) -> None:
     subject = SimpleNamespace(d=8, n_layers=2, model_id="m", revision=None, weights_hash="")
-    with pytest.raises(UserError, match=r"model: m \(d = 8, 2 layers\) is not the one that prior p "):
+    with pytest.raises(UserError, match=r"model: m \(d = 8, 2 layers\) does not match prior p "):
         check_subject(SimpleNamespace(d=d, layers=layers, subject={}), subject, "p")
 
 

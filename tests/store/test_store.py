@@ -115,7 +115,7 @@ def test_missing_layer(tiny_store: Path) -> None:
 def test_truncated_by_a_byte(copy: Path) -> None:
     shard = copy / "layer_02" / "shard-000001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"layer_02/shard-000001.parquet: \d+ bytes where its record says"):
+    with pytest.raises(UserError, match=r"layer_02/shard-000001.parquet: \d+ bytes, but its record says"):
         ActivationStore.open(str(copy))
 
 
@@ -148,7 +148,7 @@ def test_damaged_record_and_statistics(copy: Path) -> None:
     with pytest.raises(UserError, match=r"statistics.safetensors: damaged"):
         ActivationStore.open(str(copy)).statistics(1)
     (copy / "shards" / "000000.json").write_text(json.dumps({"unit": 0}))
-    with pytest.raises(UserError, match=r"000000.json: not a record of ours"):
+    with pytest.raises(UserError, match=r"000000.json: not a valid dmm-ray record"):
         ActivationStore.open(str(copy))
 
 

@@ -74,7 +74,7 @@ def test_a_folder_s_files_and_what_is_left_out(tmp_path: Path, caplog: pytest.Lo
         found = texts(folder)
     assert found == ["a.jsonl", "b.JSONL", "c.ndjson", '{"text": "d.Txt"}', "linked"]
     [line] = [record.message for record in caplog.records]
-    assert "5 files are read, 6 left out" in line
+    assert "reading 5 files, skipping 6" in line
     for name in ("e.json, g.tsv, gone.jsonl, ._a.jsonl", "and 1 more"):
         assert name in line
 
@@ -87,7 +87,7 @@ def test_what_dmm_wrote_is_no_text(tmp_path: Path, tiny_subject: Path) -> None:
         extract_here(model=str(tiny_subject), text=str(tmp_path), layers=[1], out=str(out))
         (out / SUMMARY).unlink()
     assert len(texts(tmp_path)) == 1
-    with pytest.raises(UserError, match="what dmm-ray wrote is not read as text"):
+    with pytest.raises(UserError, match="dmm-ray's own output is not read as text"):
         texts(out)
     (tmp_path / "manifest.json").write_text("[]")  # of somebody else
     assert len(texts(tmp_path)) == 1

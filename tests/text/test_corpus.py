@@ -53,7 +53,7 @@ def test_invalid_bytes_and_surrogates(tmp_path: Path) -> None:
     errors = [d.error for d in Corpus.scan([write(tmp_path / "a.jsonl", content)]).read()]
     assert errors[0] is None
     assert "line 2: not valid UTF-8" in errors[1]
-    assert "line 3: field 'text' holds half a surrogate pair" in errors[2]
+    assert "line 3: field 'text' contains an unpaired surrogate" in errors[2]
 
 
 def test_txt_markers_win_over_blank_lines(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "", "no document holds any text"),
-        ("a.txt", " \n\n ", "no document holds any text"),
-        ("a.jsonl", '{"text": " "}\n\n', "no document holds any text"),
-        ("a.csv", 'text\n" "\n', "no document holds any text"),
-        ("a.md", "x", "unknown kind of file; known are .jsonl, .jsonl.gz"),
+        ("a.jsonl", "", "no document contains any text"),
+        ("a.txt", " \n\n ", "no document contains any text"),
+        ("a.jsonl", '{"text": " "}\n\n', "no document contains any text"),
+        ("a.csv", 'text\n" "\n', "no document contains any text"),
+        ("a.md", "x", "unknown file type; supported suffixes are .jsonl, .jsonl.gz"),
     ],
 )
 def test_bad_text(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -140,14 +140,16 @@ def test_damaged_tables_are_named(tmp_path: Path, suffix: str) -> None:
     flipped[100:400] = bytes(300)
     for content in (b"", whole[:3], whole[:-8], whole[:-1], whole[: len(whole) // 2], whole + b"x", flipped):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"text: {path}: damaged, cut short or not what its suffix says"):
+        with pytest.raises(
+            UserError, match=f"text: {path}: damaged, truncated or not in the format of its suffix"
+        ):
             Corpus.scan([str(path)])
 
 
 def test_two_joined_streams_are_refused(tmp_path: Path) -> None:
     path = Path(save(tmp_path / "a.arrow", pa.table({"text": TEXTS})))
     path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(UserError, match="more after the end of the stream"):
+    with pytest.raises(UserError, match="more data after the end of the stream"):
         Corpus.scan([str(path)])
 
 
@@ -185,7 +187,7 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert texts(str(tmp_path / "train" / "*.arrow")) == TEXTS[100:120]
     assert texts(str(tmp_path / "train" / "cache-0123456789abcdef.arrow")) == ["cached"]
     (tmp_path / "test" / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"test/state.json: names no _data_files"):
+    with pytest.raises(UserError, match=r"test/state.json: lists no _data_files"):
         Corpus.scan([str(tmp_path)])
 
 

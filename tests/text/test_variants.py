@@ -44,7 +44,10 @@ def test_a_long_zstd_window_is_named(tmp_path: Path) -> None:
     )
     path = tmp_path / "long.jsonl.zst"
     path.write_bytes(frame)
-    assert "zstd with a long window (--long), which is not read; compress it again without" in refusal(path)
+    assert (
+        "compressed with a long zstd window (--long), which is unsupported; recompress it without"
+        in refusal(path)
+    )
     path.write_bytes(frame[:4] + bytes([0, (20 - 10) << 3]) + frame[6:])
     assert [one.text for one in documents(path)] == ["a"]
     path.write_bytes(frame[:4] + bytes([0, (20 - 10) << 3]) + frame[6:-3])
@@ -54,7 +57,7 @@ def test_a_long_zstd_window_is_named(tmp_path: Path) -> None:
 def test_csv_that_would_be_read_wrong(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,n\n"fine ""quoted""",1\n"he said \\"hi\\" ok",1\n')
-    assert "row 2: a quote inside a quoted field has to be doubled" in refusal(path)
+    assert "row 2: a quote inside a quoted field must be doubled" in refusal(path)
     path.write_text("text,text\na,b\n")
     assert "its header has 'text' more than once" in refusal(path)
     path.write_text("n,n,text\n1,2,b\n")

@@ -118,8 +118,8 @@ def test_a_prior_without_a_split_is_calibrated_on_all_documents(train_store, tmp
 @pytest.mark.parametrize(
     ("d", "layers", "split", "says"),
     [
-        (16, (1,), {}, "the prior models d = 16; give a store of its model"),
-        (32, (3,), {}, "has 1, 2, the prior models layer 3; extract that layer"),
+        (16, (1,), {}, "the prior models d = 16; give a store extracted"),
+        (32, (3,), {}, "has layers 1, 2, but the prior models 3; extract that layer"),
         (32, (1,), {"train": 1.0, "validation": 0.0, "test": 0.0}, "no validation documents to calibrate on"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Kinds of text files: how each is scanned once, and its documents read from any place."""
+"""Text file formats: scanning each file once, and reading its documents from any point."""

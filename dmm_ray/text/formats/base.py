@@ -1,4 +1,4 @@
-"""What every kind of text file has in common: blocks of documents, and one pass that counts and checks them."""
+"""Common to all text file formats: blocks of documents, and a single pass that counts and checks them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dmm_ray.text.documents import Content, Document
 from dmm_ray.text.formats.streams import Hashed, length, opened
 
 STRIDE = 64
-"""The byte offset of every 64th document of a plain file is kept."""
+"""The byte offset of every 64th document of an uncompressed file is kept."""
 SCANNED_BYTES = 16 << 20
-"""The scan parses this much of each file, so that a wrong field name or encoding shows before any work."""
+"""The scan parses this much of each file, so that a wrong field name or encoding is found before work starts."""
 KEPT_PROBLEMS = 100
 
 
 class RecordBlock(NamedTuple):
-    """Consecutive documents that were read at once, parsed one by one on request."""
+    """Consecutive documents that are read together and parsed individually on request."""
 
     raws: Sequence[Any]
     parse: Callable[[Any], Content]
-    """What one of ``raws`` says."""
+    """Parses one of ``raws``."""
     n_bytes: int
     offsets: Sequence[int] = ()
-    """Byte offset of each document, where reading may start there."""
+    """Byte offset of each document, if reading may start there."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """What a scan found in one file."""
+    """The result of scanning one file."""
 
     uri: str
     source: Source
@@ -41,11 +41,11 @@ class TextFile:
     sha256: str
     documents: int
     starts: np.ndarray
-    """int64: where reading may start, in the source's own terms; empty where it is at the beginning alone."""
+    """int64: where reading may start, in the source's own units; empty if only at the beginning."""
     problems: tuple[Document, ...]
     """Documents without text among the first 16 MiB, numbered within the file; at most 100."""
     blank: int
-    """Documents known to be blank."""
+    """Number of documents known to be blank."""
 
     def document(self, number: int, content: Content, first: int = 0) -> Document:
         """Document ``number`` of this file as number ``first + number`` of a corpus."""
@@ -54,25 +54,25 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A kind of file, and how its documents are read. Hashable and picklable."""
+    """A file format and how to read its documents. Hashable and picklable."""
 
     text_field: str
 
     @property
     @abstractmethod
     def unit(self) -> str:
-        """What errors call a record: line, document or row."""
+        """The name for a record in error messages: line, document or row."""
 
     @abstractmethod
     def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
-        """The documents of ``file`` in order, from ``place`` on, as ``place`` names it."""
+        """The documents of ``file`` in order, starting from ``place``, as returned by the method ``place``."""
 
     def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
-        """The nearest document up to ``number`` where reading may start, and the argument of ``blocks``."""
+        """The last document up to ``number`` where reading may start, and the argument for ``blocks``."""
         return 0, 0
 
     def scan(self, uri: str) -> TextFile:
-        """One pass over a file, in bounded memory: count and index its documents, hash its bytes.
+        """One pass over a file in bounded memory: count and index its documents, and hash its bytes.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -87,10 +87,10 @@ class Source(ABC):
 
 
 def read_blocks(file: TextFile, place: int) -> Generator[RecordBlock, None, None]:
-    """The blocks of a scanned file from ``place`` on.
+    """The blocks of a scanned file, starting from ``place``.
 
     Raises:
-        UserError: the file is missing, damaged, or of another length than the scan saw.
+        UserError: the file is missing, damaged, or its length has changed since the scan.
     """
     with opened(file.uri) as raw:
         if length(raw) != file.size:
@@ -99,13 +99,15 @@ def read_blocks(file: TextFile, place: int) -> Generator[RecordBlock, None, None
 
 
 def changed(file: TextFile) -> UserError:
-    """The error for a file that is not what was scanned."""
-    return UserError(f"text: {file.uri} has changed since it was scanned; run again once it is settled")
+    """The error for a file that has changed since the scan."""
+    return UserError(
+        f"text: {file.uri} has changed since it was scanned; run again once it is no longer being modified"
+    )
 
 
 @dataclass
 class Tally:
-    """Counts one file's documents, and checks those of its first 16 MiB."""
+    """Counts the documents of one file and checks those of its first 16 MiB."""
 
     uri: str
     unit: str
@@ -116,7 +118,7 @@ class Tally:
     problems: list[Document] = field(default_factory=list)
 
     def add(self, block: RecordBlock) -> None:
-        """Count the next block."""
+        """Add the next block."""
         if self.n_bytes < SCANNED_BYTES:
             self._check(block)
         self.starts += block.offsets[-self.documents % STRIDE :: STRIDE]
@@ -124,7 +126,7 @@ class Tally:
         self.n_bytes += block.n_bytes
 
     def found(self, source: Source, size: int, sha256: str) -> TextFile:
-        """The result."""
+        """The result of the scan."""
         starts, problems = np.array(self.starts, dtype=np.int64), tuple(self.problems)
         return TextFile(self.uri, source, size, sha256, self.documents, starts, problems, self.blank)
 
@@ -137,6 +139,6 @@ class Tally:
 
 
 def _document(uri: str, unit: str, number: int, content: Content) -> Document:
-    """A document of one file; its error names the file and the record, counted from 1."""
+    """A document of one file; an error names the file and the record, counted from 1."""
     error = content.error and f"{uri}: {unit} {number + 1}: {content.error}"
     return Document(number, content.text, error, content.messages)

@@ -1,4 +1,4 @@
-"""Files of .csv, plain or compressed."""
+"""The .csv format, plain or compressed."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from dmm_ray.text.formats.base import RecordBlock, Source
 from dmm_ray.text.formats.streams import DamagedError, VariantError, decompressed
 
 BLOCK_ROWS = 64
-"""Rows of a block."""
+"""Rows per block."""
 
 
 @dataclass(frozen=True)
 class CsvRows(Source):
-    """Comma-separated rows below a header. Quoted fields may hold newlines; empty lines are no rows."""
+    """Comma-separated rows below a header. Quoted fields may contain newlines; empty lines are skipped."""
 
     codec: str | None
 
     @property
     def unit(self) -> str:
-        """A row, counted without the header."""
+        """A row, not counting the header."""
         return "row"
 
     def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
         """All rows, as lists of fields."""
-        csv.field_size_limit(sys.maxsize)  # a setting of the whole process; fields of any length are fine
+        csv.field_size_limit(sys.maxsize)  # process-wide; allows fields of any length
         stream = decompressed(file, self.codec)
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
             rows = _rows(text)
@@ -47,11 +47,11 @@ class CsvRows(Source):
 
 
 def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
-    """The rows that are not empty.
+    """The non-empty rows.
 
     Raises:
         DamagedError: the file ends inside quotes.
-        VariantError: quotes that are not doubled inside quotes.
+        VariantError: a quote inside a quoted field is not doubled.
     """
     at_end = False
 
@@ -65,10 +65,10 @@ def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
         try:
             row = next(reader, None)
         except csv.Error as e:
-            if at_end:  # the reader looks for another line only inside quotes
+            if at_end:  # only inside quotes does the reader ask for another line
                 raise DamagedError(f"row {number}: a quote is never closed") from e
             raise VariantError(
-                f'row {number}: a quote inside a quoted field has to be doubled (""), not written with a backslash'
+                f'row {number}: a quote inside a quoted field must be doubled (""), not escaped with a backslash'
             ) from e
         if row is None:
             return
@@ -80,7 +80,7 @@ def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
 def _content(header: Sequence[str], text_field: str, row: Sequence[str]) -> Content:
     if len(row) != len(header):
         return Content(
-            error=f"has {len(row)} fields where the header has {len(header)}; quote those with commas"
+            error=f"has {len(row)} fields, but the header has {len(header)}; quote fields that contain commas"
         )
     record = dict(zip(header, row, strict=True))
     if text_field not in record:

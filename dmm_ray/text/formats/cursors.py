@@ -1,4 +1,4 @@
-"""Open readers kept between reads, so that files without an index are not decoded from the start each time."""
+"""Keeps readers open between reads, so that files without an index are not decoded from the start each time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dmm_ray.text.documents import Content
 from dmm_ray.text.formats.base import RecordBlock, Source, TextFile, changed, read_blocks
 
 LIMIT = 8
-"""Idle cursors of a process."""
+"""Maximum number of idle cursors per process."""
 
 
 class Cursor:
-    """A place in one file, which moves ahead only."""
+    """A position in one file that only moves forward."""
 
     def __init__(self, file: TextFile, number: int, place: int) -> None:
         self.number = number
-        """Of the next document."""
+        """Number of the next document."""
         self._file = file
         self._blocks = read_blocks(file, place)
         self._block = RecordBlock((), lambda _: Content(), 0)
@@ -26,14 +26,14 @@ class Cursor:
 
     @property
     def key(self) -> tuple[str, str, Source]:
-        """What the cursor reads."""
+        """Identifies what the cursor reads."""
         return key_of(self._file)
 
     def read(self, first: int, stop: int) -> Iterator[tuple[int, Content]]:
-        """Documents ``first`` (not before ``number``) up to but without ``stop``, numbered within the file.
+        """Documents ``first`` (not before ``number``) up to but excluding ``stop``, numbered within the file.
 
         Raises:
-            UserError: the file is no longer what was scanned.
+            UserError: the file has changed since the scan.
         """
         while self.number < stop:
             if self._at == len(self._block.raws):
@@ -53,7 +53,7 @@ class Cursor:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no document is left."""
+        """Whether no documents are left."""
         return self.number >= self._file.documents
 
     def close(self) -> None:
@@ -62,36 +62,36 @@ class Cursor:
 
 
 def key_of(file: TextFile) -> tuple[str, str, Source]:
-    """What tells cursors of one file, as it was scanned, from those of others."""
+    """Identifies a file as it was scanned; cursors with the same key are interchangeable."""
     return file.uri, file.sha256, file.source
 
 
 class Cursors:
-    """The idle cursors of a process, the longest unused first. Safe to be used from several threads."""
+    """The idle cursors of a process, least recently used first. Thread-safe."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.opened = 0
-        """How often a file was opened."""
+        """How many times a file was opened."""
         self._limit = limit
         self._idle: list[Cursor] = []
         self._lock = threading.Lock()
 
     def read(self, file: TextFile, first: int, stop: int) -> Iterator[tuple[int, Content]]:
-        """Documents ``first`` up to but without ``stop`` of a file, numbered within it.
+        """Documents ``first`` up to but excluding ``stop`` of a file, numbered within it.
 
         Raises:
-            UserError: the file is missing, damaged, or no longer what was scanned.
+            UserError: the file is missing, damaged, or has changed since the scan.
         """
         with self._taken(file, first) as cursor:
             yield from cursor.read(first, stop)
 
     @contextmanager
     def _taken(self, file: TextFile, number: int) -> Iterator[Cursor]:
-        """A cursor for the sole use of the caller, kept afterwards unless it failed."""
+        """A cursor for the caller's exclusive use, kept afterwards unless it failed."""
         cursor = self._take(file, number)
         try:
             yield cursor
-        except GeneratorExit:  # the caller wants no more
+        except GeneratorExit:  # the caller stopped early
             self._put_back(cursor, wait=False)
             raise
         except BaseException:
@@ -100,7 +100,7 @@ class Cursors:
         self._put_back(cursor)
 
     def _take(self, file: TextFile, number: int) -> Cursor:
-        """The idle cursor nearest before ``number``, or a new one where that starts no farther off."""
+        """The closest idle cursor before ``number``, or a new one if that starts at least as close."""
         start, place = file.source.place(file.starts, number)
         key = key_of(file)
         with self._lock:
@@ -113,9 +113,10 @@ class Cursors:
         return Cursor(file, start, place)
 
     def _put_back(self, cursor: Cursor, wait: bool = True) -> None:
-        """Keep a cursor, or close it where the lock is held.
+        """Keep a cursor, or close it if the lock is held and ``wait`` is false.
 
-        The garbage collector may end a forgotten reader while this very thread holds it: that must not wait.
+        The garbage collector may finalise an abandoned reader while this very thread holds the lock: waiting would
+        then deadlock.
         """
         if cursor.is_finished or not self._lock.acquire(blocking=wait):
             cursor.close()
@@ -130,4 +131,4 @@ class Cursors:
 
 
 CURSORS = Cursors()
-"""Those of this process."""
+"""The cursors of this process."""

@@ -1,4 +1,4 @@
-"""Files of .jsonl and .txt, plain or compressed."""
+"""The .jsonl and .txt formats, plain or compressed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmm_ray.text.formats.streams import READ_BYTES, decompressed
 
 
 class _HasMarksError(Exception):
-    """A file taken for paragraphs holds ``<|endoftext|>``."""
+    """A file read as paragraphs contains ``<|endoftext|>``."""
 
 
 class _Readable(Protocol):
@@ -25,28 +25,28 @@ class _Readable(Protocol):
 
 @dataclass(frozen=True)
 class Delimited(Source):
-    """Documents between separators. Plain files can be entered at every 64th document."""
+    """Documents between separators. Reading an uncompressed file may start at every 64th document."""
 
     rule: Format
     codec: str | None
 
     @property
     def unit(self) -> str:
-        """A line of jsonl, a document of .txt."""
+        """A line of .jsonl, or a document of .txt."""
         return "line" if self.rule.is_json else "document"
 
     def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
-        """Documents from byte offset ``place`` on."""
+        """The documents starting from byte offset ``place``."""
         file.seek(place)
         stream, splitter, size = self._stream(file), Splitter(self.rule, place), READ_BYTES
         while chunk := stream.read(size):
             block = self._block(splitter.feed(chunk))
-            size = READ_BYTES if block.raws else 2 * size  # keeps the cost of long documents linear
+            size = READ_BYTES if block.raws else 2 * size  # doubling keeps the cost of long documents linear
             yield block
         yield self._block(splitter.finish())
 
     def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
-        """The last kept offset, or the beginning of a compressed file."""
+        """The last kept offset up to ``number``, or the beginning of a compressed file."""
         return (number // STRIDE * STRIDE, int(starts[number // STRIDE])) if len(starts) else (0, 0)
 
     def _stream(self, file: BinaryIO) -> _Readable:
@@ -61,14 +61,14 @@ class Delimited(Source):
 
 
 class _Unmarked(Delimited):
-    """Paragraphs of a file that is given up at the first ``<|endoftext|>``."""
+    """Paragraphs of a file; raises ``_HasMarksError`` at the first ``<|endoftext|>``."""
 
     def _stream(self, file: BinaryIO) -> _Readable:
         return _Watched(super()._stream(file))
 
 
 class _Watched:
-    """A stream that must not hold ``<|endoftext|>``."""
+    """A stream that must not contain ``<|endoftext|>``."""
 
     def __init__(self, stream: _Readable) -> None:
         self._stream = stream
@@ -84,7 +84,7 @@ class _Watched:
 
 
 def scan_txt(uri: str, text_field: str, codec: str | None, separator: str | None) -> TextFile:
-    """Scan a .txt file. Without a ``separator`` it is read twice up to the first ``<|endoftext|>``, if any."""
+    """Scan a .txt file. Without a ``separator``, the part up to the first ``<|endoftext|>``, if any, is read twice."""
     if separator is not None:
         return Delimited(text_field, separated_by(separator), codec).scan(uri)
     try:

@@ -1,4 +1,4 @@
-"""Which files are text, and how each is scanned, by suffix."""
+"""Selects text files by suffix, and the scanner for each."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from dmm_ray.text.formats.tables import ArrowRows, ParquetRows
 STREAMED = (".jsonl", ".ndjson", ".txt", ".csv")
 PLAIN_OR_PACKED = map("".join, product(STREAMED, ["", *CODECS]))
 SUFFIXES = (*PLAIN_OR_PACKED, *(".json" + codec for codec in CODECS), ".parquet", ".arrow")
-"""Suffixes of text files. Compressed ``.json`` is JSON lines, as hub datasets have it; a plain one may be anything."""
+"""Suffixes of text files. Compressed ``.json`` is JSON Lines, as in hub datasets; plain ``.json`` may be anything."""
 NOT_DATA = ("cache-", "indices")
-"""Arrow files of such names lie beside a Hugging Face dataset's data: cached results, orders of rows."""
+"""Name prefixes of Arrow files next to a Hugging Face dataset's data: cached results and row indices."""
 OURS = {
     "manifest.json": {"config_hash", "documents_per_unit"},
     "train.json": {"train", "prior"},
     SUMMARY: {"inputs", "versions", "seconds"},
 }
-"""Files that folders of dmm-ray's own results have, and keys by which they are told from others'."""
+"""Files found in dmm-ray's own output folders, and the keys that identify them as such."""
 NAMED_FILES = 5
-"""Files left out that are named."""
+"""Number of skipped files named in the log."""
 logger = logging.getLogger(__name__)
 
 
 def text_files(uris: Sequence[str]) -> list[str]:
-    """The text files that ``uris`` name, once each, in sorted order.
+    """The text files that ``uris`` refer to, each once, in sorted order.
 
-    What exists is that file or folder; else it is a pattern. A folder or pattern gives every file of a known suffix
-    (in capitals too), but for names that begin with ``.`` or ``_`` and what dmm-ray itself wrote; what is left out is
-    logged in one line. Of the arrow files in a folder that ``datasets`` saved (it has a ``state.json``) only those
-    that it names are data, elsewhere all but ``cache-*`` and ``indices*``.
+    A URI that exists is a file or folder; otherwise it is a pattern. A folder or pattern stands for every file with a
+    known suffix (in any case), except names that begin with ``.`` or ``_`` and dmm-ray's own output; skipped files are
+    logged in one line. In a folder saved by ``datasets`` (it has a ``state.json``), only the Arrow files listed there
+    are data; elsewhere, all except ``cache-*`` and ``indices*``.
 
     Raises:
-        UserError: there is none, or a file given by name is of an unknown kind.
+        UserError: there are none, or the type of a file given by name is unknown.
     """
     return sorted({file for uri in uris for file in _files_of(absolute(uri))})
 
 
 def scan_file(uri: str, text_field: str = "text", separator: str | None = None) -> TextFile:
-    """Read a file once: count and index its documents, hash its bytes (of parquet, its footer's).
+    """Read a file once: count and index its documents, and hash its bytes (for parquet, only the footer).
 
     Raises:
-        UserError: the file is missing, damaged or of an unknown kind.
+        UserError: the file is missing, damaged or of an unknown type.
     """
     suffix = _suffix(uri)
     name, _, ending = suffix[1:].partition(".")
@@ -69,7 +69,7 @@ def scan_file(uri: str, text_field: str = "text", separator: str | None = None) 
 def _suffix(uri: str) -> str:
     found = next((suffix for suffix in SUFFIXES if uri.lower().endswith(suffix)), None)
     if found is None:
-        raise UserError(f"text: {uri}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        raise UserError(f"text: {uri}: unknown file type; supported suffixes are {', '.join(SUFFIXES)}")
     return found
 
 
@@ -89,17 +89,17 @@ def _files_of(uri: str) -> list[str]:
         names = ", ".join(_below(file, folder).lstrip("/") for file in left_out[:NAMED_FILES])
         more = f" and {len(left_out) - NAMED_FILES} more" if len(left_out) > NAMED_FILES else ""
         logger.info(
-            "text: %s: %d files are read, %d left out (another kind, hidden, a broken link, or dmm-ray's own): %s%s",
+            "text: %s: reading %d files, skipping %d (other types, hidden, broken links, dmm-ray's own output): %s%s",
             uri, len(kept), len(left_out), names, more,
         )  # fmt: skip
     if not kept:
-        own = "; what dmm-ray wrote is not read as text" if ours else ""
+        own = "; dmm-ray's own output is not read as text" if ours else ""
         raise UserError(f"text: {uri}: no such file, or a folder without any of {', '.join(SUFFIXES)}{own}")
     return kept
 
 
 def _split_pattern(uri: str) -> tuple[str, str]:
-    """The folder that a pattern begins with, and the rest; a folder's own path and nothing."""
+    """The folder that a pattern begins with, and the rest; for a folder, its path and an empty string."""
     first = min((uri.index(c) for c in MAGIC if c in uri), default=len(uri))
     if first == len(uri) or exists(uri):
         return uri, ""
@@ -108,18 +108,18 @@ def _split_pattern(uri: str) -> tuple[str, str]:
 
 
 def _below(file: str, folder: str) -> str:
-    """The path of ``file`` below ``folder``; file systems with several protocols name their files by one of them."""
+    """The path of ``file`` relative to ``folder``, ignoring protocols: a file system with several reports only one."""
     paths = [uri.partition("://")[2] or uri for uri in (file, folder)]
     return paths[0].removeprefix(paths[1])
 
 
 def _hidden(below: str) -> bool:
-    """Whether a path below a folder has a part that file systems and notebooks hide, or that logs of tables use."""
+    """Whether a relative path has a part that is hidden (``.``) or internal (``_``, such as a table format's logs)."""
     return any(part.startswith((".", "_")) for part in below.split("/") if part)
 
 
 def _own_folders(files: Sequence[str]) -> tuple[str, ...]:
-    """The folders among those of ``files`` that hold a store, a run or a report of dmm-ray."""
+    """The folders of ``files`` that contain a store, run or report written by dmm-ray."""
     return tuple(
         file.removesuffix(name)
         for file in files
@@ -130,7 +130,7 @@ def _own_folders(files: Sequence[str]) -> tuple[str, ...]:
 def _has_keys(uri: str, keys: set[str]) -> bool:
     try:
         value = read_json(uri)
-    except UserError:  # not JSON, so none of ours
+    except UserError:  # not JSON, so not ours
         return False
     return isinstance(value, dict) and keys <= set(value)
 
@@ -148,7 +148,7 @@ def _is_data(file: str, saved: dict[str, set[str] | None]) -> bool:
 
 
 def _saved_names(folder: str) -> set[str] | None:
-    """The data files of a dataset saved in ``folder``; None where none is."""
+    """The data files of the dataset saved in ``folder``; None if there is no saved dataset."""
     uri = join(folder, "state.json")
     if not exists(uri):
         return None
@@ -156,4 +156,4 @@ def _saved_names(folder: str) -> set[str] | None:
     try:
         return {str(entry["filename"]) for entry in state["_data_files"]}
     except (KeyError, TypeError) as e:
-        raise UserError(f"text: {uri}: names no _data_files; give the .arrow files themselves") from e
+        raise UserError(f"text: {uri}: lists no _data_files; give the .arrow files themselves") from e

@@ -1,7 +1,7 @@
-"""How bytes of a .jsonl or .txt file are cut into documents.
+"""Splits the bytes of a .jsonl or .txt file into documents.
 
-A document is a line of jsonl; in .txt what stands between separators: a given one, else ``<|endoftext|>``
-where the file has any, else blank lines.
+A document is a line of .jsonl, or the text between separators of .txt: the given separator, else ``<|endoftext|>``
+if the file contains it, else blank lines.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _SPACE = b" \t\r\n"
 
 
 class Format(NamedTuple):
-    """A rule that cuts a byte stream into documents."""
+    """A rule that splits a byte stream into documents."""
 
     separator: bytes
     """A regular expression over bytes."""
     is_json: bool = False
     keeps_blank: bool = True
-    """Whether a blank stretch between two separators counts as a document."""
+    """Whether blank text between two separators counts as a document."""
     open_ended: bool = False
     """Whether more bytes could lengthen a match that ends in white space."""
 
@@ -32,14 +32,14 @@ PARAGRAPHS = Format(rb"\n(?:[ \t\r]*\n)+", keeps_blank=False, open_ended=True)
 
 
 def separated_by(separator: str) -> Format:
-    """Text cut at every ``separator``."""
+    """Text split at every ``separator``."""
     return Format(re.escape(separator.encode()))
 
 
 class Splitter:
-    """Cuts a stream, fed in chunks of any size, into documents with the byte offset each starts at.
+    """Splits a stream, fed in chunks of any size, into documents, each with its byte offset.
 
-    A blank stretch after the last separator is no document. Cutting may start at any document's offset.
+    Blank text after the last separator is not a document. Splitting may start at the offset of any document.
     """
 
     def __init__(self, rule: Format, start: int = 0) -> None:
@@ -63,7 +63,7 @@ class Splitter:
         self._buffer = buffer[at:]
 
     def finish(self) -> Iterator[tuple[int, bytes]]:
-        """The last document, which no separator follows."""
+        """The last document, which is not followed by a separator."""
         if self._buffer.strip():
             yield self._start, self._buffer
         self._buffer = b""

@@ -1,4 +1,4 @@
-"""Files opened as byte streams: hashed while read, decompressed, damage told from other errors."""
+"""Opens files as byte streams: hashing while reading, decompression, and detection of damaged files."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from dmm_ray.files import filesystem, plain_errors
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 """Suffixes of compressed files."""
 READ_BYTES = 256 << 10
-"""Read at once: little, so that a single document costs little; file systems read ahead by themselves."""
+"""Bytes per read: small, so that reading a single document is cheap; file systems do their own read-ahead."""
 
 
 class DamagedError(ValueError):
-    """A file that is not what its name says, or not all of it."""
+    """A file that is truncated or not of the format that its name indicates."""
 
 
 class VariantError(ValueError):
-    """A file in a variant of its format that is not read; the message says which, and what to do."""
+    """A file in an unsupported variant of its format; the message names the variant and the remedy."""
 
 
 @contextmanager
 def opened(uri: str) -> Iterator[BinaryIO]:
-    """A seekable byte file with a position of its own.
+    """A seekable byte file with an independent position.
 
     Raises:
-        UserError: there is no such file, no permission, or its bytes cannot be had or decoded while it is open.
+        UserError: the file does not exist, permission is denied, or reading or decoding fails while it is open.
     """
     with plain_errors(uri), _opened(uri) as file, _damage(uri):
         yield file
@@ -46,10 +46,10 @@ def _opened(uri: str) -> BinaryIO:
     try:
         file = fs.open(path, "rb")
     except FileNotFoundError as e:
-        raise UserError(f"text: {uri}: no such file any more; put it back and run again") from e
+        raise UserError(f"text: {uri}: the file no longer exists; restore it and run again") from e
     except PermissionError as e:
         raise UserError(f"text: {uri}: no permission to read it") from e
-    if isinstance(file, MemoryFile):  # its readers would share one position
+    if isinstance(file, MemoryFile):  # otherwise, its readers would share one position
         return io.BytesIO(file.getvalue())
     return cast(BinaryIO, file)
 
@@ -64,20 +64,22 @@ def _damage(uri: str) -> Iterator[None]:
         if isinstance(e, OSError) and not _is_decoding(e):
             raise
         reason = str(e).strip().split("\n")[0]
-        if "too much memory for decoding" in reason:  # zstd's own words
+        if "too much memory for decoding" in reason:  # zstd's own message
             raise UserError(
-                f"text: {uri}: zstd with a long window (--long), which is not read; compress it again without"
+                f"text: {uri}: compressed with a long zstd window (--long), which is unsupported; recompress it without"
             ) from e
-        raise UserError(f"text: {uri}: damaged, cut short or not what its suffix says ({reason})") from e
+        raise UserError(
+            f"text: {uri}: damaged, truncated or not in the format of its suffix ({reason})"
+        ) from e
 
 
 def _is_decoding(error: OSError) -> bool:
-    """Whether a decoder raised ``error``: those of files and networks have a number or a class of their own."""
+    """Whether a decoder raised ``error``: file and network errors have an errno or a subclass."""
     return isinstance(error, gzip.BadGzipFile) or (type(error) is OSError and error.errno is None)
 
 
 def length(file: BinaryIO) -> int:
-    """A file's size in bytes; the position goes back to the start."""
+    """The size of a file in bytes; resets the position to the start."""
     file.seek(0, io.SEEK_END)
     size = file.tell()
     file.seek(0)
@@ -85,14 +87,14 @@ def length(file: BinaryIO) -> int:
 
 
 def decompressed(file: BinaryIO, codec: str | None) -> BinaryIO:
-    """The content of ``file``, of all its gzip members or zstd frames."""
+    """The decompressed content of ``file``, including all gzip members or zstd frames."""
     if codec == "zstd":
         return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec))
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if codec else file
 
 
 class Hashed(io.RawIOBase):
-    """A file whose bytes are hashed when they are read for the first time. Closing it leaves the file open."""
+    """A file whose bytes are hashed when first read. Closing it leaves the underlying file open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -117,15 +119,15 @@ class Hashed(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to another position."""
+        """Change the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """The position."""
+        """The current position."""
         return self._file.tell()
 
     def sha256(self) -> str:
-        """The hex SHA-256 of the whole file; reads what has not been read."""
+        """The hex SHA-256 of the complete file; reads whatever has not been read yet."""
         self._file.seek(self._hashed)
         while self.read(READ_BYTES):
             pass

@@ -1,4 +1,4 @@
-"""Files of .parquet and .arrow, the latter as Hugging Face's ``datasets`` saves them."""
+"""The .parquet and .arrow formats, the latter as saved by Hugging Face ``datasets``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dmm_ray.text.formats.base import SCANNED_BYTES, RecordBlock, Source, Tally,
 from dmm_ray.text.formats.streams import READ_BYTES, DamagedError, length, opened
 
 BATCH_ROWS = 256
-"""Rows of a block of parquet; a block of arrow is a batch as it was written (1000 rows by ``datasets``)."""
+"""Rows per block of parquet; a block of arrow is a record batch as written (1000 rows by ``datasets``)."""
 FILE_MARK = b"ARROW1"
-"""What an Arrow IPC file begins and ends with."""
+"""Marker at the beginning and end of an Arrow IPC file."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
 class ArrowRows(Source):
-    """Rows of an Arrow IPC stream, as ``datasets`` writes, or of an IPC file (Feather version 2)."""
+    """Rows of an Arrow IPC stream, as written by ``datasets``, or of an IPC file (Feather version 2)."""
 
     @property
     def unit(self) -> str:
@@ -38,20 +38,20 @@ class ArrowRows(Source):
         """All record batches.
 
         Raises:
-            DamagedError: the file does not end with a stream's end mark, or a file's.
+            DamagedError: the file does not end with the end marker of a stream or file.
         """
         if file.read(len(FILE_MARK)) == FILE_MARK:
             yield from self._file_blocks(file)
             return
         file.seek(-min(len(END_OF_STREAM), length(file)), io.SEEK_END)
         if file.read() != END_OF_STREAM:
-            raise DamagedError("an Arrow stream's end mark is missing")
+            raise DamagedError("the end marker of an Arrow stream is missing")
         file.seek(0)
         with pa.ipc.open_stream(pa.PythonFile(file, mode="r")) as reader:
             for batch in reader:
                 yield _block(batch, self.text_field)
         if file.read(1):
-            raise DamagedError("there is more after the end of the stream")
+            raise DamagedError("there is more data after the end of the stream")
 
     def _file_blocks(self, file: BinaryIO) -> Iterator[RecordBlock]:
         reader = pa.ipc.open_file(pa.PythonFile(file, mode="r"))
@@ -61,7 +61,7 @@ class ArrowRows(Source):
 
 @dataclass(frozen=True)
 class ParquetRows(Source):
-    """Rows of parquet, of which only the wanted column is read. Files can be entered at every row group."""
+    """Rows of parquet; only the requested column is read. Reading may start at every row group."""
 
     @property
     def unit(self) -> str:
@@ -69,10 +69,10 @@ class ParquetRows(Source):
         return "row"
 
     def scan(self, uri: str) -> TextFile:
-        """Count and index by the footer alone; check the rows of the first 16 MiB.
+        """Count and index using only the footer; check the rows of the first 16 MiB.
 
-        ``sha256`` is that of the footer: it says where the data lie, how long they are and, as a rule, their
-        least and greatest values, so that a file need not be read as a whole.
+        ``sha256`` is the hash of the footer, which contains the offset and size of all data and usually their minimum
+        and maximum values, so the complete file need not be read.
         """
         with opened(uri) as file:
             footer = _footer(file)
@@ -86,7 +86,7 @@ class ParquetRows(Source):
             return tally.found(self, length(file), hashlib.sha256(footer).hexdigest())
 
     def blocks(self, file: BinaryIO, place: int = 0) -> Iterator[RecordBlock]:
-        """The rows from row group ``place`` on."""
+        """The rows starting from row group ``place``."""
         table = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
         column = _wanted(table.schema_arrow.names, self.text_field)
         for group in range(place, table.num_row_groups):
@@ -95,20 +95,20 @@ class ParquetRows(Source):
                 yield _block(batch, self.text_field)
 
     def place(self, starts: np.ndarray, number: int) -> tuple[int, int]:
-        """The row group that holds row ``number``."""
+        """The row group that contains row ``number``."""
         group = int(np.searchsorted(starts, number, side="right")) - 1
         return int(starts[group]), group
 
 
 def _footer(file: BinaryIO) -> bytes:
-    """A parquet file's metadata as stored."""
+    """The metadata of a parquet file, as stored."""
     file.seek(-min(8, length(file)), io.SEEK_END)
     tail = file.read()
     if not tail.endswith(b"PAR1"):
-        raise DamagedError("parquet's end mark is missing")
+        raise DamagedError("the parquet end marker is missing")
     stored = int.from_bytes(tail[:4], "little") + len(tail)
     if stored > length(file):
-        raise DamagedError("parquet's footer is not whole")
+        raise DamagedError("the parquet footer is incomplete")
     file.seek(-stored, io.SEEK_END)
     return file.read()
 
@@ -118,7 +118,7 @@ def _wanted(names: list[str], text_field: str) -> str | None:
 
 
 def _block(batch: pa.RecordBatch, text_field: str) -> RecordBlock:
-    """The rows of a batch; their wanted column is turned into Python objects when it is asked for."""
+    """The rows of a batch; values of the requested column are converted to Python objects on access."""
     name = _wanted(batch.schema.names, text_field)
     if name is None:
         return RecordBlock(
@@ -138,7 +138,7 @@ def _content(name: str, column: pa.Array, text_field: str, row: int) -> Content:
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
-    """Text as bytes, so that a row of invalid UTF-8 spoils that row alone; other columns as they are.
+    """Text as bytes, so that invalid UTF-8 affects only its own row; other columns unchanged.
 
     Raises:
         pa.ArrowInvalid: the column's offsets are damaged.

@@ -239,7 +239,7 @@ def test_what_does_not_fit_the_language_model_is_refused_at_the_start(
     files: Files, single: str, tmp_path: Path
 ) -> None:
     start = SubjectDeployment.func_or_class
-    with pytest.raises(UserError, match=r"d = 32.* is not the one that prior .*d = 16"):
+    with pytest.raises(UserError, match=r"d = 32.* does not match prior .*d = 16"):
         start(files.model, None, {"default": single}, "cpu", ("float32", "float32"), 1)
     Direction("short", torch.ones(5)).save(str(tmp_path))
     with pytest.raises(UserError, match="directions: short has 5 numbers; the model's d is 32"):
