@@ -193,7 +193,7 @@ def test_what_is_here_can_be_asked(client: httpx.Client) -> None:
         ("generate", {**GENERATE, "u": 1.5}, 422, "u:"),
         ("generate", {**GENERATE, "temperature": -1}, 422, "temperature"),
         ("generate", {**GENERATE, "strength": "much"}, 422, "strength"),
-        ("generate", {**GENERATE, "prompt": " ", "stream": True}, 422, "prompt: it holds no tokens"),
+        ("generate", {**GENERATE, "prompt": " ", "stream": True}, 422, "prompt: it contains no tokens"),
         ("generate", {**GENERATE, "prompt": "cat " * 100}, 413, "prompt: fills the model's context"),
         ("nearest_tokens", {}, 422, "exactly one"),
         ("nearest_tokens", {"n": 1, "activations": [[1.0]]}, 422, "exactly one"),
