@@ -180,7 +180,7 @@ def test_what_is_here_can_be_asked(client: httpx.Client) -> None:
         ("score_text", {"text": TEXT, "steps": 2001}, 413, "steps"),
         ("score_text", {"text": TEXT, "layer": 3}, 422, "layer: this prior models 2"),
         ("score_text", {"text": TEXT, "model": "pair"}, 422, "layer"),
-        ("score_text", {"text": TEXT, "model": "other"}, 422, "no prior of this language model"),
+        ("score_text", {"text": TEXT, "model": "other"}, 422, "not a prior of this language model"),
         ("score_text", {"text": TEXT, "model": "absent"}, 404, "no such prior"),
         ("score_text", {"text": TEXT, "ids": [1]}, 422, "ids: unknown field"),
         ("score_text", {"text": "\ud800"}, 400, "body"),
