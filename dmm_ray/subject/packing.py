@@ -56,6 +56,7 @@ class Pack:
         lengths = torch.tensor(self.lengths[low:high])
         column = torch.arange(int(lengths[0]))[None]
         index = (start + lengths.cumsum(0) - lengths)[:, None] + column
+        # Padding columns may point past the group: clamp them to valid indices; the mask discards their results.
         last = start + int(lengths.sum()) - 1
         return index.clamp(max=last).to(self.device), (column < lengths[:, None]).to(self.device)
 

@@ -59,6 +59,7 @@ class SubjectSource:
         local = Path(model).expanduser()
         if local.is_dir():
             folder, model_id, commit = local.absolute(), str(local.absolute()), None
+        # Report a missing path here, without asking the hub: a hub id has at most one slash.
         elif local.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise UserError(
                 f"model: no folder at {model}; give a folder that contains config.json, or a hub id"
@@ -231,7 +232,7 @@ class SubjectSource:
 
 
 def _refuse_remote_code(model: str, error: Exception) -> None:
-    """Raise UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    """Raise UserError if ``error`` is transformers' refusal to run code that comes with the model."""
     if "trust_remote_code" in str(error):
         raise UserError(
             f"model: {model} comes with its own Python code; if you trust it, pass --trust-remote-code"
