@@ -13,7 +13,7 @@ from dmm_ray.serving.config import AppConfig
 
 
 def app(args: dict[str, Any]) -> Application:
-    """The application for Serve's arguments, fields of ``AppConfig``. Raises UserError for wrong ones."""
+    """The application for Serve's arguments, the fields of ``AppConfig``. Raises UserError if they are invalid."""
     from dmm_ray.serving.app import build
 
     try:

@@ -1,4 +1,4 @@
-"""A client of the endpoint: numpy in, numpy out. Imports neither Ray nor torch.
+"""A client for the endpoint: numpy in, numpy out. Imports neither Ray nor torch.
 
 ``from dmm_ray.client import Client``
 """

@@ -1,4 +1,4 @@
-"""The client: the operations of a prior, and those on texts, asked of an endpoint."""
+"""The client: a prior's operations, and those on texts, through an endpoint."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Result = TypeVar("Result")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What a generation may be told; the endpoint has the defaults."""
+    """Options of a generation; the endpoint sets the defaults."""
 
     strength: float
     """How far along the direction, in mean activation norms."""
     u: float
-    """Noise level of the projection, 0 data to 1 noise."""
+    """Noise level of the projection, 0 (data) to 1 (noise)."""
     project: bool
     """Whether to bring the activation back to where natural ones lie."""
     steps: int
@@ -44,25 +44,26 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class Client:
-    """One endpoint, from any thread. Close it, or use it as a context.
+    """A thread-safe client of one endpoint. Close it, or use it as a context manager.
 
-    Arguments and results are those of ``ActivationPrior`` with arrays for tensors. Rows are sent in parts, several at
-    a time, each row under its id (0 .. n-1 unless given), so that parts change no answer; a part that the endpoint
-    finds too large is halved. A request that is refused for now (429, 503), or whose connection is lost, is sent again.
+    Arguments and results are those of ``ActivationPrior``, with arrays instead of tensors. Rows are sent in chunks,
+    several at a time. Each row keeps its id (0 .. n-1 unless given), so chunking changes no answer. A chunk that the
+    endpoint rejects as too large is halved. A request that is temporarily refused (429, 503), or whose connection is
+    lost, is retried.
 
     Args:
         url: the endpoint's address.
-        token: a bearer token, if it wants one.
-        model: name of the prior to ask; None: the endpoint's default.
-        timeout: longest wait for the answer to a part, seconds.
-        retries: how often a part is sent again.
-        deadline: no part is sent again after this many seconds.
-        chunk_rows: rows of a part.
-        in_flight: parts that are on their way at a time, of all calls together.
+        token: a bearer token, if required.
+        model: name of the prior; None for the endpoint's default.
+        timeout: maximum wait for the answer to a chunk, in seconds.
+        retries: maximum number of retries per chunk.
+        deadline: no chunk is retried after this many seconds.
+        chunk_rows: rows per chunk.
+        in_flight: maximum number of concurrent chunks, over all calls.
 
     Raises of every method:
         ClientError: the endpoint refuses the request; the message names the field.
-        UnavailableError: no answer in ``timeout``, or none but refusals until ``deadline``.
+        UnavailableError: no answer within ``timeout``, or only refusals until ``deadline``.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Client:
     ) -> None:
         for name, value in (("chunk_rows", chunk_rows), ("in_flight", in_flight)):
             if value < 1:
-                raise ClientError(f"{name}: at least 1 is needed (got {value})")
+                raise ClientError(f"{name}: must be at least 1 (got {value})")
         self._transport = Transport(url.rstrip("/"), token, timeout, retries, deadline)
         self._model = model
         self._chunk_rows = chunk_rows
@@ -91,12 +92,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connections; calls under way fail."""
+        """Close the connections; calls in progress fail."""
         self._transport.close()
         self._pool.shutdown(cancel_futures=True)
 
     def ready(self) -> bool:
-        """Whether the endpoint can be reached and everything in it answers; one try."""
+        """Whether the endpoint is reachable and all of its parts are ready; no retries."""
         return self._transport.is_ready()
 
     def models(self) -> Models:
@@ -132,7 +133,7 @@ class Client:
         seed: int = 0,
         precision: PrecisionOption | None = None,
     ) -> np.ndarray:
-        """A cheap proxy of ``-log_prob`` (n,): mean squared error of the velocity; lower is more natural."""
+        """A cheap proxy for ``-log_prob`` (n,): mean squared error of the velocity; lower is more natural."""
         rows = RequestRows.given(x, ids)
         found = self._ask("velocity_error", rows, layer=layer, pairs=pairs, seed=seed, precision=precision)
         return found["velocity_error"]
@@ -151,9 +152,9 @@ class Client:
         precision: PrecisionOption | None = None,
         distance: float | None = None,
     ) -> np.ndarray:
-        """Raw activations (n, d) moved to where natural ones lie: noised to level u, one or one per row, restored.
+        """Raw activations (n, d) moved to where natural ones lie: noised to level u (one, or one per row) and restored.
 
-        With ``distance``, each row's u is the largest level that moves it by that much at most.
+        With ``distance``, each row's u is the largest level that moves it by at most that much.
         """
         several = array_of("u", u).ndim > 0
         rows = RequestRows.given(x, ids, u if several else None)
@@ -173,7 +174,7 @@ class Client:
         grid: Grid = "cosine",
         precision: PrecisionOption | None = None,
     ) -> np.ndarray:
-        """n raw activations (n, d), drawn."""
+        """n raw activations (n, d) drawn from the prior."""
         return self._ask(
             "sample", RequestRows.drawn(n, ids), steps=steps, layer=layer, seed=seed, method=method, grid=grid,
             precision=precision,
@@ -203,9 +204,9 @@ class Client:
         precision: PrecisionOption | None = None,
         top: int | None = None,
     ) -> np.ndarray | TopUnitArrays:
-        """Meta-neurons (n, features) of raw activations at level u; ``block=None``: those of all blocks.
+        """Meta-neurons (n, features) of raw activations at level u; ``block=None`` for those of all blocks.
 
-        With ``top``, only the units with the largest values, by number and value.
+        With ``top``, only the indices and values of the units with the largest values.
         """
         found = self._ask(
             "encode", RequestRows.given(x, ids), u=u, block=block, layer=layer, seed=seed, noises=noises,
@@ -227,7 +228,7 @@ class Client:
         direction: str | Sequence[float] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GeneratedText:
-        """A text written by the language model while steered along a direction, its name or (d,) numbers."""
+        """Text generated by the language model while steered along a direction, given by name or as d numbers."""
         body = {"prompt": prompt, "direction": direction, **options}
         answer = self._transport.post("/v1/generate", *self._json(body))
         return self._read("/v1/generate", answer, GeneratedText.read)
@@ -238,7 +239,7 @@ class Client:
         direction: str | Sequence[float] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Token | GeneratedText]:
-        """``generate`` token by token; the last item is the whole answer. Closing the iterator ends the generation."""
+        """``generate`` token by token; the last item is the full answer. Closing the iterator ends the generation."""
         body = {"prompt": prompt, "direction": direction, "stream": True, **options}
         with self._transport.stream("/v1/generate", *self._json(body)) as chunks:
             for kind, data in events(chunks):
@@ -252,7 +253,7 @@ class Client:
                 yield item
                 if isinstance(item, GeneratedText):
                     return
-        raise UnavailableError("/v1/generate: the stream ended before the text did; ask again")
+        raise UnavailableError("/v1/generate: the stream ended before the text did; try again")
 
     @staticmethod
     def _read(route: str, answer: httpx.Response, read: Callable[[dict[str, Any]], Result]) -> Result:
@@ -293,31 +294,31 @@ class Client:
 
 @contextlib.contextmanager
 def answer_of(route: str, text: str) -> Iterator[None]:
-    """Inside, an answer is read. Raises UnavailableError where it is not what this endpoint answers."""
+    """Context for parsing an answer. Raises UnavailableError if it is not one of a dmm-ray endpoint."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         shown = " ".join(text.split())[:100]
         raise UnavailableError(
-            f"{route}: the answer is not a dmm-ray endpoint's; is a proxy in between? It begins {shown!r}"
+            f"{route}: the answer is not a dmm-ray endpoint's; check for a proxy in between. It begins {shown!r}"
         ) from e
 
 
 def _event(kind: str, value: dict[str, Any]) -> Token | GeneratedText | str:
-    """A token, the whole text, or the message of an error. Raises KeyError or TypeError for another value."""
+    """A token, the full text, or an error message. Raises KeyError or TypeError for anything else."""
     if kind == "error":
         return str(value["error"])
     return GeneratedText.read(value) if kind == "done" else Token(value["id"], value["text"])
 
 
 def _columns(body: bytes, head_bytes: int, n: int) -> Columns:
-    """An answer's outputs. Raises ValueError, KeyError or TypeError where it is no answer about n rows."""
+    """The outputs of an answer. Raises ValueError, KeyError or TypeError if it is not an answer for n rows."""
     found = unpack(body, head_bytes)
     if not found or any(len(array) != n for name, array in found.items() if name != "evaluations"):
-        raise ValueError(f"not about {n} rows")
+        raise ValueError(f"not an answer for {n} rows")
     return found
 
 
 def _joined(parts: list[Columns]) -> Columns:
-    """Columns of parts one behind the other."""
+    """The columns of all parts, concatenated."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

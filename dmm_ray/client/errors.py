@@ -1,4 +1,4 @@
-"""Exceptions of the client: the endpoint refuses a request or is unavailable."""
+"""Errors of the client: the endpoint refuses a request, or does not answer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dmm_ray.errors import CheckFailed, UserError
 
 
 class ClientError(UserError):
-    """A request that the endpoint (or this client, before it was sent) refuses: asking again will not help.
+    """A request that the endpoint (or this client, before sending it) refuses; retrying will not help.
 
     Args:
         message: the endpoint's own line, which names the field and the remedy.
-        status: of its answer; 0 if nothing was sent.
+        status: HTTP status of the answer; 0 if nothing was sent.
     """
 
     def __init__(self, message: str, status: int = 0) -> None:
@@ -19,4 +19,4 @@ class ClientError(UserError):
 
 
 class UnavailableError(CheckFailed):
-    """No answer: the endpoint cannot be reached, is too busy or too slow, or failed."""
+    """No answer: the endpoint is unreachable, too busy or too slow, or it failed."""

@@ -11,7 +11,7 @@ BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 def events(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-    """Type and data of each event in a body that comes in ``chunks``; one that the end cuts off is dropped.
+    """Type and data of each event in a body received in ``chunks``; a truncated last event is dropped.
 
     Example:
         >>> list(events(iter([b"event: token\\r\\nda", b"ta: 1\\r\\n\\r\\n"])))
@@ -32,7 +32,7 @@ def events(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Whole lines, ended by CRLF, LF or CR, of UTF-8 text."""
+    """Complete lines of UTF-8 text, ended by CRLF, LF or CR."""
     decoder, waiting, begun = codecs.getincrementaldecoder("utf-8")("replace"), "", False
     for chunk in chunks:
         waiting += decoder.decode(chunk)

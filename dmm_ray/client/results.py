@@ -1,4 +1,4 @@
-"""What the endpoint answers, as numpy arrays."""
+"""The endpoint's answers, as numpy arrays."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ class LogProbArrays:
     nats: np.ndarray
     nats_per_dim: np.ndarray
     stderr: np.ndarray | None
-    """Standard error of ``nats`` from the probes; None from a single probe."""
+    """Standard error of ``nats`` from the probes; None with a single probe."""
     percentile: np.ndarray | None
-    """Per cent of natural activations less likely; None for a prior without calibration."""
+    """Percentage of natural activations that are less likely; None for a prior without calibration."""
     latent_percentile: np.ndarray | None
-    """Two-sided, of the latent norm; None for a prior without calibration."""
+    """Two-sided percentile of the latent norm; None for a prior without calibration."""
     combined_percentile: np.ndarray | None
-    """Of the least of the two and of the row's own norm, the one to use; None for a prior without calibration."""
+    """Percentile of the smallest of three: the two above and that of the row's own norm. The one to use; None for a
+    prior without calibration."""
     base: np.ndarray
-    """log N(z_1; 0, I) of the latent that the row flows to, nats."""
+    """log N(z_1; 0, I) of the latent that the row flows to, in nats."""
     divergence: np.ndarray
-    """Integral of the velocity's divergence along the path, nats."""
+    """Integral of the velocity's divergence along the path, in nats."""
     evaluations: int
     """Network evaluations per row."""
 
 
 class TopUnitArrays(NamedTuple):
-    """The k hidden units of each row with the largest values, the largest first."""
+    """The k hidden units with the largest values in each row, largest first."""
 
     indices: np.ndarray
-    """Numbers of the units, int64 (n, k)."""
+    """Indices of the units, int64 (n, k)."""
     values: np.ndarray
-    """float32 (n, k)."""
+    """Values of the units, float32 (n, k)."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How natural the language model's state is at each of n tokens."""
+    """How natural the language model's activation is at each of n tokens."""
 
     tokens: tuple[str, ...]
     start: np.ndarray
-    """First character of each token in the text, int64 (n,)."""
+    """Offset of each token's first character in the text, int64 (n,)."""
     end: np.ndarray
-    """The character after its last one, int64 (n,)."""
+    """Offset of the character after its last one, int64 (n,)."""
     nats: np.ndarray
     """float64 (n,); NaN at position 0, which is never scored."""
     percentile: np.ndarray
@@ -64,7 +65,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Token:
-    """A new token of a generation, as it comes."""
+    """A newly generated token."""
 
     id: int
     text: str
@@ -79,7 +80,7 @@ class GeneratedText:
     nats: np.ndarray
     """-log p of each token under the language model without steering, float64 (n,)."""
     nll: float | None
-    """Their mean; None if there is no token."""
+    """Mean of ``nats``; None if there are no tokens."""
     finish: str
     """`stop`: the model ended its text; `length`: a limit was reached."""
 
@@ -115,9 +116,9 @@ class Subject:
 
     name: str
     layers: int
-    """How many blocks it has."""
+    """Number of blocks."""
     context: int
-    """Most tokens of a text."""
+    """Maximum number of tokens in a text."""
     priors: tuple[str, ...]
     """Names of the priors of its activations."""
     directions: tuple[DirectionName, ...]
@@ -125,12 +126,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Models:
-    """What the endpoint holds."""
+    """The priors and the language model of the endpoint."""
 
     priors: tuple[Prior, ...]
     """The default one first."""
     subject: Subject | None
-    """None: no text routes."""
+    """None if there are no text routes."""
 
     @classmethod
     def read(cls, answer: dict[str, Any]) -> Models:

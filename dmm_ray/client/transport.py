@@ -1,4 +1,4 @@
-"""HTTP with patience: requests that a busy or restarting endpoint refuses are sent again, later."""
+"""HTTP with retries: requests that a busy or restarting endpoint refuses are sent again later."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CONNECT_S = 10.0
 
 
 class Transport:
-    """Requests to one endpoint, from any thread.
+    """Requests to one endpoint; thread-safe.
 
     Args:
         url: its address, http:// or https://.
-        token: a bearer token, if it wants one.
-        timeout: longest wait of one try for an answer (of a stream: for more of it), seconds.
-        retries: how often a request is tried again.
-        deadline: after this many seconds it is not tried again.
+        token: a bearer token, if required.
+        timeout: maximum wait per try for an answer (in a stream, for the next bytes), in seconds.
+        retries: maximum number of retries per request.
+        deadline: a request is not retried after this many seconds.
 
     Raises:
-        ClientError: an address or token that cannot be one.
+        ClientError: the address or token is invalid.
     """
 
     def __init__(self, url: str, token: str | None, timeout: float, retries: int, deadline: float) -> None:
@@ -47,17 +47,17 @@ class Transport:
         )
 
     def close(self) -> None:
-        """End what waits, and the connections."""
+        """Stop waiting requests and close the connections."""
         self._closed.set()
         self._http.close()
 
     def check_open(self) -> None:
         """Raises ClientError after :meth:`close`."""
         if self._closed.is_set():
-            raise ClientError("the client is closed; make another one")
+            raise ClientError("the client is closed; create a new one")
 
     def is_ready(self) -> bool:
-        """Whether the endpoint says it is ready; one try."""
+        """Whether the endpoint reports that it is ready; no retries."""
         self.check_open()
         try:
             return self._http.get("/v2/health/ready").status_code == 200
@@ -72,14 +72,14 @@ class Transport:
         """A 200 answer.
 
         Raises:
-            ClientError: another answer that asking again does not change.
-            UnavailableError: no answer in time, or refusals and lost connections until the deadline.
+            ClientError: any other answer that a retry would not change.
+            UnavailableError: no answer in time, or only refusals and lost connections until the deadline.
         """
         return self._patiently(self._http.build_request("POST", route, content=content, headers=headers))
 
     @contextlib.contextmanager
     def stream(self, route: str, content: bytes, headers: dict[str, str]) -> Iterator[Iterator[bytes]]:
-        """The body of a 200 answer as it comes. Raises as ``post``; what is lost once it came is not asked again."""
+        """The body of a 200 answer as it arrives. Raises as ``post``; a stream that breaks off is not retried."""
         request = self._http.build_request("POST", route, content=content, headers=headers)
         response = self._patiently(request, stream=True)
         try:
@@ -108,7 +108,7 @@ class Transport:
         )
 
     def _try(self, request: httpx.Request, stream: bool) -> httpx.Response | httpx.TransportError:
-        """An answer, or how the connection was lost. Raises UnavailableError for an answer that takes too long."""
+        """An answer, or the error that broke the connection. Raises UnavailableError if the answer takes too long."""
         self.check_open()
         try:
             answer = self._http.send(request, stream=stream)
@@ -117,7 +117,7 @@ class Transport:
             return answer
         except (httpx.ReadTimeout, httpx.WriteTimeout) as e:
             raise UnavailableError(
-                f"{self._url}: no answer in {self._timeout:g} s; ask for less or give a longer timeout"
+                f"{self._url}: no answer in {self._timeout:g} s; request less or give a longer timeout"
             ) from e
         except httpx.DecodingError as e:
             raise UnavailableError(f"{self._url}: the answer cannot be decoded ({e})") from e
@@ -126,22 +126,24 @@ class Transport:
 
 
 def _check(url: str, token: str | None) -> None:
-    """Raises ClientError for an address or token that cannot be one."""
+    """Raises ClientError if the address or token is invalid."""
     try:
         known = httpx.URL(url).scheme in ("http", "https")
     except httpx.InvalidURL:
         known = False
     if not known:
-        raise ClientError(f"url: http://HOST:PORT or https://... is needed (got {url!r})")
+        raise ClientError(f"url: must be http://HOST:PORT or https://... (got {url!r})")
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
-        raise ClientError("token: printable ASCII without spaces around it; is it read from the right place?")
+        raise ClientError(
+            "token: must be printable ASCII without surrounding spaces; check where it is read from"
+        )
 
 
 def _raise_final(answer: httpx.Response) -> None:
-    """Raises where asking again will not help.
+    """Raises if a retry will not help.
 
-    A failure that is not in the endpoint's own words comes from something in front of it, such as Serve's proxy
-    when the process behind it has died.
+    A failure without the endpoint's own message comes from something in front of it, such as Serve's proxy when the
+    replica behind it has died; it is retried.
     """
     status, message = answer.status_code, _message(answer)
     if status in RETRIED or (status >= 500 and message is None):
@@ -152,7 +154,7 @@ def _raise_final(answer: httpx.Response) -> None:
 
 
 def _message(answer: httpx.Response) -> str | None:
-    """The endpoint's line, if it is the endpoint that answers."""
+    """The endpoint's error message, if the answer is the endpoint's own."""
     try:
         return str(answer.json()["error"])
     except (ValueError, KeyError, TypeError):
@@ -160,7 +162,7 @@ def _message(answer: httpx.Response) -> str | None:
 
 
 def _wait_s(answer: httpx.Response | httpx.TransportError, attempt: int) -> float:
-    """Exponential, with jitter, and never less than the endpoint asks for."""
+    """Exponential backoff with jitter, never less than the endpoint's Retry-After."""
     backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0)
     asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
     return backoff + (float(asked) if asked.isdecimal() else 0.0)

@@ -1,4 +1,4 @@
-"""A subject and a prior together: generation steered along directions, projected to where natural states lie."""
+"""A subject and a prior together: generation steered along directions and projected back to natural activations."""
 
 from dmm_ray.interventions.directions import Direction, load_directions
 from dmm_ray.interventions.steering import Steering

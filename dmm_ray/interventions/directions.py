@@ -1,4 +1,4 @@
-"""Directions to steer along: unit vectors in safetensors files."""
+"""Steering directions: unit vectors in safetensors files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Direction:
     """A direction in a layer's activations.
 
     Args:
-        name: what it is called; the file is ``NAME.safetensors``.
-        vector: (d,), finite and not zero; kept at length 1, float32.
-        layer: the block whose output it belongs to; None: any.
+        name: its name; the file is ``NAME.safetensors``.
+        vector: (d,), finite and not all zero; stored with length 1, float32.
+        layer: the block whose output it belongs to; None for any.
 
     Raises:
-        UserError: the vector has another shape, no length, or values that are not finite.
+        UserError: the vector has the wrong shape, is all zero, or contains NaN or Inf.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Direction:
     def __post_init__(self) -> None:
         vector = self.vector.detach().to("cpu", torch.float32)
         if vector.ndim != 1:
-            raise UserError(f"direction {self.name}: shape (d,) is needed, got {tuple(vector.shape)}")
+            raise UserError(f"direction {self.name}: expected shape (d,), got {tuple(vector.shape)}")
         length = float(vector.double().norm())
         if not 0 < length < float("inf"):
-            raise UserError(f"direction {self.name}: finite numbers that are not all zero are needed")
+            raise UserError(f"direction {self.name}: expected finite numbers that are not all zero")
         object.__setattr__(self, "vector", (vector.double() / length).float())
 
     def save(self, folder: str) -> str:
-        """Write ``NAME.safetensors`` into ``folder``; the file's path."""
+        """Write ``NAME.safetensors`` into ``folder``; returns the file's path."""
         path = join(folder, self.name + SUFFIX)
         metadata = None if self.layer is None else {LAYER: str(self.layer)}
         write_bytes(path, safetensors.torch.save({TENSOR: self.vector}, metadata))
@@ -54,19 +54,20 @@ class Direction:
 def load_directions(folder: str) -> dict[str, Direction]:
     """Every direction in a folder (a local path or an fsspec URI), by name.
 
-    A file holds one tensor ``direction`` (d,), and may say ``{"layer": "7"}`` in its metadata.
+    A file contains one tensor ``direction`` (d,), and may have ``{"layer": "7"}`` in its metadata.
 
     Raises:
-        UserError: no such folder, a damaged file, another content, or a name twice in subfolders.
+        UserError: there is no such folder, a file is damaged or has the wrong content, or two files in subfolders have
+            the same name.
     """
     paths = list_files(folder, (SUFFIX,))
     if not paths:
-        raise UserError(f"directions: no {SUFFIX} files in {folder}; give a folder that holds some")
+        raise UserError(f"directions: no {SUFFIX} files in {folder}; give a folder that contains some")
     found: dict[str, Direction] = {}
     for path in paths:
         direction = _load(path)
         if direction.name in found:
-            raise UserError(f"{path}: another file has this name too; rename one of them")
+            raise UserError(f"{path}: another file has the same name; rename one of them")
         found[direction.name] = direction
     return found
 
@@ -76,16 +77,16 @@ def _load(path: str) -> Direction:
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as e:
-        raise UserError(f"{path}: damaged, or no safetensors file ({e})") from e
+        raise UserError(f"{path}: damaged, or not a safetensors file ({e})") from e
     if set(tensors) != {TENSOR}:
-        raise UserError(f"{path}: one tensor named {TENSOR} is needed, it holds {sorted(tensors) or 'none'}")
+        raise UserError(f"{path}: expected one tensor named {TENSOR}, got {sorted(tensors) or 'none'}")
     return Direction(path.rsplit("/", 1)[-1].removesuffix(SUFFIX), tensors[TENSOR], _layer(path, data))
 
 
 def _layer(path: str, data: bytes) -> int | None:
-    """The layer that a file's metadata states."""
+    """The layer stated in a file's metadata, if any."""
     header, _ = read_header(lambda a, b: data[a:b])
     stated = header.get("__metadata__", {}).get(LAYER)
     if stated is not None and not stated.isdecimal():
-        raise UserError(f"{path}: metadata {LAYER} is a block's number, got {stated!r}")
+        raise UserError(f"{path}: metadata {LAYER} must be the index of a block, got {stated!r}")
     return None if stated is None else int(stated)

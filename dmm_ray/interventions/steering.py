@@ -1,8 +1,8 @@
 """Steering a language model along a direction, and bringing each edited activation back to where natural ones lie.
 
-At every position that predicts a new token (the prompt's last one and each new one; never position 0) the layer's
-output x becomes ``x + strength * norm * direction``, norm being the layer's mean activation norm; with a level u it is
-then noised to u and denoised by the prior (Luo et al. 2026, section on steering).
+At every position that predicts a new token (the prompt's last one and each new one, never position 0), the layer's
+output x becomes ``x + strength * norm * direction``, where norm is the layer's mean activation norm. With a level u, it
+is then noised to u and denoised by the prior (Luo et al. 2026, section on steering).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Steering:
     """An edit of one layer.
 
     Raises:
-        UserError: a layer that the prior does not model, or a direction of another layer or width.
+        UserError: the prior does not model the layer, or the direction is of another layer or width.
     """
 
     prior: ActivationPrior
-    """Gives the layer's mean activation norm, and the projection."""
+    """Provides the layer's mean activation norm, and the projection."""
     direction: Direction | None
-    """None: the activation is only projected."""
+    """None to project the activation only."""
     strength: float = 0.0
-    """Length of the step in mean activation norms; negative goes the other way."""
+    """Length of the step in mean activation norms; negative for the opposite direction."""
     u: float | None = None
-    """Noise level of the projection, 0 to 1; None: no projection."""
+    """Noise level of the projection, 0 to 1; None for no projection."""
     steps: int = 10
-    """Solver steps of the projection: two evaluations of the prior each, a token."""
+    """Solver steps of the projection, each with two evaluations of the prior per token."""
     layer: int | None = None
-    """The block whose output is edited; None: the direction's own, or the prior's only one."""
+    """The block whose output is edited; None for the direction's own, or else the prior's only one."""
     seed: int = 0
-    """Of the projection's noise; a position's noise is the same whatever is steered."""
+    """Seed of the projection's noise; the noise at a position does not depend on what is steered."""
 
     def __post_init__(self) -> None:
         block, direction = self.block, self.direction
@@ -56,7 +56,7 @@ class Steering:
 
     @cached_property
     def block(self) -> int:
-        """The layer's number."""
+        """Index of the layer."""
         own = None if self.direction is None else self.direction.layer
         return self.prior.layers[self.prior.layer_index(own if self.layer is None else self.layer)]
 
@@ -75,5 +75,5 @@ class Steering:
         return self.prior.denoise(x, u=self.u, steps=self.steps, layer=self.block, ids=ids, seed=self.seed)
 
     def intervention(self) -> Intervention:
-        """This edit at its layer, of each activation that predicts a new token."""
+        """This edit at its layer, for each activation that predicts a new token."""
         return Intervention(Site(self.block), self, prompt=False)

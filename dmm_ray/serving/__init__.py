@@ -1,1 +1,1 @@
-"""The endpoint: a Ray Serve application that answers questions about activations over HTTP."""
+"""The endpoint: a Ray Serve application that serves priors of activations over HTTP."""

@@ -1,4 +1,4 @@
-"""The Serve application: an ingress that speaks HTTP, before a deployment for each prior and one for the subject."""
+"""The Serve application: an HTTP ingress in front of one deployment per prior and one for the subject."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from dmm_ray.serving.http.auth import AccessTokens, tokens_of
 from dmm_ray.serving.http.context import Context
 
 HEALTH_REQUESTS = 64
-"""Requests the ingress takes beyond what the deployments and their queues hold: health, those read or refused."""
+"""Requests that the ingress accepts beyond the capacity of the deployments and their queues: health checks, and
+requests being read or refused."""
 DRAIN_POLL_S = 0.5
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Serve's wrapper of the API: one is made in each ingress process.
+    """Serve's wrapper of the API, one instance per ingress replica.
 
     Args:
-        priors: a handle to the deployment of each prior, by name; the first is the default.
+        priors: a handle to each prior's deployment, by name; the first is the default.
         subject: a handle to the language model's deployment, if there is one.
         config: the application's configuration.
-        tokens: the arguments of ``AccessTokens``; None: everybody is let in.
+        tokens: the arguments of ``AccessTokens``; None disables authentication.
 
     Raises:
-        UserError: the token file is not there or empty.
+        UserError: the token file is missing or empty.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The ASGI application; Serve looks for this name."""
+        """The ASGI application; Serve looks up this method by name."""
         return build_api(self._context, self._tokens, self._config.cors_origins)
 
     def _backend(self, handle: DeploymentHandle, what: str) -> DeploymentClient:
@@ -64,10 +65,10 @@ class Ingress:
 
 
 def build(config: AppConfig) -> Application:
-    """The application that ``config`` describes; nothing is loaded until it is deployed.
+    """The application described by ``config``; nothing is loaded until it is deployed.
 
     Raises:
-        UserError: tokens are required and none are given.
+        UserError: tokens are required but none are given.
     """
     tokens = tokens_of(config)
     priors = {name: _prior(name, source, config) for name, source in config.priors.items()}
@@ -83,7 +84,7 @@ def build(config: AppConfig) -> Application:
 
 
 def _options(config: AppConfig, ongoing: int, queued: int) -> dict[str, Any]:
-    """What every deployment is told."""
+    """Options common to all deployments."""
     return {
         "max_ongoing_requests": ongoing,
         "max_queued_requests": queued,
@@ -102,7 +103,9 @@ def _prior(name: str, source: str, config: AppConfig) -> Application:
     deployment = PriorDeployment.options(  # type: ignore[attr-defined]
         **options,
         name=f"prior-{name}",
-        user_config={"source": source},  # another one alone is taken over by the processes that run
+        user_config={
+            "source": source
+        },  # changing only this reconfigures running replicas instead of replacing them
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
     )
     return deployment.bind(

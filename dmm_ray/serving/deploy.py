@@ -1,4 +1,4 @@
-"""``python -m dmm_ray.serving.deploy FILE``: check a file for ``serve deploy``, whose own schema lets typos pass."""
+"""``python -m dmm_ray.serving.deploy FILE``: check a file for ``serve deploy``, whose own schema accepts typos."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dmm_ray.serving.http.auth import is_loopback
 
 
 class HttpOptions(Config):
-    """Where Serve's proxies listen."""
+    """HTTP options of Serve's proxies."""
 
     host: str = "127.0.0.1"
-    """Address; another than loopback needs tokens."""
+    """Address to listen on; any but loopback requires tokens."""
     port: int = Field(default=8000, gt=0, le=65535)
     """Port on every node that has a proxy."""
     keep_alive_timeout_s: int = Field(default=5, gt=0)
-    """How long an idle connection is kept."""
+    """How long an idle connection is kept open, in seconds."""
     ssl_certfile: str | None = None
-    """Certificate, on every node; with ssl_keyfile the proxies speak TLS."""
+    """Certificate, on every node; with ssl_keyfile, the proxies use TLS."""
     ssl_keyfile: str | None = None
     """Key of the certificate."""
 
@@ -36,22 +36,22 @@ class LoggingConfig(Config):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     logs_dir: str | None = None
     enable_access_log: bool = False
-    """Serve's own access log; the application writes one by itself."""
+    """Serve's own access log; the application writes one itself."""
 
 
 class Application(Config):
-    """One application; more may run beside it under other prefixes."""
+    """One application; others may run beside it under other prefixes."""
 
     name: str = Field(min_length=1)
     route_prefix: str = Field(pattern=r"^/")
     import_path: Literal["serve.app:app"]
     args: AppConfig
     runtime_env: dict[str, Any] = Field(default={})
-    """As Ray documents it: `working_dir`, `env_vars`, ..."""
+    """Ray's runtime environment: `working_dir`, `env_vars`, ..."""
 
 
 class DeployFile(Config):
-    """A file for ``serve deploy`` that holds applications of ours."""
+    """A file for ``serve deploy`` that contains our applications."""
 
     proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
     http_options: HttpOptions = HttpOptions()
@@ -63,13 +63,13 @@ class DeployFile(Config):
         host = self.http_options.host
         if not is_loopback(host) and any(app.args.auth == "none" for app in self.applications):
             raise ValueError(
-                f"auth: none, but {host} is reachable from elsewhere; use tokens, or listen on loopback"
+                f"auth: none, but {host} is reachable from other machines; use tokens, or listen on loopback"
             )
         return self
 
 
 def check(path: str) -> DeployFile:
-    """The checked content of a deploy file. Raises UserError naming the file and the first wrong field."""
+    """The validated content of a deploy file. Raises UserError naming the file and the first invalid field."""
     try:
         return DeployFile.model_validate(load_yaml(path))
     except ValidationError as e:
@@ -77,7 +77,7 @@ def check(path: str) -> DeployFile:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Exit with 0 for a right file, with 2 and one line on stderr otherwise."""
+    """Exit with 0 for a valid file, or with 2 and one line on stderr."""
     try:
         if len(arguments) != 1:
             raise UserError("give one YAML file")

@@ -1,4 +1,4 @@
-"""What a request that cannot be answered is told: a status and one line."""
+"""Errors of requests: a status and one line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dmm_ray.serving.schemas import ErrorAnswer
 
 STATUSES = {
     400: "Malformed body",
-    401: "A token is needed",
-    404: "No such model or address",
-    408: "The body came too slowly",
-    413: "Body, rows, steps, probes or work above a limit",
-    422: "A field is missing, unknown or wrong",
-    503: "The queue is full, the prior is restarting or took too long: try again after Retry-After seconds",
+    401: "Missing or invalid token",
+    404: "No such model or route",
+    408: "The body did not arrive in time",
+    413: "Body size, rows, steps, probes or work exceed a limit",
+    422: "A field is missing, unknown or invalid",
+    503: "The queue is full, or a process is restarting or took too long: retry after Retry-After seconds",
 }
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in STATUSES.items()
@@ -30,9 +30,9 @@ class RequestError(Exception):
     """A request that cannot be answered.
 
     Args:
-        status: of the HTTP answer.
+        status: HTTP status of the answer.
         message: one line that names the field and the remedy.
-        retry_after_s: when the same request may succeed, if ever.
+        retry_after_s: seconds after which the same request may succeed; None if it never will.
     """
 
     def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
@@ -43,7 +43,10 @@ class RequestError(Exception):
 
 
 def body_error(error: ValidationError, within: str = "") -> RequestError:
-    """The first problem of a body: 400 where it is not JSON, else 422 naming the field, inside ``within``."""
+    """The first error in a body: 400 if it is not JSON, else 422 (413 for too many rows) naming the field.
+
+    ``within`` is a prefix for the field's path.
+    """
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return RequestError(400, f"body: {first['msg'].removeprefix('Invalid JSON: ')}; send one JSON object")
@@ -51,6 +54,6 @@ def body_error(error: ValidationError, within: str = "") -> RequestError:
     if first["type"] == "extra_forbidden":
         return RequestError(422, ".".join([*path, first["msg"]]))
     field = ".".join(path) or "body"
-    # 413 says that fewer rows would be taken; a client then halves its request.
+    # 413 means that fewer rows would be accepted: a client then halves its request.
     too_many = first["type"] == "too_long" and first["loc"] in ROW_FIELDS
     return RequestError(413 if too_many else 422, f"{field}: {first['msg']}")

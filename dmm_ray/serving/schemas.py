@@ -1,7 +1,7 @@
-"""Bodies of requests and answers, as the HTTP API documents them.
+"""Schemas of request and answer bodies, as documented by the HTTP API.
 
-Types are strict: a string or a boolean is no number, JSON's NaN and Infinity are refused, unknown keys too.
-Reading stops at the first wrong element, so that a large wrong body costs no more than a right one.
+Types are strict: strings and booleans are not numbers; NaN, Infinity and unknown keys are refused. Validation of a list
+stops at its first invalid element, so that a large invalid body costs no more than a valid one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Matrix = Annotated[
         fail_fast=True,
         min_length=1,
         max_length=MOST_ROWS,
-        description="Raw activations, one row of d numbers each.",
+        description="Raw activations, d numbers per row.",
     ),
 ]
 Ids = Annotated[list[Int64 | tuple[Int64, Int64]], Field(fail_fast=True, max_length=MOST_ROWS)]
@@ -44,9 +44,9 @@ ROWS: list[Any] = [[0.1, -1.2, 0.7, 0.0], [0.4, 0.3, -0.5, 2.1]]
 
 
 class StrictBody(BaseModel):
-    """Base of every part of a request: strict types, unknown keys refused."""
+    """Base of every part of a request: strict types, no unknown keys."""
 
-    # Unknown keys are collected and refused below: "forbid" makes an error of a kilobyte for each of them.
+    # Collect unknown keys and refuse them below: "forbid" would create an error of about a kilobyte for each of them.
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
@@ -59,21 +59,21 @@ class StrictBody(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The schema of what is accepted: no unknown keys."""
+        """The JSON schema, which allows no unknown keys."""
         schema = handler.resolve_ref_schema(handler(core))
         schema["additionalProperties"] = False
         return schema
 
 
 class Parameters(StrictBody):
-    """What every operation may be told."""
+    """Parameters common to all operations."""
 
     layer: int | None = Field(
-        default=None, description="Block of the language model; needed by a prior of several layers."
+        default=None, description="Block of the language model; required if the prior has several layers."
     )
-    seed: Int64 = Field(default=0, description="Of the noise and the probes.")
+    seed: Int64 = Field(default=0, description="Seed of the noise and the probes.")
     precision: PrecisionOption | None = Field(
-        default=None, description="Of the network's products; null: the endpoint's."
+        default=None, description="Precision of the network's products; null: the endpoint's."
     )
 
 
@@ -110,18 +110,18 @@ PARAMETERS: dict[OperationName, type[AnyParameters]] = {
 
 
 class Body(StrictBody):
-    """What every JSON request may say."""
+    """Fields common to all JSON requests."""
 
     model: str | None = Field(default=None, description="Name of a prior; null: the default one.")
     ids: Ids | None = Field(
         default=None,
-        description="Names of the rows, all integers or all [document, position] pairs: with `seed` they fix "
-        "the noise. null: 0, 1, ...",
+        description="Ids of the rows, all integers or all [document, position] pairs: together with `seed` they "
+        "determine the noise. null: 0, 1, ...",
     )
 
 
 class RowsBody(Body):
-    """A request about given rows."""
+    """A request with given rows."""
 
     activations: Matrix
 
@@ -144,7 +144,7 @@ class DenoiseBody(DenoiseParameters, RowsBody):
     """A request to ``denoise``."""
 
     u: Level | Levels = Field(  # type: ignore[assignment]
-        default=0.5, description="Noise level to restore from, 0 data to 1 noise; one, or one per row."
+        default=0.5, description="Noise level to restore from, 0 (data) to 1 (noise); one, or one per row."
     )
 
     model_config = ConfigDict(
@@ -173,7 +173,7 @@ Numbers = list[float | None]
 
 
 def answer_model(kind: type[OperationArguments]) -> type[BaseModel]:
-    """What an operation answers in JSON, made of its results."""
+    """The model of an operation's JSON answer, built from its results."""
     fields: dict[str, Any] = {}
     for name, result in kind.RESULTS.items():
         one = list[int] if result.integer else list[float] if result.per_row != "one" else Numbers
@@ -187,7 +187,7 @@ def answer_model(kind: type[OperationArguments]) -> type[BaseModel]:
 
 
 class ErrorAnswer(BaseModel):
-    """Every failure: one line that names the field and the remedy."""
+    """An error: one line that names the field and the remedy."""
 
     error: str
 
@@ -197,14 +197,14 @@ ANSWERS = {name: answer_model(kind) for name, kind in OPERATIONS.items()}
 
 
 def request_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """``body`` as an OpenAPI request body, its examples included and its parts written out in place."""
+    """``body`` as an OpenAPI request body, with its examples and with all definitions inlined."""
     schema = body.model_json_schema()
     plain = _inlined(schema, schema.pop("$defs", {}))
     return {"required": True, "content": {"application/json": {"schema": plain}}}
 
 
 def _inlined(node: Any, parts: dict[str, Any]) -> Any:
-    """``node`` with each reference to one of ``parts`` replaced by that part."""
+    """``node`` with each reference replaced by the definition in ``parts``."""
     if isinstance(node, list):
         return [_inlined(item, parts) for item in node]
     if not isinstance(node, dict):

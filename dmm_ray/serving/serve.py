@@ -27,21 +27,21 @@ POLL_S = 0.1
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # of 4 MiB: answers are larger
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # its 30 s are for load balancers of others
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # answers can exceed the default of 4 MiB
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # the default of 30 s is for external load balancers
 }
-"""Read by Serve when it is imported, here and in the processes it starts."""
+"""Environment variables that Serve reads on import, here and in the processes that it starts."""
 
 
 def serve(config: ServeConfig) -> str:
-    """Serve until interrupted, then let running requests end. Returns the default prior's folder.
+    """Serve until interrupted, then finish running requests. Returns the default prior's folder.
 
     Raises:
-        UserError: no prior at a folder, or the port is taken.
+        UserError: a folder contains no prior, or the port is taken.
         CheckFailed: the application did not start.
     """
     with running(config) as url:
-        logger.info("ready: %s (documentation at %s/docs); Ctrl-C ends it", url, url)
+        logger.info("ready: %s (documentation at %s/docs); press Ctrl-C to stop", url, url)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         logger.info("stopping")
@@ -50,18 +50,18 @@ def serve(config: ServeConfig) -> str:
 
 @contextlib.contextmanager
 def running(config: ServeConfig) -> Iterator[str]:
-    """The endpoint for as long as the context lasts; gives its base URL once it answers.
+    """Context in which the endpoint runs; yields its base URL once it is ready.
 
     Raises:
-        UserError: no prior at a folder, the port is taken, this cluster runs Serve already, the address is reachable
-            from elsewhere and no tokens are given, or HAProxy is wanted on a cluster that runs.
+        UserError: a folder contains no prior, the port is taken, this cluster already runs Serve, the address is
+            reachable from other machines and no tokens are given, or HAProxy is requested on a running cluster.
         CheckFailed: the application did not start.
     """
     config = settled(config)
     for source in config.priors.values():
         _check_prior(source)
     port = _free_port(config.host, config.port)
-    # Imported here: the command line's help does without, and it takes seconds.
+    # Imported here: it takes seconds, and the command line's help does not need it.
     import ray
 
     if config.proxy == "haproxy":
@@ -73,7 +73,7 @@ def running(config: ServeConfig) -> Iterator[str]:
     status = ray_serve.status()
     if status.proxies or status.applications:
         raise UserError(
-            "host, port: this cluster runs Serve already; use `serve deploy`, or end it by `serve shutdown`"
+            "host, port: this cluster already runs Serve; use `serve deploy`, or stop it with `serve shutdown`"
         )
     url = f"http://{_reachable(config.host)}:{port}"
     with ray_messages_logged():
@@ -83,25 +83,27 @@ def running(config: ServeConfig) -> Iterator[str]:
             yield url
         finally:
             if APPLICATION in ray_serve.status().applications:
-                ray_serve.delete(APPLICATION)  # lets running requests end, which a shutdown alone does not
+                ray_serve.delete(APPLICATION)  # lets running requests finish, unlike a shutdown alone
             ray_serve.shutdown()
             if owned:
                 ray.shutdown()
 
 
 def _use_haproxy(late: bool) -> None:
-    """Have the Serve that is started next use HAProxy. Raises UserError where that is too late, or was before."""
+    """Make the next Serve instance use HAProxy. Raises UserError if a cluster is running or Serve was imported."""
     if late or cluster_address() or "ray.serve" in sys.modules:
         settings = " ".join(f"{name}={value}" for name, value in HAPROXY.items())
-        raise UserError(f"proxy: haproxy is up to the cluster; start every node of it with {settings}")
+        raise UserError(
+            f"proxy: haproxy cannot be enabled on a running cluster; start every node with {settings}"
+        )
     os.environ.update(HAPROXY)
 
 
 def _deploy(config: ServeConfig, port: int) -> None:
-    """Start Serve and the application; returns when its processes are up.
+    """Start Serve and the application; returns when its replicas are up.
 
     Raises:
-        UserError: a replica refused what it was told to load.
+        UserError: a replica cannot load its prior or model.
         CheckFailed: a replica failed for another reason.
     """
     from ray import serve as ray_serve
@@ -109,7 +111,7 @@ def _deploy(config: ServeConfig, port: int) -> None:
     from dmm_ray.serving.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = {"enable_access_log": False}  # the application writes its own, into Serve's log files
+    quiet = {"enable_access_log": False}  # the application writes its own access log, to Serve's log files
     ray_serve.start(http_options={"host": config.host, "port": port}, logging_config=quiet)
     try:
         ray_serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
@@ -119,11 +121,11 @@ def _deploy(config: ServeConfig, port: int) -> None:
 
 
 def _failure(messages: list[str], error: RuntimeError) -> UserError | CheckFailed:
-    """What to raise when the application did not start.
+    """The error to raise when the application did not start.
 
     Args:
-        messages: Serve's, on the deployments; those of replicas that failed hold tracebacks.
-        error: what Serve raised.
+        messages: Serve's status message of each deployment; those of failed replicas contain tracebacks.
+        error: the error raised by Serve.
     """
     reasons = [reason for message in messages if (reason := last_error(message))]
     refused = [reason for reason in reasons if reason.startswith("UserError: ")]
@@ -135,7 +137,7 @@ def _failure(messages: list[str], error: RuntimeError) -> UserError | CheckFaile
 
 
 def _check_prior(source: str) -> None:
-    """Raises UserError where no prior is; a folder's weights are left to the processes that serve them."""
+    """Raises UserError if there is no prior; a folder's weights are only checked by the replicas that load them."""
     from dmm_ray.prior import folder
 
     if "://" in source or Path(source).is_dir():
@@ -145,7 +147,7 @@ def _check_prior(source: str) -> None:
 
 
 def _free_port(host: str, port: int) -> int:
-    """``port``, or a free one for 0. Raises UserError if it is taken: Serve's proxy would not notice."""
+    """``port``, or a free one for 0. Raises UserError if it is taken, which Serve's proxy would not notice."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -159,17 +161,17 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _reachable(host: str) -> str:
-    """The address under which this machine reaches a server that listens on ``host``."""
+    """The address at which this machine can reach a server that listens on ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
 def wait_ready(url: str) -> None:
-    """Until an endpoint's parts all answer. Raises CheckFailed after a minute."""
+    """Wait until every part of the endpoint is ready. Raises CheckFailed after a minute."""
     deadline = time.monotonic() + READY_DEADLINE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/v2/health/ready", timeout=10).status_code == 200:
                 return
         time.sleep(POLL_S)
-    raise CheckFailed(f"{url} did not become ready in {READY_DEADLINE_S:.0f} s; Ray's logs say why")
+    raise CheckFailed(f"{url} did not become ready in {READY_DEADLINE_S:.0f} s; see Ray's logs for the cause")

@@ -1,4 +1,4 @@
-"""Frozen language models whose states are read and edited at named sites, and which write, alone or in batches."""
+"""Frozen language models whose activations can be read and edited at named sites, and which generate text."""
 
 from dmm_ray.subject.generation import Continuation, Generated, Generation
 from dmm_ray.subject.intervention import Intervention, Site

@@ -1,4 +1,4 @@
-"""How sequences can share a forward pass so that each gives the rows that it gives alone."""
+"""How sequences can share a forward pass so that each yields the same rows as it does alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dmm_ray.subject.packing import CannotPackError, changing_lengths, may_pack,
 from dmm_ray.subject.runner import TRIAL_TOLERANCE, ModelRunner, pad
 
 Batching = Literal["packed", "padded", "alone"]
-"""How sequences share a forward pass: laid end to end, padded to alike lengths, or not at all."""
+"""How sequences share a forward pass: packed end to end, padded to the same length, or not at all."""
 TRIAL_TOKENS = 24
-"""Length of the sequences that a model is tried out with."""
+"""Length of the short sequences used in a trial."""
 
 
 @torch.no_grad()
 def capture_packed(
     runner: ModelRunner, ids: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Outputs (t, d) of blocks ``layers`` for sequences laid end to end. Raises as ``SubjectModel.capture_packed``."""
+    """Outputs (t, d) of blocks ``layers`` for packed sequences. Raises the same as ``SubjectModel.capture_packed``."""
     tokens = torch.tensor([[token for sequence in ids for token in sequence]], device=runner.device)
     lengths = [len(sequence) for sequence in ids]
     with packing(runner.model, lengths, runner.device) as pack:
@@ -30,12 +30,12 @@ def capture_packed(
         sites = [Site(layer) for layer in layers]
         run = runner.forward(tokens, Tokens.of(torch.ones_like(tokens)), sites, position_ids=positions)
     if pack.calls < max(layers) + 1:
-        raise CannotPackError(f"{type(runner.model).__name__} has attention of its own")
+        raise CannotPackError(f"{type(runner.model).__name__} uses its own attention implementation")
     return {site.layer: hidden[0] for site, hidden in run.captured.items()}
 
 
 class BatchingTrials:
-    """Finds by trial how a model's sequences can share passes, once for each set of lengths that matter."""
+    """Finds by trial how a model's sequences can share passes, once per set of lengths that matter."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -46,8 +46,8 @@ class BatchingTrials:
     def batching(self, longest: int) -> Batching:
         """How sequences of at most ``longest`` tokens can share a pass.
 
-        Tried with a few sequences: short ones, and ones on either side of every length below ``longest`` at which the
-        configuration says that the model changes (LongRoPE's other factors, attention to a choice of tokens).
+        Decided by a trial run on a few sequences: short ones, and ones on either side of every length below ``longest``
+        at which, by its configuration, the model's computation changes (LongRoPE's long factors, sparse attention).
         """
         lengths = tuple(n for n in self._changing if n < longest)
         if lengths not in self._found:
@@ -65,7 +65,7 @@ class BatchingTrials:
         limit = TRIAL_TOLERANCE.get(alone[0].dtype, 0.05)
 
         def same(found: Sequence[Tensor]) -> bool:
-            """Whether no sequence has other rows than alone, but for rounding."""
+            """Whether every sequence has the same rows as alone, up to rounding."""
             pairs = [(x.float(), y.float()) for x, y in zip(found, alone, strict=True)]
             return all(
                 float(((x - y).norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).mean()) <= limit
@@ -75,7 +75,7 @@ class BatchingTrials:
         if runner.causal and may_pack(runner.config):
             try:
                 packed = capture_packed(runner, trial, [layer])[layer]
-            # TypeError: its forward takes no positions; RuntimeError: masks of its own for so many tokens at most
+            # TypeError: forward takes no position_ids; RuntimeError: the model's own mask is too small for the pack
             except (CannotPackError, TypeError, RuntimeError):
                 packed = None
             if packed is not None and same(packed.split([len(ids) for ids in trial])):
@@ -84,7 +84,7 @@ class BatchingTrials:
         return "padded" if same([x[: len(ids)] for x, ids in zip(padded, trial, strict=True)]) else "alone"
 
     def _block_output(self, ids: Sequence[Sequence[int]], layer: int) -> Tensor:
-        """A block's output (b, t, d) for sequences that share a pass."""
+        """Output (b, t, d) of block ``layer`` for padded sequences that share a pass."""
         input_ids, mask = pad(ids, self._runner.device)
         options = self._runner.padding_options(mask)
         return self._runner.forward(input_ids, Tokens.of(mask), [Site(layer)], **options).captured[

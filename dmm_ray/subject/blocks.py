@@ -1,4 +1,4 @@
-"""Where a language model keeps its blocks: the text model inside it, and the list of blocks inside that."""
+"""Locates a language model's blocks: the text model inside it, and the list of blocks inside that."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ BLOCK_NAMES = (
     "transformer.layers",
     "transformer.blocks",
 )
-"""Where the list of blocks may be inside a text model: Llama and its kin, GPT-2 and BLOOM, MPT, XLNet,
+"""Paths where a text model may keep its list of blocks: Llama-like models, GPT-2 and BLOOM, MPT, XLNet,
 Llama 4, OPT, encoders such as BERT and DistilBERT, and models that nest a ``transformer``."""
 
 
 def text_model(model: Any) -> Any:
-    """The part of ``model`` that text alone runs through: no language-model head, no vision or audio tower."""
+    """The part of ``model`` that processes text: no language-model head, no vision or audio tower."""
     base = model.base_model
     inner = base.get_decoder() if hasattr(base, "get_decoder") else base
     return getattr(inner, "base_model", inner)
 
 
 def stated_layers(config: Any) -> int | None:
-    """How many blocks the text configuration in ``config`` states."""
+    """The number of blocks that the text configuration in ``config`` states, if any."""
     return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
 def find_blocks(model: Any, block_path: str | None = None) -> str:
-    """The dotted path, inside ``text_model(model)``, of its list of blocks.
+    """The dotted path of the list of blocks inside ``text_model(model)``.
 
     Args:
-        model: a language model as transformers loads it (with its head, if it has one).
-        block_path: dotted path of the list in ``model``, for architectures that are not known here.
+        model: a language model as loaded by transformers (with its head, if it has one).
+        block_path: dotted path of the list in ``model``, for unknown architectures.
 
     Raises:
         UserError: the architecture is unknown, or ``block_path`` is not a list of modules in the text model.
@@ -64,7 +64,7 @@ def find_blocks(model: Any, block_path: str | None = None) -> str:
 
 
 def _named_blocks(model: nn.Module, text: nn.Module, block_path: str) -> str:
-    """``block_path`` of ``model`` as a path inside ``text``."""
+    """Translate ``block_path``, relative to ``model``, to a path inside ``text``."""
     blocks = descend(model, block_path)
     if isinstance(blocks, nn.ModuleList) and len(blocks):
         for path, module in text.named_modules():
@@ -73,12 +73,12 @@ def _named_blocks(model: nn.Module, text: nn.Module, block_path: str) -> str:
     there = ", ".join(_module_lists(model)) or "none"
     raise UserError(
         f"block_path: the text model of {type(model).__name__} has no list of blocks at {block_path!r}; "
-        f"its lists are {there}"
+        f"its module lists are {there}"
     )
 
 
 def descend(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at a dotted path of ``model``; None where there is none."""
+    """The module at a dotted path of ``model``, or None."""
     module: nn.Module | None = model
     for part in path.split("."):
         module = getattr(module, part, None)

@@ -1,4 +1,4 @@
-"""Which language model is meant."""
+"""Options that select the language model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class ModelSource(Group):
     """The language model."""
 
     model: str | None = None
-    """Language model: a folder, a .gguf file or a hub id; by default the one recorded in the store or the prior."""
+    """Language model: a folder, a .gguf file or a hub id; defaults to the one recorded in the store or the prior."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     block_path: str | None = None
-    """Dotted path of the list of decoder blocks, for an architecture that is not known; by default the one recorded in
-    the store or the prior."""
+    """Dotted path of the list of decoder blocks, for unknown architectures; defaults to the one recorded in the store
+    or the prior."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
     def recorded(self, model: str | None, revision: str | None, block_path: str | None) -> ModelSource:
-        """The same with what is left open taken from a record; its revision is that of its own model alone."""
+        """A copy with unset fields filled from a record; the recorded revision applies only to the recorded model."""
         known = revision if self.model in (None, model) else None
         return self.model_copy(
             update={
@@ -32,7 +32,7 @@ class ModelSource(Group):
         )
 
     def resolve(self) -> SubjectSource:
-        """The model, found or downloaded. Raises UserError where none is named, or as ``SubjectSource.resolve``."""
+        """Find or download the model. Raises UserError if none is given, or as ``SubjectSource.resolve``."""
         if self.model is None:
             raise UserError("model: no model is named, and none is recorded; give --model")
         return SubjectSource.resolve(self.model, self.revision, self.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Sequences that a language model continues token by token, side by side.
+"""Token-by-token decoding of a batch of sequences.
 
 Shapes: b sequences, t tokens, v the vocabulary.
 """
@@ -20,41 +20,41 @@ from dmm_ray.subject.runner import TRIAL_TOLERANCE, ModelRunner, pad
 
 logger = logging.getLogger(__name__)
 TRIAL_LENGTH = 4
-"""Tokens with which generation is tried out."""
+"""Number of tokens used to try out generation."""
 
 
 class NoCacheError(Exception):
-    """A model's output holds no cache to continue from."""
+    """A model's output contains no key-value cache to continue from."""
 
 
 class Cached(NamedTuple):
-    """What a model remembers of the tokens so far."""
+    """A model's key-value cache of the tokens so far."""
 
     name: str
-    """Of the output that holds it and of the argument that takes it: alike, and not the same in every version of
+    """Name of both the output field that returns it and the argument that takes it; depends on the version of
     transformers."""
     content: Cache
 
     @classmethod
     def of(cls, output: Any) -> Cached:
-        """The cache in a model's output. Raises NoCacheError where there is none."""
+        """The cache in a model's output. Raises NoCacheError if there is none."""
         for name, value in output.items():
             if isinstance(value, Cache):
                 return cls(name, value)
-        raise NoCacheError(f"its output holds {', '.join(output)} and no cache")
+        raise NoCacheError(f"its output contains {', '.join(output)} but no cache")
 
 
 class Decoding:
-    """A batch of b sequences that are being continued.
+    """A batch of b sequences being continued.
 
-    Prompts of different lengths are padded on the left, so that all of them are continued at the same column; each
-    keeps the positions that it has alone.
+    Prompts of different lengths are padded on the left, so that all of them continue at the same column; each keeps the
+    positions it would have alone.
 
     Args:
         runner: a model with its head.
-        prompts: token ids of each, at least one.
-        sequences: their ids, for interventions; by default 0 .. b - 1.
-        active: edits in force.
+        prompts: token ids of each prompt, at least one.
+        sequences: sequence ids passed to interventions; defaults to 0 .. b - 1.
+        active: interventions to apply.
     """
 
     def __init__(
@@ -76,21 +76,21 @@ class Decoding:
 
     @torch.no_grad()
     def advance(self, tokens: Sequence[int | None] | None = None) -> Tensor:
-        """Logits (b, v), float32, of the next token of each sequence.
+        """Logits (b, v), float32, for the next token of each sequence.
 
         Args:
-            tokens: one more for each sequence, None for one that has ended, whose logits mean nothing; no list at the
-                start.
+            tokens: the token to append to each sequence, or None for one that has ended (its logits are meaningless);
+                omitted in the first call.
 
         Raises:
-            NoCacheError: the model gives no cache.
-            UserError: an edit fails, or the model returns NaN or Inf for an unfinished sequence.
+            NoCacheError: the model returns no cache.
+            UserError: an edit fails, or the model outputs NaN or Inf for an active sequence.
         """
         going = torch.ones_like(self._mask[:, :1])
         if tokens is not None:
             device = self._mask.device
             self._next = torch.tensor([[token or 0] for token in tokens], device=device)
-            # A sequence that has ended is padding from now on: no edit sees it, and its position stays in range.
+            # A sequence that has ended is padded from now on: no edit sees it, and its position stays in range.
             going = torch.tensor([[int(token is not None)] for token in tokens], device=device)
             self._mask = torch.cat([self._mask, going], dim=1)
         these = Tokens.of(self._mask, self._sequences, self._seen)
@@ -110,28 +110,28 @@ class Decoding:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all sequences from the batch but those at ``rows``, which are in order."""
+        """Keep only the sequences at ``rows``, in ascending order, and drop the others from the batch."""
         assert self._cached is not None
         at = torch.tensor(rows, device=self._mask.device)
         self._cached.content.reorder_cache(
             at
-        )  # made for beam search, every cache has it; it takes fewer rows, too
+        )  # written for beam search, so every cache has it; fewer rows than before work, too
         self._mask = self._mask[at]
         self._sequences = [self._sequences[row] for row in rows]
 
     def _check(self, logits: Tensor, ids: Tensor, going: Tensor) -> None:
-        # -inf is how a model rules a token out; NaN and +inf show in the maximum.
+        # Models use -inf to rule out a token, so test the maximum: it exposes NaN and +inf.
         broken = ~logits.amax(1).isfinite() & going.bool()
         if broken.any():
             sequence, position = ids[broken.nonzero()[0, 0]].tolist()
             raise UserError(
-                f"model: {self._runner.name} gives NaN or Inf for the token after sequence {sequence}, position "
-                f"{position}; are its weights finite, and the interventions not too strong?"
+                f"model: {self._runner.name} outputs NaN or Inf for the token after sequence {sequence}, position "
+                f"{position}; check its weights for NaN or Inf, or use weaker interventions"
             )
 
 
 class DecodingTrials:
-    """What a model can do while it generates: each tried with a few tokens, once.
+    """What a model supports during generation; each capability is tried once, with a few tokens.
 
     Args:
         runner: a model with its head.
@@ -142,17 +142,17 @@ class DecodingTrials:
 
     @cached_property
     def continues(self) -> bool:
-        """Whether it predicts from a cache as it does from the whole text."""
+        """Whether the model predicts the same from a cache as from the full text."""
         *prompt, token = self._runner.trial_ids(min(TRIAL_LENGTH, self._runner.context))
         try:
             return self._as_alone([prompt], [token])
-        except (TypeError, NoCacheError) as e:  # its forward takes no cache; it gives none
+        except (TypeError, NoCacheError) as e:  # forward takes no cache; forward returns none
             logger.info("%s cannot generate: %s", self._runner.name, e)
             return False
 
     @cached_property
     def together(self) -> bool:
-        """Whether prompts of different lengths can share its passes."""
+        """Whether prompts of different lengths can share forward passes."""
         return self.continues and self._as_alone(*self._mixed)
 
     @cached_property
@@ -160,7 +160,7 @@ class DecodingTrials:
         """Whether sequences can leave the batch before the others."""
         try:
             return self.together and self._as_alone(*self._mixed, keep=[1])
-        except (NotImplementedError, RuntimeError, IndexError):  # a cache of its own
+        except (NotImplementedError, RuntimeError, IndexError):  # a custom cache class
             return False
 
     @property
@@ -169,7 +169,7 @@ class DecodingTrials:
         return [long, long[: len(long) // 2]], [token, long[0]]
 
     def _as_alone(self, prompts: list[list[int]], tokens: list[int], keep: Sequence[int] = ()) -> bool:
-        """Whether prompts that share a pass, and then their next tokens, give the logits of each text alone."""
+        """Whether prompts that share a pass, followed by one token each, give the same logits as each text alone."""
         together = Decoding(self._runner, prompts)
         together.advance()
         if keep:

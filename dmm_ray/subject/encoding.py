@@ -1,4 +1,4 @@
-"""From documents to token ids: the one place where text is tokenised, for extraction, checks and evaluation."""
+"""Tokenisation of documents: the single implementation used by extraction, checks and evaluation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dmm_ray.errors import UserError
 from dmm_ray.subject.quiet import first_line, quiet
 
 EXAMPLES = 1000
-"""Tokens of a vocabulary that are tried as examples, at most."""
+"""Maximum number of vocabulary tokens to try as example texts."""
 TODAY = datetime(2024, 7, 26)
-"""What a chat template is told when it asks for the day, as Llama's do to write it into the system message: a row must
-not depend on when it was computed. It is the day that Llama 3.1's template has by itself."""
+"""The date given to chat templates that ask for today's (Llama's put it in the system message): a row must not depend
+on when it was computed. This is the default date in Llama 3.1's template."""
 DATE_CODES = ("%-d", "%-m", "%-H", "%-I", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMnpSTuUVwWxXyY"))
 Chat = Sequence[Mapping[str, str]]
-"""Messages: {"role": ..., "content": ...} each."""
+"""Messages, each {"role": ..., "content": ...}."""
 
 
 class ChatRefusedError(ValueError):
-    """The tokenizer's chat template does not take these messages."""
+    """The tokenizer's chat template does not accept these messages."""
 
 
 class Encoded(NamedTuple):
@@ -29,26 +29,26 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     length: int
-    """Tokens of the whole document, before it was cut."""
+    """Number of tokens in the whole document, before truncation."""
     suffix: int
-    """How many special tokens the tokenizer put at the end of ``ids``: 1 for BERT's [SEP], 0 for Llama."""
+    """Number of special tokens that the tokenizer put at the end of ``ids``: 1 for BERT's [SEP], 0 for Llama."""
 
 
 def encode(tokenizer: Any, documents: Sequence[str | Chat], window: int | None) -> list[Encoded]:
     """Token ids of each document, at most ``window`` of them, not padded.
 
-    A text gets the tokenizer's own special tokens; if it begins with the text of the first of them, as a rendered
-    chat does, it gets that token once. Messages go through the tokenizer's chat template, which writes all special
-    tokens itself. A cut text keeps its closing special tokens. Blank documents have no tokens.
+    A text gets the tokenizer's own special tokens. If it already begins with the text of the opening one, as a rendered
+    chat does, that token is not repeated. Messages go through the tokenizer's chat template, which writes all special
+    tokens itself. A truncated text keeps its closing special tokens. Blank documents have no tokens.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         documents: texts, or lists of messages.
-        window: most tokens of a document; None does not cut.
+        window: maximum tokens per document; None for no limit.
 
     Raises:
-        UserError: messages, and the tokenizer has no chat template.
-        ChatRefusedError: its template refuses some messages.
+        UserError: there are messages, but the tokenizer has no chat template.
+        ChatRefusedError: the chat template rejects some messages.
     """
     chats = [i for i, document in enumerate(documents) if not isinstance(document, str) and document]
     texts = [i for i, document in enumerate(documents) if isinstance(document, str) and document.strip()]
@@ -78,11 +78,11 @@ def _tokenize(tokenizer: Any, texts: Sequence[Any], special: bool) -> list[list[
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that ``tokenizer`` puts before and after a text.
 
-    Found by a text whose own tokens are none of them: one of ``a`` would do for most tokenizers, but a vocabulary of
-    other letters makes nothing of it, or the unknown token.
+    Found by encoding a text with no special tokens of its own. ``a`` would do for most tokenizers, but a vocabulary
+    without Latin letters encodes it as nothing or as the unknown token.
 
     Raises:
-        UserError: no text of the vocabulary shows them.
+        UserError: no text tried from the vocabulary reveals them.
     """
     [around] = _tokenize(tokenizer, [""], True)
     if not around:
@@ -96,13 +96,13 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
             if whole[start : start + len(content)] == content:
                 return whole[:start], whole[start + len(content) :]
     raise UserError(
-        f"model: the tokenizer of {tokenizer.name_or_path} makes only special tokens of the texts tried; "
-        "is its vocabulary the model's?"
+        f"model: the tokenizer of {tokenizer.name_or_path} produces only special tokens for every text tried; "
+        "check that its vocabulary belongs to this model"
     )
 
 
 def _examples(tokenizer: Any) -> Iterator[str]:
-    """Texts to try a tokenizer with: a letter, then what single tokens of its vocabulary stand for."""
+    """Texts to try a tokenizer with: a letter, then single tokens of its vocabulary, decoded."""
     yield "a"
     for token in range(min(len(tokenizer), EXAMPLES)):
         text = tokenizer.decode([token])
@@ -111,7 +111,7 @@ def _examples(tokenizer: Any) -> Iterator[str]:
 
 
 def _once(tokenizer: Any, text: Any, ids: list[int], before: list[int]) -> list[int]:
-    """``ids`` without a second of the opening special token, where ``text`` itself begins with it."""
+    """``ids`` without the duplicate of the opening special token if ``text`` itself begins with it."""
     n = len(before)
     twice = n > 0 and ids[n - 1 : n + 1] == [before[-1]] * 2
     if twice and text.startswith(tokenizer.convert_ids_to_tokens(before[-1])):
@@ -130,21 +130,21 @@ def render_chat(tokenizer: Any, messages: Any, *, reply: bool = False) -> str:
     """``messages`` as the text that the model was trained on, special tokens included.
 
     Args:
-        tokenizer: of transformers.
-        messages: {"role": ..., "content": ...} each.
-        reply: end with what makes the model answer.
+        tokenizer: a transformers tokenizer.
+        messages: each {"role": ..., "content": ...}.
+        reply: end with the generation prompt, so that the model answers.
 
     Raises:
         UserError: the tokenizer has no chat template.
-        ChatRefusedError: its template refuses the messages.
+        ChatRefusedError: the chat template rejects the messages.
     """
-    from jinja2 import TemplateError  # only chats need it
+    from jinja2 import TemplateError  # imported here: only chats need it
 
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise UserError(
-            f"model: the tokenizer of {name} has no chat template, which documents with messages need; "
-            "give documents with text, or a model made for chat"
+            f"model: the tokenizer of {name} has no chat template, which documents with messages require; "
+            "give documents with text, or a chat model"
         )
     try:
         template = tokenizer.get_chat_template()
@@ -157,12 +157,12 @@ def render_chat(tokenizer: Any, messages: Any, *, reply: bool = False) -> str:
             add_generation_prompt=reply,
         )
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:
-        raise ChatRefusedError(f"the chat template of {name} refuses these messages ({first_line(e)})") from e
+        raise ChatRefusedError(f"the chat template of {name} rejects these messages ({first_line(e)})") from e
 
 
 @cache
 def _fixed_date() -> str:
-    """A Jinja macro in the place of transformers' function of the same name: it formats TODAY."""
+    """A Jinja macro that shadows transformers' function of the same name and formats TODAY."""
     codes = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
-    # The empty expression keeps the template's first line as it is: after a block, Jinja drops a newline.
+    # The empty expression preserves the template's first line: Jinja drops a newline right after a block.
     return f"{{% macro strftime_now(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}{{{{ '' }}}}"

@@ -1,4 +1,4 @@
-"""Text that a language model writes: token by token for one prompt, whole continuations for many.
+"""Text generation: token by token for one prompt, or complete continuations for many.
 
 Shapes: b sequences, v the vocabulary.
 """
@@ -28,11 +28,11 @@ Finish = Literal["stop", "length"]
 
 
 class Generated(NamedTuple):
-    """A new token."""
+    """A generated token."""
 
     id: int
     text: str
-    """The characters that it completes; empty while a character has only begun."""
+    """The characters that it completes; empty if it leaves a character incomplete."""
 
 
 class Continuation(NamedTuple):
@@ -41,26 +41,27 @@ class Continuation(NamedTuple):
     prompt: list[int]
     """The prompt's token ids."""
     ids: list[int]
-    """New tokens."""
+    """The new tokens."""
     text: str
-    """Theirs, without the prompt."""
+    """The text of the new tokens, without the prompt."""
     finish: Finish
 
 
 class Generation:
-    """An iterator over new tokens after a prompt, until the model ends its text, its context or ``max_tokens``.
+    """An iterator over the new tokens after a prompt, until the model ends its text or the context or ``max_tokens`` is
+    reached.
 
     Args:
-        model: with its head.
+        model: a model with its head.
         prompt: a text, a chat or token ids, not blank.
-        interventions: edits; ids of their rows are (0, position).
-        max_tokens: most new tokens.
-        temperature: 0 takes the likeliest token, 1 draws from the model's own distribution.
-        seed: of the draws.
+        interventions: edits; the ids of their rows are (0, position).
+        max_tokens: maximum number of new tokens.
+        temperature: 0 takes the likeliest token, 1 samples from the model's own distribution.
+        seed: seed of the sampling.
         require_effect: raise an error at the end if an intervention has changed nothing.
 
     Raises:
-        UserError: a blank prompt, or one that fills the context; a model that cannot generate; an edit that fails.
+        UserError: the prompt is blank or fills the context, the model cannot generate, or an edit fails.
 
     Example:
         >>> for token in Generation(subject, "Once upon a time", max_tokens=8):  # doctest: +SKIP
@@ -97,22 +98,22 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """What was generated so far, without the prompt."""
+        """The text generated so far, without the prompt."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def finish(self) -> Finish:
-        """Why it ended."""
+        """Why generation ended."""
         return "length" if len(self.tokens) == self._most else "stop"
 
     def nats(self) -> list[float]:
-        """``-log p`` of each token so far under the model without interventions."""
+        """``-log p`` of each token generated so far under the model without interventions."""
         [found] = self._model.continuation_nats([self._prompt], [[token.id for token in self.tokens]])
         return found
 
     def _run(self, steps: Iterator[list[int | None]]) -> Iterator[Generated]:
         written = _Text(self._model.tokenizer, self._prompt)
-        # A token that leaves a character unfinished waits for the next: the last of all has to show what there is.
+        # Hold back a token that leaves a character incomplete: if it turns out to be the last, it must carry the rest.
         unfinished: int | None = None
         for [token] in steps:
             if token is None:
@@ -129,12 +130,12 @@ class Generation:
 
 
 class Sampling(NamedTuple):
-    """How tokens of several prompts are chosen."""
+    """How the tokens of several prompts are chosen."""
 
     ids: list[int]
-    """Of the prompts, for draws and edits."""
+    """Id of each prompt, for sampling and edits."""
     temperatures: list[float]
-    """Of each prompt."""
+    """Temperature of each prompt."""
     max_tokens: int
     seed: int
 
@@ -147,13 +148,13 @@ class Sampling(NamedTuple):
         seed: int,
         ids: Sequence[int] | None,
     ) -> Sampling:
-        """For ``n`` prompts. Raises UserError for arguments that do not fit."""
+        """Validate the arguments for ``n`` prompts. Raises UserError if one is invalid."""
         names = list(range(n)) if ids is None else [as_integer("ids", i) for i in ids]
         each = temperature if isinstance(temperature, Sequence | np.ndarray) else [temperature] * n
         temperatures = [as_number("temperature", one) for one in each]
         for name, values in (("ids", names), ("temperature", temperatures)):
             if len(values) != n:
-                raise UserError(f"{name}: one for each of the {n} prompts is needed (got {len(values)})")
+                raise UserError(f"{name}: expected one for each of the {n} prompts (got {len(values)})")
         return cls(names, temperatures, as_integer("max_tokens", max_tokens, least=1), seed)
 
 
@@ -164,7 +165,7 @@ def generate(
     active: Interventions,
     batch_size: int,
 ) -> list[Continuation]:
-    """Continuations of the prompts, in their order; see ``SubjectModel.generate``."""
+    """Continuations of the prompts, in the same order; see ``SubjectModel.generate``."""
     ids, limits = sampling.ids, [min(sampling.max_tokens, model.context - len(one)) for one in prompts]
     longest = max((len(one) + limit for one, limit in zip(prompts, limits, strict=True)), default=0)
     trials = model.decoding_trials
@@ -190,10 +191,10 @@ def generate(
 def _batches(
     prompts: Sequence[list[int]], limits: Sequence[int], context: int, size: int
 ) -> Iterator[list[int]]:
-    """Indices of prompts of similar lengths that share passes.
+    """Batches of indices of prompts of similar lengths.
 
-    They are padded to the longest and continued to the farthest limit, and even that stays within the context: a model
-    may have no bias or mask for more columns (MPT).
+    A batch is padded to its longest prompt and continued to its largest limit, and that sum stays within the context: a
+    model may have no bias or mask for more columns (MPT).
     """
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -211,11 +212,11 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     """New tokens of the sequences, step by step; None for one that has ended, by a token of ``stop`` or its limit.
 
-    Those that have ended leave the batch when half of it has, where the model's cache can drop them; else they stay,
-    unread. (Dropping each at once would copy the cache as often as a sequence ends.)
+    If the model's cache supports it, sequences that have ended are dropped once they make up half of the batch;
+    otherwise they stay and are ignored. (Dropping each one immediately would copy the cache every time.)
     """
     left = list(limits)
-    batch = list(range(len(left)))  # which sequence each row of the batch is
+    batch = list(range(len(left)))  # the sequence in each row of the batch
     logits = decoding.advance()
     while True:
         step: list[int | None] = [None] * len(left)
@@ -236,27 +237,27 @@ def _decode(
 
 
 class _Sampler:
-    """Draws the next tokens of a batch; a sequence's draws depend on the seed and its id alone."""
+    """Samples the next tokens of a batch; a sequence's random numbers depend on the seed and its id alone."""
 
     def __init__(self, temperatures: Sequence[float], seed: int, ids: Sequence[int]) -> None:
         for temperature in temperatures:
             if not 0 <= temperature < math.inf:
-                raise UserError(f"temperature: 0 or more is needed (got {temperature})")
+                raise UserError(f"temperature: must be finite and at least 0 (got {temperature})")
         self._temperatures = torch.tensor(temperatures, dtype=torch.float64)[:, None]
         self._random = [numpy_rng(seed, i) for i in ids]
 
     def draw(self, logits: Tensor, batch: Sequence[int]) -> list[int]:
-        """Tokens (b) by logits (b, v): drawn from softmax(logits / temperature), the likeliest at temperature 0.
+        """Tokens (b,) sampled from softmax(logits / temperature); the likeliest ones at temperature 0.
 
         Args:
             logits: (b, v).
-            batch: which of the sequences each row is.
+            batch: index of the sequence in each row.
         """
         greedy, temperatures = logits.argmax(1), self._temperatures[list(batch)].to(logits.device)
         if not temperatures.any():
             return greedy.tolist()
         uniform = torch.tensor([[self._random[i].random()] for i in batch], dtype=torch.float64)
-        # Less the largest first: over a temperature near 0 the others then become -inf, and none becomes inf / inf.
+        # Subtract the maximum first: at temperatures near 0 the others become -inf, and none becomes inf - inf.
         scaled = (logits.double() - logits.amax(1, keepdim=True)) / temperatures.where(temperatures > 0, 1)
         sums = torch.softmax(scaled, dim=1).cumsum(1)
         drawn = torch.searchsorted(sums, uniform.to(logits.device) * sums[:, -1:], right=True)
@@ -265,7 +266,7 @@ class _Sampler:
 
 
 class _Text:
-    """Text of tokens that come one by one; a character made of several tokens appears with its last one."""
+    """Decodes tokens one by one; a character made of several tokens appears with the last of them."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
@@ -273,7 +274,7 @@ class _Text:
         self._shown = len(self._decode(self._ids))
 
     def add(self, token: int) -> str | None:
-        """The characters that ``token`` completes; None while a character has only begun."""
+        """The characters that ``token`` completes; None if it leaves a character incomplete."""
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(REPLACEMENT):
@@ -282,7 +283,7 @@ class _Text:
         return new
 
     def rest(self) -> str:
-        """What is left to show, characters that have only begun included."""
+        """The text not returned yet, including incomplete characters."""
         return self._decode(self._ids)[self._shown :]
 
     def after(self, ids: Sequence[int]) -> str:

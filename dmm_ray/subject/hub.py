@@ -1,4 +1,4 @@
-"""Fetching a model from the Hugging Face hub, once for all processes of a machine."""
+"""Downloading a model from the Hugging Face hub, once for all processes on a machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _UNWANTED = ["original/*", "consolidated*", "*/*.safetensors"]
 
 
 def download(model: str, revision: str | None) -> Path:
-    """The folder of a hub model's snapshot in the hub's cache, its name being the commit.
+    """The folder of a hub model's snapshot in the hub cache; its name is the commit.
 
-    Safetensors are taken where there are any. The cache locks each file: concurrent processes share one
+    Safetensors are preferred over other weight files. The cache locks each file, so concurrent processes share one
     download.
 
     Raises:
-        UserError: the hub does not give it; the message says why and what to do.
+        UserError: the model cannot be downloaded; the message gives the reason and the remedy.
     """
     try:
         found = Path(
@@ -41,21 +41,21 @@ def download(model: str, revision: str | None) -> Path:
 
 
 def _refusal(model: str, revision: str | None, error: Exception) -> str:
-    """One line that says why the hub gave no model, and the remedy."""
+    """A one-line message with the reason why the download failed, and the remedy."""
     if isinstance(error, GatedRepoError):
         return (
-            f"model: {model} is gated; accept its terms on its page at the hub, "
+            f"model: {model} is gated; accept its terms on its hub page, "
             "then log in with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RevisionNotFoundError):
         return (
             f"revision: {model} has no branch, tag or commit {revision!r}; give one that its hub page lists"
         )
-    what = f"model: {model} is neither a folder here nor a model the hub gives"
+    what = f"model: {model} is neither a local folder nor an accessible hub model"
     if isinstance(error, RepositoryNotFoundError):
         return f"{what}; check its name, and if it is private log in with `hf auth login`"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
     return (
-        f"{what}{offline}; give a folder that holds config.json, or a hub id you may read "
+        f"{what}{offline}; give a folder that contains config.json, or a hub id you have access to "
         f"({type(error).__name__})"
     )

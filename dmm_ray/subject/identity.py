@@ -1,4 +1,4 @@
-"""What decides a model's rows beside its weights and ``config.json``: tokenizer, chat template, code, rope settings."""
+"""What determines a model's rows besides weights and ``config.json``: tokenizer, chat template, code, RoPE settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from dmm_ray.files import hash_json, sha256
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
-"""Those that compute rows: other versions give others in the last bits, or where a fault was fixed."""
+"""The libraries that compute rows: other versions may change the last bits, or more where a bug was fixed."""
 REMOTE = "transformers_modules"
-"""The package that transformers imports a model's own code into."""
+"""The package under which transformers imports a model's own code."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ESCAPES = (("_dot_", "."), ("_hyphen_", "-"))
-"""How transformers writes repositories' names as modules, the other way round."""
+"""Undoes the escaping by which transformers turns repository names into module names."""
 
 
 def library_versions() -> dict[str, str]:
@@ -28,10 +28,10 @@ def library_versions() -> dict[str, str]:
 
 
 def code_hashes(classes: Iterable[type]) -> dict[str, str]:
-    """SHA-256 of each Python file that came with a model and that ``classes`` were made from, by name.
+    """SHA-256 by name of each Python file that came with a model and that defines any of ``classes`` or their bases.
 
-    Files of another repository, which ``auto_map`` may name ("owner/name--module.Class"), have its name before theirs.
-    The files hashed are those that transformers imported; relative imports are followed.
+    Files from another repository, which ``auto_map`` may refer to ("owner/name--module.Class"), are prefixed with its
+    name. The files hashed are those that transformers imported; relative imports are followed.
     """
     # Slow to import, and few models come with code.
     from transformers.dynamic_module_utils import get_relative_import_files
@@ -47,7 +47,7 @@ def code_hashes(classes: Iterable[type]) -> dict[str, str]:
 
 
 def _repository(package: list[str]) -> str:
-    """``owner/name/`` for a package that came from the hub, nothing for one out of the model's own folder."""
+    """``owner/name/`` for a package that came from the hub, an empty string for one from the model's own folder."""
     if not package or not COMMIT.fullmatch(package[-1]):
         return ""
     name = "/".join(package[:-1]) + "/"
@@ -57,9 +57,9 @@ def _repository(package: list[str]) -> str:
 
 
 def rope_settings(config: Any) -> dict[str, Any]:
-    """Settings of the rotary position embedding in a text model's ``config``, defaults filled in, as JSON has them.
+    """Settings of the rotary position embedding in a text model's ``config``, defaults filled in, as JSON values.
 
-    A configuration file may leave them to the library, whose versions have had different ones.
+    A configuration file may leave them to the library, whose defaults have changed between versions.
     """
     found = {
         name: value
@@ -70,10 +70,10 @@ def rope_settings(config: Any) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of all that decides how text, and chats where it has a template for them, become tokens."""
+    """SHA-256 of everything that determines how text, and chats if there is a chat template, become tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Ours is never called with either, which leaves them off: a fresh one may still have its file's settings.
+        # We always tokenise without either, which switches them off; a newly loaded tokenizer may still have them on.
         backend.no_truncation()
         backend.no_padding()
         digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
@@ -84,8 +84,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def tokenizer_file_hashes(tokenizer: Any, folder: Path) -> dict[str, str]:
-    """SHA-256 of the vocabulary files of a tokenizer in Python, whose merges or scores show nowhere else; of the others
-    none, since :func:`tokenizer_hash` has all of them."""
+    """SHA-256 of a slow (Python) tokenizer's vocabulary files, the only place where its merges or scores are visible;
+    empty for fast tokenizers, which :func:`tokenizer_hash` covers completely."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         return {}
     names = sorted({"tokenizer_config.json", *tokenizer.vocab_files_names.values()})

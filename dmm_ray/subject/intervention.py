@@ -1,4 +1,4 @@
-"""Places in a language model where its state can be read and edited, and edits of it.
+"""Sites in a language model where activations can be read and edited, and the edits.
 
 Shapes: b sequences, t tokens, n rows, w the width of a site (d for the residual stream and an MLP's output, the width
 of one head for a head's output).
@@ -17,7 +17,7 @@ from dmm_ray.errors import UserError
 
 Part = Literal["residual", "mlp", "head"]
 Edit = Callable[[Tensor, Tensor], Tensor]
-"""From activations (n, w), float32, and their ids (n, 2) int64, (sequence, position), to their replacements (n, w)."""
+"""Maps activations (n, w), float32, and their ids (n, 2), int64 (sequence, position), to replacements (n, w)."""
 
 
 class Site(NamedTuple):
@@ -34,7 +34,7 @@ class Site(NamedTuple):
     """``residual``: the block's output; ``mlp``: what its MLP adds to the stream; ``head``: one attention head's
     output, that is, its slice of what the attention's output projection reads."""
     head: int | None = None
-    """Which head, for ``head``."""
+    """Index of the head, for part ``head``."""
 
     def __str__(self) -> str:
         if self.part == "head":
@@ -46,8 +46,8 @@ class Site(NamedTuple):
 class Intervention:
     """An edit of the activations at a site.
 
-    ``edit`` gets the activations of real tokens only: no padding, and not position 0 (the BOS or attention sink)
-    unless ``first`` is set. It may be called several times for a batch, with any number of rows at a time, so an
+    ``edit`` receives the activations of real tokens only: no padding, and not position 0 (the BOS or attention sink)
+    unless ``first`` is set. It may be called several times per batch, with any number of rows at a time, so an
     activation's replacement must depend on that activation and its id alone.
 
     Example:
@@ -57,16 +57,16 @@ class Intervention:
     site: Site
     edit: Edit
     prompt: bool = True
-    """When generating: edit the prompt's tokens too, not only the activations that predict new tokens."""
+    """During generation, edit the prompt's tokens too, not only the activations that predict new tokens."""
     first: bool = False
     """Edit position 0 too."""
 
 
 class Tokens(NamedTuple):
-    """Which tokens a forward pass sees."""
+    """The tokens of a forward pass."""
 
     ids: Tensor
-    """Sequence and position of each, int64 (b, t, 2)."""
+    """Sequence and position of each token, int64 (b, t, 2)."""
     real: Tensor
     """False at padding, (b, t)."""
 
@@ -76,8 +76,8 @@ class Tokens(NamedTuple):
 
         Args:
             attention_mask: (b, seen + t), 0 at padding.
-            sequences: ids of the b sequences; None: 0 .. b - 1.
-            seen: how many of the columns were seen by earlier passes.
+            sequences: ids of the b sequences; None for 0 .. b - 1.
+            seen: number of columns that earlier passes have processed.
         """
         real = attention_mask.bool()
         names = torch.arange(len(real)) if sequences is None else torch.as_tensor(sequences)
@@ -92,11 +92,11 @@ class Tokens(NamedTuple):
 
 
 class Interventions:
-    """Interventions in force during a call, which may take several forward passes, in the order in which they apply.
+    """The interventions of one call, which may take several forward passes.
 
     Args:
-        given: the interventions. At one site they apply one after the other.
-        require_effect: each of them must change an activation.
+        given: the interventions; those at the same site apply in this order.
+        require_effect: each of them must change at least one activation.
     """
 
     def __init__(self, given: Iterable[Intervention] = (), require_effect: bool = False) -> None:
@@ -106,16 +106,16 @@ class Interventions:
         self._changed = [False] * len(self.given)
 
     def apply(self, index: int, hidden: Tensor, tokens: Tokens, predicting: Tensor | None) -> Tensor:
-        """The activations at its site after intervention ``index``.
+        """Apply intervention ``index`` to the activations at its site.
 
         Args:
             index: into ``given``.
             hidden: (b, t, w).
-            tokens: of the pass.
-            predicting: (b, t), True where a token predicts a new one; None where nothing is generated.
+            tokens: the tokens of the pass.
+            predicting: (b, t), True where a token predicts a new one; None outside of generation.
 
         Raises:
-            UserError: the edit returned another shape, or values that are not finite.
+            UserError: the edit returned a wrong shape, or NaN or Inf.
         """
         one = self.given[index]
         chosen = tokens.real if one.first else tokens.real & (tokens.ids[..., 1] > 0)
@@ -125,7 +125,7 @@ class Interventions:
         rows = hidden[at]
         if not len(rows):
             return hidden
-        # With a device map a block may be elsewhere than the token ids; the edit gets both on one device.
+        # With a device map, a block may be on another device than the token ids; the edit gets both on the same one.
         new = one.edit(rows.to(ids.device, torch.float32, copy=True), ids)
         _check(one.site, rows, new, ids)
         edited = hidden.clone()
@@ -135,16 +135,16 @@ class Interventions:
         return edited
 
     def check_effect(self) -> None:
-        """Raises UserError if an intervention changed nothing and every one of them had to."""
+        """Raises UserError if an effect is required and an intervention changed nothing."""
         for one, seen, changed in zip(self.given, self._seen, self._changed, strict=True):
             if self.require_effect and not changed:
                 raise UserError(
-                    f"intervention at {one.site}: it changed none of the {seen} activations that it saw"
+                    f"intervention at {one.site}: it changed none of the {seen} activations it received"
                 )
 
 
 def _check(site: Site, rows: Tensor, new: object, ids: Tensor) -> None:
-    """Raises UserError unless ``new`` can take the place of ``rows`` (n, w)."""
+    """Raises UserError unless ``new`` can replace ``rows`` (n, w)."""
 
     def where(row: int) -> str:
         sequence, position = ids[row].tolist()
@@ -156,13 +156,14 @@ def _check(site: Site, rows: Tensor, new: object, ids: Tensor) -> None:
             f"intervention at {site}: the edit returned {returned} for {len(rows)} activations of shape "
             f"{tuple(rows.shape)}, the first at {where(0)}; return a tensor of the same shape"
         )
-    # In the model's own format, whose range may be smaller; and a norm makes zeros of a row whose squares overflow.
+    # Check in the model's dtype, whose range may be smaller, and check the squares: a norm turns rows whose squares
+    # overflow into zeros.
     finite = new.to(rows).float().square().sum(1).isfinite()
     if not finite.all():
         row = int(finite.logical_not().nonzero()[0])
         if not rows[row].isfinite().all():
             raise UserError(
-                f"intervention at {site}: the model's own activation is NaN or Inf at {where(row)}, before the edit"
+                f"intervention at {site}: the model's activation contains NaN or Inf at {where(row)}, before the edit"
             )
         raise UserError(
             f"intervention at {site}: the edit returned NaN, Inf or numbers too large for the model "

@@ -1,4 +1,4 @@
-"""Building and loading a language model: only the blocks that are wanted, no head unless asked for."""
+"""Building and loading a language model: only the blocks required, and no head unless requested."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from dmm_ray.subject.blocks import stated_layers, text_model
 logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
-"""Tried in this order: language models, multimodal ones, encoders."""
+"""Tried in this order: causal language models, multimodal models, encoders."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights go."""
+    """Devices on which the weights are placed."""
 
     device: str = "cpu"
-    """A torch device for all of them, unless ``device_map`` is given."""
+    """A torch device for all weights, unless ``device_map`` is given."""
     device_map: str | None = None
     """How transformers spreads them over several devices, e.g. "auto"."""
     max_memory: Mapping[str, str] | None = None
-    """Most memory to use by device ("0" is the first GPU, "cpu"), e.g. {"0": "70GiB"}; for ``device_map``."""
+    """Maximum memory per device ("0" is the first GPU, "cpu"), e.g. {"0": "70GiB"}; with ``device_map`` only."""
     offload_folder: str | None = None
-    """Folder for the weights that fit nowhere else; for ``device_map``."""
+    """Folder for weights that fit on no device; with ``device_map`` only."""
 
     def spread(self, quantized: bool) -> dict[str, Any]:
-        """The arguments of ``from_pretrained``; none for a plain model on one device.
+        """The arguments for ``from_pretrained``; empty for an unquantised model on one device.
 
         Raises:
-            UserError: they need accelerate, which is not installed, or go with a device map and there is none.
+            UserError: accelerate is required but not installed, or an option requires a device map and none is given.
         """
         if self.device_map is None and (self.max_memory or self.offload_folder):
             field = "max_memory" if self.max_memory else "offload_folder"
-            raise UserError(f'{field}: goes with a device map; give device_map too, e.g. "auto"')
+            raise UserError(f'{field}: requires a device map; give device_map too, e.g. "auto"')
         if self.device_map is None and not quantized:
             return {}
         if importlib.util.find_spec("accelerate") is None:
             field = "device_map" if self.device_map else "model: quantised weights"
-            raise UserError(f"{field}: needs accelerate; pip install 'dmm-ray[large]'")
+            raise UserError(f"{field}: requires accelerate; pip install 'dmm-ray[large]'")
         if self.device_map is None:
             return {"device_map": {"": self.device}}
         memory = {int(k) if k.isdigit() else k: v for k, v in (self.max_memory or {}).items()}
@@ -66,12 +66,12 @@ class LoadedModel(NamedTuple):
 
     model: Any
     missing: list[str]
-    """Names of weights that its files lack."""
+    """Names of weights missing from its files."""
     placed: dict[str, Any]
-    """The device of each module, where it was spread by a device map."""
+    """The device of each module if a device map was used, else empty."""
 
     def input_device(self, placement: Placement) -> torch.device:
-        """Where token ids go: to the first accelerator in use."""
+        """The device for token ids: with a device map, the first accelerator in use."""
         if not self.placed:
             return torch.device(placement.device)
         return torch.device(next((d for d in self.placed.values() if d not in ("cpu", "disk")), "cpu"))
@@ -81,25 +81,25 @@ def is_quantized(config: Any) -> bool:
     """Whether the model's files hold quantised weights.
 
     Raises:
-        UserError: quantised by a method that transformers does not know: it would load them as plain numbers.
+        UserError: transformers does not support the quantisation method; it would load the weights as plain numbers.
     """
     found = getattr(config, "quantization_config", None)
     if not found:
         return False
-    from transformers.quantizers import AutoHfQuantizer  # slow to import, and few models need it
+    from transformers.quantizers import AutoHfQuantizer  # imported here: it is slow, and few models need it
 
     settings = found if isinstance(found, dict) else found.to_dict()
     if not AutoHfQuantizer.supports_quant_method(settings):
         method = settings.get("quant_method")
         raise UserError(
-            f"model: its weights are quantised by {method!r}, which transformers cannot read; "
-            "give the model in another form"
+            f"model: its weights are quantised with {method!r}, which transformers cannot load; "
+            "give the model in another format"
         )
     return True
 
 
 def build_skeleton(config: Any, trust_remote_code: bool) -> Any:
-    """The whole model on the meta device, without weights. Raises what transformers raises."""
+    """The whole model on the meta device, without weights. Raises whatever transformers raises."""
     name = next((name for name in AUTO_CLASSES if _knows(name, config, trust_remote_code)), AUTO_CLASSES[0])
     with torch.device("meta"):
         return getattr(transformers, name).from_config(
@@ -108,14 +108,14 @@ def build_skeleton(config: Any, trust_remote_code: bool) -> Any:
 
 
 def is_causal(skeleton: Any) -> bool | None:
-    """What the attention modules of its text model say of themselves; None where they say nothing."""
+    """Whether all attention modules of its text model are causal; None if none has an ``is_causal`` flag."""
     found = (getattr(module, "is_causal", None) for module in text_model(skeleton).modules())
     flags = [flag for flag in found if isinstance(flag, bool)]
     return all(flags) if flags else None
 
 
 def is_bidirectional(skeleton: Any) -> bool:
-    """Whether a token sees those after it (an encoder), by its attention modules, else its configuration."""
+    """Whether tokens attend to later ones (an encoder), by its attention modules or else its configuration."""
     causal = is_causal(skeleton)
     if causal is not None:
         return not causal
@@ -125,7 +125,7 @@ def is_bidirectional(skeleton: Any) -> bool:
 
 
 def position_offset(model: Any) -> int:
-    """The position number of the first token: padding_idx + 1 in models that number like RoBERTa, else 0."""
+    """The position of the first token: padding_idx + 1 in models that count positions like RoBERTa, else 0."""
     for module in model.modules():
         embedding = getattr(module, "position_embeddings", None)
         if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
@@ -134,7 +134,7 @@ def position_offset(model: Any) -> int:
 
 
 def cut_config(config: Any, n_blocks: int) -> Any:
-    """A copy of ``config`` for its first ``n_blocks`` blocks: their number and every list with an entry per block."""
+    """A copy of ``config`` cut to ``n_blocks`` blocks: their number and every list with one entry per block."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     whole = text.num_hidden_layers
@@ -157,15 +157,15 @@ def load_head(folder: Path, skeleton: Any, **options: Any) -> LoadedModel:
 def load_blocks(folder: Path, skeleton: Any, path: str, n_blocks: int, **options: Any) -> LoadedModel:
     """The text model with its first ``n_blocks`` blocks and no head.
 
-    Only those blocks' weights are read where a configuration cut to them builds the same blocks; else, as for
-    models whose blocks depend on how many there are, all are read and those above dropped.
+    Only those blocks' weights are read if a configuration cut to them builds the same blocks. Otherwise, as for models
+    whose blocks depend on the total number of blocks, all are read and the upper ones dropped.
 
     Args:
-        folder: of the model's files.
-        skeleton: of the whole model.
-        path: of the blocks inside its text model.
-        n_blocks: how many to keep.
-        options: for ``from_pretrained``.
+        folder: folder of the model's files.
+        skeleton: skeleton of the whole model.
+        path: path of the blocks inside its text model.
+        n_blocks: number of blocks to keep.
+        options: passed to ``from_pretrained``.
     """
     base = skeleton.base_model
     config = _same_cut(skeleton, path, n_blocks) or base.config
@@ -184,12 +184,12 @@ def _load(cls: Any, folder: Path, config: Any, **options: Any) -> LoadedModel:
 
 
 def _no_pooler(cls: Any) -> dict[str, bool]:
-    """The argument that leaves out an encoder's pooler, which masked language models have no weights for."""
+    """The argument that omits an encoder's pooler, for which masked language models have no weights."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in signature(cls.__init__).parameters else {}
 
 
 def _same_cut(skeleton: Any, path: str, n_blocks: int) -> Any | None:
-    """The configuration cut to ``n_blocks`` if that builds what ``skeleton`` has up to there, else None."""
+    """The configuration cut to ``n_blocks`` if it builds the same modules as ``skeleton`` up to there, else None."""
     base, whole = skeleton.base_model, text_model(skeleton)
     if stated_layers(base.config) != len(whole.get_submodule(path)):
         return None
@@ -198,15 +198,15 @@ def _same_cut(skeleton: Any, path: str, n_blocks: int) -> Any | None:
         with torch.device("meta"):
             part = text_model(type(base)(copy.deepcopy(cut), **_no_pooler(type(base))))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as e:
-        logger.info("all blocks are read: %s cannot be built with %d (%s)", type(base).__name__, n_blocks, e)
+        logger.info("reading all blocks: %s cannot be built with %d (%s)", type(base).__name__, n_blocks, e)
         return None
     same = len(part.get_submodule(path)) == n_blocks
     return cut if same and _describe(part, path).items() <= _describe(whole, path).items() else None
 
 
 def _describe(text: nn.Module, path: str) -> dict[str, str]:
-    """What each module of a text model is: its class, the shapes of its own weights and, inside the blocks, its
-    plain settings (outside them a module may well hold the number of blocks)."""
+    """Describe each module of a text model: its class, the shapes of its own weights and, inside the blocks, its plain
+    settings (outside of them, a module may legitimately store the number of blocks)."""
     return {
         name: repr(
             (
@@ -225,6 +225,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _knows(auto_class: str, config: Any, trust_remote_code: bool) -> bool:
-    """Whether transformers, or code that comes with the model, has such a class for it."""
+    """Whether transformers, or code that comes with the model, maps its configuration to ``auto_class``."""
     remote = trust_remote_code and auto_class in (getattr(config, "auto_map", None) or {})
     return remote or type(config) in getattr(transformers, auto_class)._model_mapping

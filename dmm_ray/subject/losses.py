@@ -1,4 +1,4 @@
-"""How well a language model predicts each next token.
+"""Next-token losses of a language model.
 
 Shapes: b sequences, t tokens.
 """
@@ -16,7 +16,7 @@ from dmm_ray.subject.intervention import Interventions, Tokens
 from dmm_ray.subject.runner import ModelRunner
 
 LOGITS_AT_ONCE = 1 << 26
-"""Most logits per pass; a token has one per vocabulary entry."""
+"""Maximum number of logits per pass: tokens times vocabulary size."""
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def token_losses(
     active: Interventions,
     alone: bool,
 ) -> Tensor:
-    """As ``SubjectModel.token_losses``; ``alone``: a pass for each sequence."""
+    """See ``SubjectModel.token_losses``; with ``alone``, each sequence gets its own pass."""
     tokens = Tokens.of(attention_mask)
     if alone:
         losses = torch.full(input_ids[:, 1:].shape, float("nan"), device=runner.device)
@@ -43,13 +43,13 @@ def _losses(
     runner: ModelRunner, input_ids: Tensor, tokens: Tokens, active: Interventions, **options: Any
 ) -> Tensor:
     logits = runner.forward(input_ids, tokens, (), active, **options).output.logits
-    # Sequence by sequence: float32 logits of all of them would take b times the memory.
+    # Sequence by sequence: float32 logits of the whole batch would take b times the memory.
     pairs = zip(logits, input_ids, strict=True)
     return torch.stack([F.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in pairs])
 
 
 def batches(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
-    """Indices of sequences of like lengths, the longest first, whose logits fit into memory together."""
+    """Batches of indices of sequences of similar lengths, longest first, whose logits fit into memory together."""
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if found and (len(found[-1]) + 1) * lengths[found[-1][0]] * vocabulary <= LOGITS_AT_ONCE:

@@ -1,7 +1,7 @@
-"""A frozen language model whose states can be read and edited, and which writes.
+"""A frozen language model whose activations can be read and edited, and which generates text.
 
-Layer k is the output of block k counted from 0, before any final norm. Shapes: b sequences, t tokens, d the
-residual width, w the width of a site, v the vocabulary.
+Layer k is the output of block k, counted from 0, before any final norm. Shapes: b sequences, t tokens, d the width of
+the residual stream, w the width of a site, v the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Where = TypeVar("Where", int, Site)
 
 
 class SubjectModel:
-    """A language model in evaluation mode, without gradients: causal, or an encoder such as BERT. One call at a time.
+    """A language model in evaluation mode, without gradients: causal, or an encoder such as BERT. Not thread-safe.
 
-    Loaded without a head, only its text model up to the highest wanted layer is read, kept and run.
+    Without a head, only its text model up to the highest requested layer is read, kept and run.
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class SubjectModel:
         """Load a model from a folder, a GGUF file or the hub.
 
         Args:
-            model: a folder that holds config.json, or a hub id.
-            layers: the layers that will be captured; without a head, blocks above the highest are not read
-                (None keeps all).
+            model: a folder that contains config.json, or a hub id.
+            layers: the layers to be captured; without a head, blocks above the highest one are not read (None keeps
+                all blocks).
             head: keep the whole language model, for ``token_losses``, ``generate`` and ``lens``. An encoder has no
-                head that predicts tokens; it is loaded without.
+                head that predicts next tokens and is always loaded without one.
             device: a torch device, for a model that fits on one.
-            dtype: of the weights and the computation.
+            dtype: dtype of the weights and the computation.
             revision: hub branch, tag or commit.
-            block_path: dotted path of the list of blocks in the whole model, for architectures not known here.
+            block_path: dotted path of the list of blocks in the whole model, for unknown architectures.
             trust_remote_code: run Python code that comes with the model.
-            device_map: spread the weights over devices as transformers does, e.g. "auto"; needs accelerate.
-            max_memory: for ``device_map``, the most to use by device, e.g. {"0": "70GiB", "cpu": "200GiB"}.
-            offload_folder: for ``device_map``, a folder for weights that fit nowhere else.
+            device_map: spread the weights over devices as transformers does, e.g. "auto"; requires accelerate.
+            max_memory: with ``device_map``, maximum memory per device, e.g. {"0": "70GiB", "cpu": "200GiB"}.
+            offload_folder: with ``device_map``, a folder for weights that fit on no device.
 
         Raises:
-            UserError: no model there, an unknown architecture, missing weights, a layer the model lacks, or a
-                library that it needs is not installed.
+            UserError: there is no such model, its architecture is unknown, weights are missing, the model lacks a
+                layer, or a required library is not installed.
         """
         source = SubjectSource.resolve(model, revision, trust_remote_code)
         n_layers = source.check(layers or (), block_path)
@@ -113,12 +113,12 @@ class SubjectModel:
 
     @property
     def context(self) -> int:
-        """The most tokens the model was made for."""
+        """Context window of the model, in tokens."""
         return self.source.context
 
     @property
     def model_id(self) -> str:
-        """The absolute path or hub id it came from."""
+        """The absolute path or hub id that the model was loaded from."""
         return self.source.model_id
 
     @property
@@ -138,15 +138,15 @@ class SubjectModel:
 
     @property
     def bidirectional(self) -> bool:
-        """Whether it is an encoder, whose tokens see those after them."""
+        """Whether the model is an encoder, whose tokens attend to later ones."""
         return self.source.bidirectional
 
     def tokenize(self, texts: Sequence[str | Chat], window: int) -> list[list[int]]:
-        """Token ids of each text or chat, as ``encode`` makes them: with special tokens, cut at ``window``."""
+        """Token ids of each text or chat as ``encode`` returns them: with special tokens, truncated to ``window``."""
         return [encoded.ids for encoded in encode(self.tokenizer, texts, window)]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on its device."""
+        """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on the model's device."""
         return pad(ids, self.device)
 
     @torch.no_grad()
@@ -164,15 +164,15 @@ class SubjectModel:
         Args:
             input_ids: int64 (b, t).
             attention_mask: int64 (b, t), 0 at padding, which may be on either side.
-            sites: places to read; a number stands for the output of that block, ``Site(k)``. What is read at a site
-                is what interventions have made of it.
-            interventions: edits, applied in this order where they are at one site; the ids of their rows are (index
-                in the batch, position).
+            sites: sites to read; an integer k stands for ``Site(k)``, the output of that block. Sites are read after
+                the interventions.
+            interventions: edits; those at the same site apply in this order. The ids of their rows are (index in the
+                batch, position).
             require_effect: raise an error if an intervention changes no activation.
 
         Raises:
-            UserError: a layer that is not loaded, a site that the model does not have or whose activations are not
-                (b, t, w), an edit that fails, or one without the effect that is required.
+            UserError: a layer is not loaded, the model lacks a site or its activations are not (b, t, w), an edit
+                fails, or an edit lacks a required effect.
 
         Example:
             >>> rows = subject.capture(*subject.pad([[0, 5, 6]]), [2])[2]  # doctest: +SKIP
@@ -190,7 +190,7 @@ class SubjectModel:
     def _capture_alone(
         self, input_ids: Tensor, tokens: Tokens, sites: Sequence[Site], active: Interventions
     ) -> dict[Site, Tensor]:
-        """As :meth:`capture`, a pass for each sequence."""
+        """See :meth:`capture`; each sequence gets its own pass."""
         captured: dict[Site, Tensor] = {}
         for row, real in enumerate(tokens.real):
             alone = tokens.alone(row)
@@ -201,7 +201,7 @@ class SubjectModel:
         return captured
 
     def capture_packed(self, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, Tensor]:
-        """Outputs of blocks ``layers`` for sequences that do not see each other, without padding.
+        """Outputs of blocks ``layers`` for sequences packed end to end without padding, each isolated from the others.
 
         Args:
             ids: token ids of each sequence, the longest first; t tokens in all.
@@ -211,14 +211,14 @@ class SubjectModel:
             ``{layer: (t, d)}`` in the compute dtype, on ``device``, the sequences end to end.
 
         Raises:
-            CannotPackError: the model's attention is of another kind; ``batching`` says so beforehand.
-            UserError: a layer that is not loaded, or a block whose output is not (1, t, d).
+            CannotPackError: the model's kind of attention is unsupported; check with ``batching`` first.
+            UserError: a layer is not loaded, or a block's output is not (1, t, d).
         """
         return capture_packed(self.runner, ids, layers)
 
     def batching(self, longest: int) -> Batching:
-        """How sequences of at most ``longest`` tokens can share a pass so that each gives the rows it gives alone:
-        tried, once for each set of lengths that matter."""
+        """How sequences of at most ``longest`` tokens can share a pass so that each yields the same rows as alone;
+        decided by a trial, once per set of lengths that matter."""
         return self._batching_trials.batching(longest)
 
     def token_losses(
@@ -229,16 +229,16 @@ class SubjectModel:
         *,
         require_effect: bool = False,
     ) -> Tensor:
-        """Cross-entropy of each next token in nats, (b, t - 1): column i is token i + 1; NaN at padding.
+        """Cross-entropy of each next token in nats, (b, t - 1): column i is for token i + 1; NaN at padding.
 
         Args:
             input_ids: int64 (b, t).
             attention_mask: int64 (b, t), 0 at padding, which may be on either side.
-            interventions: as of :meth:`capture`.
-            require_effect: as of :meth:`capture`.
+            interventions: see :meth:`capture`.
+            require_effect: see :meth:`capture`.
 
         Raises:
-            UserError: an encoder, which predicts no next token; as :meth:`capture`.
+            UserError: the model is an encoder, which predicts no next tokens; or as :meth:`capture`.
             ValueError: loaded without ``head=True``.
 
         Example:
@@ -263,24 +263,24 @@ class SubjectModel:
         batch_size: int = 64,
         require_effect: bool = False,
     ) -> list[Continuation]:
-        """What follows each prompt, until the model ends the text, its context is full, or ``max_tokens``.
+        """Continue each prompt until the model ends the text or the context or ``max_tokens`` is reached.
 
-        A prompt's text depends on the prompt, its id, the arguments and the seed alone, not on its batch mates (to
-        rounding).
+        A continuation depends on the prompt, its id, the arguments and the seed alone, not on the other prompts in its
+        batch (up to rounding).
 
         Args:
             prompts: texts, chats or token ids, none of them empty.
-            interventions: as of :meth:`capture`; the ids of their rows are (id of the prompt, position).
-            max_tokens: most new tokens of each.
-            temperature: 0 takes the likeliest token, 1 draws from the model's own distribution; one for all or one
-                for each prompt.
-            seed: of the draws.
-            ids: of the prompts, for draws and edits; by default 0, 1, ...
-            batch_size: prompts that share a pass, at most; 1 for a model whose sequences cannot share one.
-            require_effect: as of :meth:`capture`.
+            interventions: see :meth:`capture`; the ids of their rows are (id of the prompt, position).
+            max_tokens: maximum number of new tokens per prompt.
+            temperature: 0 takes the likeliest token, 1 samples from the model's own distribution; one value for all
+                prompts or one per prompt.
+            seed: seed of the sampling.
+            ids: ids of the prompts, for sampling and edits; defaults to 0, 1, ...
+            batch_size: maximum number of prompts that share a pass; a model whose sequences cannot share one uses 1.
+            require_effect: see :meth:`capture`.
 
         Raises:
-            UserError: a blank prompt, or one that fills the context; a model that cannot generate; as :meth:`capture`.
+            UserError: a prompt is blank or fills the context, or the model cannot generate; or as :meth:`capture`.
 
         Example:
             >>> [one] = subject.generate(["Once upon a time"], max_tokens=8)  # doctest: +SKIP
@@ -296,19 +296,21 @@ class SubjectModel:
         return found
 
     def require_generation(self) -> None:
-        """Check that it can generate.
+        """Check that the model can generate.
 
         Raises:
-            UserError: it predicts no next token, or does so without a key-value cache.
+            UserError: it does not predict next tokens, or cannot do so from a key-value cache.
             ValueError: loaded without ``head=True``.
         """
         self._require_head("generation")
         if not self.generates:
-            raise UserError(f"model: {self.model_id} gives no cache to continue from, which generation needs")
+            raise UserError(
+                f"model: {self.model_id} cannot predict from a key-value cache, which generation requires"
+            )
 
     @property
     def generates(self) -> bool:
-        """Whether it predicts the next token from a cache as it does from the whole text: tried with a few tokens."""
+        """Whether it predicts the same next token from a cache as from the full text; tried with a few tokens."""
         return self.head and not self.bidirectional and self.decoding_trials.continues
 
     @cached_property
@@ -323,7 +325,7 @@ class SubjectModel:
     def continuation_nats(
         self, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        """``-log p`` of each of the tokens ``new`` after each prompt, under the model without interventions.
+        """``-log p`` of each token in ``new`` given its prompt, under the model without interventions.
 
         Example:
             >>> found = subject.generate(["Once", "The king"])  # doctest: +SKIP
@@ -340,23 +342,23 @@ class SubjectModel:
         return found
 
     def lens(self, rows: Tensor) -> Tensor:
-        """Logits (n, v), float32 on the CPU, of activations (n, d): the logit lens.
+        """The logit lens: logits (n, v), float32 on the CPU, of activations (n, d).
 
-        The rows take the place of the last block's output; final norm and unembedding are the model's own.
+        The rows are substituted for the last block's output; final norm and unembedding are the model's own.
 
         Raises:
-            UserError: an encoder; rows so large that the model gives no finite logits for them.
+            UserError: the model is an encoder, or rows contain NaN or Inf or are so large that their logits do.
             ValueError: loaded without ``head=True``.
         """
         self._require_head("the logit lens")
         return logit_lens(self.runner, rows)
 
     def read(self, text: str, layer: int) -> Reading:
-        """The tokens of ``text`` and the layer's output at each.
+        """The tokens of ``text`` and the layer's output at each of them.
 
         Raises:
-            TooLongError: more tokens than the model's context.
-            UserError: a text without tokens, a layer the model lacks, or a tokenizer without character offsets.
+            TooLongError: the text is longer than the model's context.
+            UserError: the text has no tokens, the model lacks the layer, or its tokenizer has no character offsets.
 
         Example:
             >>> reading = subject.read("Once upon a time", layer=2)  # doctest: +SKIP
@@ -369,30 +371,30 @@ class SubjectModel:
         return Reading(pieces, captured[site][0].float().cpu())
 
     def pieces(self, text: str) -> list[TokenPiece]:
-        """The tokens of ``text``, special ones included, as extraction makes them. Raises as :meth:`read`."""
+        """The tokens of ``text``, special ones included, exactly as in extraction. Raises as :meth:`read`."""
         return pieces_of(self.tokenizer, text, text_ids(self.tokenizer, text, self.context))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of what is to be continued; a chat ends where the model's answer begins.
+        """Token ids of a prompt; a chat ends where the model's answer begins.
 
         Raises:
-            UserError: a prompt without tokens, token ids outside of the vocabulary, a chat that the template refuses.
-            TooLongError: it leaves no room for a token.
+            UserError: the prompt has no tokens or token ids outside the vocabulary, or the template rejects the chat.
+            TooLongError: the prompt leaves no room for a new token.
         """
         return prompt_ids(self.tokenizer, [prompt], self.context, self.runner.vocabulary)[0]
 
     def token_text(self, token: int) -> str:
-        """A token's characters; its name in the vocabulary where it is part of a character, or special."""
+        """A token's characters, or its name in the vocabulary if it is part of a character, or special."""
         return token_text(self.tokenizer, token)
 
     def _alone(self, input_ids: Tensor) -> bool:
-        """Whether these sequences (b, t) need a pass each."""
+        """Whether these sequences (b, t) need one pass each."""
         return len(input_ids) > 1 and self.batching(input_ids.shape[1]) == "alone"
 
     def _require_head(self, what: str) -> None:
         if self.bidirectional:
             raise UserError(
-                f"model: {self.model_id} is an encoder, which predicts no next token; give a causal model"
+                f"model: {self.model_id} is an encoder, which predicts no next tokens; give a causal model"
             )
         if not self.head:
-            raise ValueError(f"{what} needs SubjectModel.from_pretrained(..., head=True)")
+            raise ValueError(f"{what} requires SubjectModel.from_pretrained(..., head=True)")

@@ -1,7 +1,7 @@
-"""Several sequences in one row without padding: attention stays inside each, positions start anew in each.
+"""Several sequences in one row without padding: attention stays within each, and positions restart in each.
 
-Attention is replaced through transformers' ``AttentionInterface`` while a packed forward runs. A model that does
-not take its attention from there, or needs more of it than causal or sliding-window softmax, cannot be packed.
+During a packed forward pass, attention is replaced through transformers' ``AttentionInterface``. A model that does not
+use that interface, or needs anything but causal or sliding-window softmax attention, cannot be packed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "dmm_packed"
 SHARED_LENGTH = 512
-"""Sequences shorter than this share one attention call with others of alike length."""
+"""Sequences shorter than this share one attention call with others of similar length."""
 ALIKE = 0.75
-"""Shortest of a shared call, relative to its longest."""
+"""Minimum length of a sequence in a shared call, relative to the longest."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class CannotPackError(Exception):
-    """The model's attention is of a kind that packing does not know."""
+    """The model's kind of attention is not supported by packing."""
 
 
 @dataclass
 class Pack:
-    """Sequences laid end to end, longest first: t tokens in one row."""
+    """Sequences packed end to end, longest first: t tokens in one row."""
 
     lengths: Sequence[int]
     device: torch.device
     calls: int = 0
-    """Attention layers that have seen this pack."""
+    """Number of attention calls made on this pack so far."""
     groups: list[tuple[Tensor | slice, Tensor | None]] = field(init=False)
-    """Stretches of alike length: (n, longest) token indices and which of them are real, or a slice for one alone."""
+    """Sequences that share a call: (n, longest) token indices and which of them are real, or a slice for just one."""
 
     def __post_init__(self) -> None:
         self.groups = [self._group(*bounds) for bounds in _alike(self.lengths)]
@@ -56,12 +56,13 @@ class Pack:
         lengths = torch.tensor(self.lengths[low:high])
         column = torch.arange(int(lengths[0]))[None]
         index = (start + lengths.cumsum(0) - lengths)[:, None] + column
+        # Padding columns may point past the group: clamp them to valid indices; the mask discards their results.
         last = start + int(lengths.sum()) - 1
         return index.clamp(max=last).to(self.device), (column < lengths[:, None]).to(self.device)
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Bounds of runs of sequences of alike length; long ones stay alone."""
+    """Bounds of runs of sequences of similar length; each long one forms its own run."""
     low = 0
     for i in range(1, len(lengths) + 1):
         if i == len(lengths) or lengths[low] >= SHARED_LENGTH or lengths[i] < ALIKE * lengths[low]:
@@ -83,19 +84,19 @@ def packed_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a pack: query (1, heads, t, head width), key and value with as many heads or a divisor of it.
+    """Attention over a pack: query (1, heads, t, head width), key and value with as many heads or a divisor of it.
 
     Returns (1, t, heads, head width), as transformers expects.
 
     Raises:
-        CannotPackError: soft capping, sinks, a bias or a mask of the model's own.
+        CannotPackError: the model uses soft capping, sinks, a bias or its own mask.
     """
     pack = _current.get()
-    assert pack is not None, "packed attention outside of a packed forward"
+    assert pack is not None, "packed attention outside of a packed forward pass"
     wanted = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     if wanted or attention_mask is not None or not causal or len(query) != 1:
-        raise CannotPackError(f"{type(module).__name__} wants {wanted or 'a mask of its own'}")
+        raise CannotPackError(f"{type(module).__name__} requires {wanted or 'its own mask'}")
     pack.calls += 1
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -112,19 +113,19 @@ def packed_attention(
 
 @cache
 def _register() -> None:
-    # Here, not at import: it brings in all that transformers' models need (3 s), and most processes load no model.
+    # Imported here: it pulls in everything transformers' models need (3 s), and most processes load no model.
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
 
 
 def _gather(x: Tensor, where: Tensor | slice) -> Tensor:
-    """The group's tokens, (n, heads, length, width). Padding is on the right: causal attention never sees it."""
+    """The group's tokens, (n, heads, length, width). Padding is on the right, where causal attention never sees it."""
     return x[:, :, where] if isinstance(where, slice) else x[0][:, where].transpose(0, 1)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of sliding-window attention, (length, length), where the window is shorter than the sequences."""
+    """The mask (length, length) of sliding-window attention; None if the window covers the whole sequence."""
     if window is None or length <= window:
         return None
     behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
@@ -133,7 +134,7 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
 
 @contextmanager
 def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> Iterator[Pack]:
-    """Inside the block ``model`` runs with packed attention over sequences of ``lengths``, longest first."""
+    """Context in which ``model`` runs with packed attention over sequences of ``lengths``, longest first."""
     _register()
     pack = Pack(lengths, device)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -150,8 +151,8 @@ def packing(model: nn.Module, lengths: Sequence[int], device: torch.device) -> I
 
 
 def changing_lengths(config: Any) -> list[int]:
-    """Sequence lengths at which a model of ``config`` may compute otherwise, smallest first: any number of tokens
-    that is a window, or the length that it was made for before it was extended."""
+    """Sequence lengths beyond which a model of ``config`` may compute differently, ascending: attention windows, and
+    maximum lengths, including the one before context extension."""
     found: set[int] = set()
 
     def look(value: Any, name: str) -> None:
@@ -166,7 +167,7 @@ def changing_lengths(config: Any) -> list[int]:
 
 
 def may_pack(config: Any) -> bool:
-    """Whether nothing in ``config`` (of the text model) speaks against packing; a trial decides."""
+    """Whether nothing in the text model's ``config`` rules out packing; a trial has the final say."""
     known = set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS
     biased = getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None)
     return known and not biased

@@ -1,4 +1,4 @@
-"""Silencing transformers and shortening its errors."""
+"""Silencing transformers and shortening its error messages."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 160 characters."""
+    """The first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,4 +1,4 @@
-"""Forward passes of a language model that are read and edited at sites: what capture, losses and generation share.
+"""Forward passes of a language model with reads and edits at sites, shared by capture, losses and generation.
 
 Shapes: b sequences, t tokens, w the width of a site.
 """
@@ -22,10 +22,10 @@ from dmm_ray.subject.state import ModuleState
 
 LOGITS_TO_KEEP = "logits_to_keep"
 TRIAL_IDS, TRIAL_SHORT = 200, 4
-"""Most token ids in the sequences that a model is tried out with, and their length where any will do."""
+"""Number of distinct token ids used in trial sequences, and their length where any will do."""
 TRIAL_TOLERANCE = {torch.float32: 1e-4}
-"""Mean difference of a sequence's rows relative to their norms that is still rounding, by dtype (others: 0.05);
-sequences that see each other differ by many times that."""
+"""Mean difference of a sequence's rows, relative to their norms, that still counts as rounding, by dtype (others:
+0.05). Sequences that attend to each other differ by many times that."""
 
 
 class Pass(NamedTuple):
@@ -34,19 +34,19 @@ class Pass(NamedTuple):
     output: Any
     """The model's own output."""
     captured: dict[Site, Tensor]
-    """The activations at each site that was to be read (b, t, w), in the compute dtype."""
+    """The activations (b, t, w) at each site read, in the compute dtype."""
 
 
 class ModelRunner:
-    """A loaded model and what is known of how to run it.
+    """A loaded model and how to run it.
 
     Args:
-        model: of transformers, with its weights.
-        block_path: of the list of blocks inside its text model.
-        name: for errors.
-        context: the most tokens it was made for.
-        vocabulary: how many tokens there are.
-        device: where token ids go.
+        model: a transformers model with its weights.
+        block_path: path of the list of blocks inside its text model.
+        name: name of the model in error messages.
+        context: maximum number of tokens.
+        vocabulary: size of the vocabulary.
+        device: device of the token ids.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ModelRunner:
         self.device = device
         self.config = model.config.get_text_config()
         for config in (model.config, self.config):
-            config.use_cache = False  # nothing reads a cache, unless it is asked for
+            config.use_cache = False  # only generation reads a cache, and it requests one explicitly
         self.causal = is_causal(model) is True
         self.first_position = position_offset(model)
         self._state = ModuleState(model)
@@ -78,20 +78,20 @@ class ModelRunner:
         predicting: Tensor | None = None,
         **options: Any,
     ) -> Pass:
-        """One forward pass that is read and edited at sites.
+        """One forward pass with reads and edits at sites.
 
         Args:
             input_ids: int64 (b, t).
-            tokens: which they are.
-            sites: places to read.
-            interventions: edits in force.
-            later: continue earlier passes of a generation; else the model is as it was loaded.
-            predicting: (b, t), True where a token predicts a new one, while generating.
-            options: for the model's own forward.
+            tokens: ids and padding of these tokens.
+            sites: sites to read.
+            interventions: edits to apply.
+            later: continue earlier passes of a generation; otherwise, the model's state is first reset.
+            predicting: (b, t), True where a token predicts a new one; during generation only.
+            options: passed to the model's forward.
 
         Raises:
-            UserError: a layer that is not loaded, a site that the model does not have or whose activations are not
-                (b, t, w), or an edit that fails.
+            UserError: a layer is not loaded, the model lacks a site or its activations are not (b, t, w), or an edit
+                fails.
         """
         active = interventions or Interventions()
         captured: dict[Site, Tensor] = {}
@@ -102,8 +102,8 @@ class ModelRunner:
             # OPT's MLP runs on all tokens in one dimension.
             if hidden.shape[:-1] not in (input_ids.shape, (input_ids.numel(),)):
                 raise UserError(
-                    f"model: {site} of {self.name} puts out {tuple(hidden.shape)} for "
-                    f"{tuple(input_ids.shape)} tokens; such models cannot be read"
+                    f"model: {site} of {self.name} outputs {tuple(hidden.shape)} for "
+                    f"{tuple(input_ids.shape)} tokens; such models are unsupported"
                 )
             return hidden.reshape(*input_ids.shape, hidden.shape[-1])
 
@@ -123,7 +123,9 @@ class ModelRunner:
         hooks: list[tuple[Place, Hook]] = []
         for index, one in enumerate(active.given):
             hooks.append((self._sites.place(one.site), editing(index)))
-        hooks += [(self._sites.place(site), reading(site)) for site in sites]  # after the edits
+        hooks += [
+            (self._sites.place(site), reading(site)) for site in sites
+        ]  # last, to see the edited activations
         with hooked(hooks):
             output = (self.model if later else self._run)(input_ids=input_ids, **options)
         for site in (*(one.site for one in active.given), *sites):
@@ -132,16 +134,16 @@ class ModelRunner:
         return Pass(output, captured)
 
     def padding_options(self, attention_mask: Tensor, seen: int = 0) -> dict[str, Any]:
-        """What a forward pass over padded sequences is told besides the tokens.
+        """Arguments for a forward pass over padded sequences, besides the tokens.
 
         Call it outside of hooks: it may run the model.
 
-        Under causal attention nothing sees padding on the right: no mask is needed then, which leaves the attention
-        kernels their fast path. Other padding moves the tokens' positions.
+        Under causal attention, nothing attends to padding on the right, so no mask is needed and attention kernels can
+        take their fast path. Any other padding shifts the tokens' positions.
 
         Args:
             attention_mask: (b, seen + t), 0 at padding.
-            seen: how many of the columns a cache holds already.
+            seen: number of columns already in the cache.
         """
         options: dict[str, Any] = {"attention_mask": attention_mask}
         if bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
@@ -153,18 +155,18 @@ class ModelRunner:
         return options
 
     def last_logits(self, n: int) -> dict[str, Any]:
-        """The argument that has logits computed for the last ``n`` tokens only, where the model has one.
+        """The argument that limits logits to the last ``n`` tokens; empty if the model has none.
 
         Call it outside of hooks: it may run the model.
         """
         return {LOGITS_TO_KEEP: n} if self._keeps_logits else {}
 
     def trial_ids(self, n: int) -> list[int]:
-        """``n`` token ids of its vocabulary, to try something out with."""
+        """``n`` token ids of the vocabulary for a trial run."""
         return numpy_rng(n).integers(0, min(TRIAL_IDS, self.vocabulary), n).tolist()
 
     def _run(self, **options: Any) -> Any:
-        """A forward pass of the model as it was loaded, whatever it has seen since."""
+        """A forward pass of the model in its state as loaded, regardless of earlier passes."""
         self._state.restore()
         return self.model(**options)
 
@@ -176,17 +178,17 @@ class ModelRunner:
     @cached_property
     @torch.no_grad()
     def _keeps_logits(self) -> bool:
-        """Whether it can be told to give the last logits only: tried."""
+        """Whether the model can return the last logits only, as a trial shows."""
         ids = torch.tensor([self.trial_ids(2)], device=self.device)
         try:
             logits = self._run(input_ids=ids, **{LOGITS_TO_KEEP: 1}).logits
-        except (TypeError, AttributeError):  # no such argument; no logits
+        except (TypeError, AttributeError):  # no such argument, or no logits
             return False
         return logits.shape[1] == 1
 
     @cached_property
     def _uses_positions(self) -> bool:
-        """Whether positions can be given, and matter: tried with others than the default."""
+        """Whether position ids are accepted and matter, as a trial with non-default ones shows."""
         ids = torch.tensor([self.trial_ids(3)], device=self.device)
         positions = self.first_position + torch.tensor([[0, 1, 3]], device=self.device)
         site, tokens = Site(len(self.blocks) - 1), Tokens.of(torch.ones_like(ids))

@@ -1,4 +1,4 @@
-"""Where the sites of a language model are: which module's input or output holds each."""
+"""Locates the sites of a language model: the module whose input or output holds each of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmm_ray.subject.intervention import Site
 from dmm_ray.subject.source import check_layers
 
 Hook = Callable[[Tensor], Tensor | None]
-"""Sees the activations at a site (b, t, w); returns their replacement, or None to leave them."""
+"""Receives the activations at a site (b, t, w); returns their replacement, or None to leave them unchanged."""
 MLP_PATHS = (
     "post_feedforward_layernorm",
     "post_mlp_layernorm",
@@ -28,21 +28,21 @@ MLP_PATHS = (
     "mlp.dense_4h_to_h",
     "ffn.down_proj",
 )
-"""Modules of a block whose output may be what the MLP adds to the residual stream: a norm after the MLP where there is
-one (Gemma 2 and 3, OLMo 2), the MLP itself under its usual names, its last layer where its own output is another thing
-(BLOOM's and MPT's MLPs add the stream themselves). Which of them it is, is found by trial."""
+"""Modules of a block whose output may be what the MLP adds to the residual stream: a norm after the MLP if there is one
+(Gemma 2 and 3, OLMo 2), the MLP itself under its usual names, or its last layer if the MLP's own output is something
+else (BLOOM's and MPT's MLPs add the stream themselves). A trial decides which."""
 PROJECTION_PATHS = tuple(
     f"{attention}.{projection}"
     for attention in ("self_attn", "attn", "attention", "self_attention", "attn.attention")
     for projection in ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj")
 )
-"""Where a block may have its attention's output projection."""
+"""Paths where a block may have its attention's output projection."""
 SITE_TOLERANCE = 1e-2
-"""How far, relative to its norm, a block's output may be from the sum that a trial expects: rounding of bfloat16."""
+"""Tolerance, relative to the norm, between a block's output and the sum expected in a trial: bfloat16 rounding."""
 
 
 class Place(NamedTuple):
-    """A tensor of a module: its output, or its input; all of it, or some columns."""
+    """A module's output or input, or some columns of it."""
 
     module: nn.Module
     of_input: bool = False
@@ -53,7 +53,7 @@ class Sites:
     """The sites of a model's blocks.
 
     Args:
-        name: of the model, for errors.
+        name: name of the model in error messages.
         blocks: its decoder blocks.
         config: its text configuration.
         run: runs the model once on a few tokens.
@@ -68,16 +68,18 @@ class Sites:
         self._projections: dict[int, tuple[nn.Module, int]] = {}
 
     def place(self, site: Site) -> Place:
-        """Where ``site`` is. Call it outside of hooks: it may run the model.
+        """The place of ``site``. Call it outside of hooks: it may run the model.
 
         Raises:
-            UserError: a layer that is not loaded, a head that is not there, or an architecture whose MLP or attention
-                is not recognised.
+            UserError: the layer is not loaded, the head does not exist, or the architecture's MLP or attention is not
+                recognised.
         """
         layer = site.layer
         check_layers([layer], len(self._blocks), f"{self._name} as loaded")
         if (site.head is not None) != (site.part == "head"):
-            raise UserError(f"head: {site} needs a head's number for a head, and for nothing else")
+            raise UserError(
+                f"head: required for part 'head' and allowed for no other (got head {site.head}, part {site.part!r})"
+            )
         if site.part == "residual":
             return Place(self._blocks[layer])
         if site.part == "mlp":
@@ -86,7 +88,7 @@ class Sites:
             return Place(self._mlps[layer])
         if site.part == "head" and site.head is not None:
             return self._head(layer, site.head)
-        raise UserError(f"part: residual, mlp or head is needed (got {site.part!r})")
+        raise UserError(f"part: expected residual, mlp or head (got {site.part!r})")
 
     def _head(self, layer: int, head: int) -> Place:
         if layer not in self._projections:
@@ -104,15 +106,15 @@ class Sites:
             if candidate is not None and self._is_added(layer, candidate):
                 return candidate
         raise UserError(
-            f"mlp: no module of {type(block).__name__} has an output that is added to the residual stream as an "
+            f"mlp: no module of {type(block).__name__} has an output that is added to the residual stream like an "
             "MLP's; this site cannot be read or edited in such models"
         )
 
     def _is_added(self, layer: int, module: nn.Module) -> bool:
-        """Whether the block's output is something else plus ``module``'s output, times a constant at most.
+        """Whether the block's output is the rest of the block plus ``module``'s output, up to a constant factor.
 
-        Tried by putting zeros, and then random rows of several sizes, in its place: a norm that follows would make
-        them all one size, and an output that holds the residual stream itself would leave nothing with the zeros.
+        Tried by replacing it with zeros and then with random rows of several sizes: a norm after it would make them all
+        the same size, and if it contained the residual stream itself, the zeros would leave nothing.
         """
         plain = self._block_output(layer)
         size = plain.float().norm(dim=-1).mean()
@@ -137,7 +139,7 @@ class Sites:
         )
 
     def _find_projection(self, layer: int) -> tuple[nn.Module, int]:
-        """The attention's output projection, and the width of a head in its input."""
+        """The attention's output projection, and the width of one head in its input."""
         block, heads = self._blocks[layer], self._config.num_attention_heads
         for path in PROJECTION_PATHS:
             projection = descend(block, path)
@@ -145,12 +147,12 @@ class Sites:
             if projection is not None and width and isinstance(heads, int) and width % heads == 0:
                 return projection, width // heads
         raise UserError(
-            f"head: no output projection of an attention with {heads} heads was found in {type(block).__name__}; "
+            f"head: no output projection of an attention with {heads} heads found in {type(block).__name__}; "
             "this site cannot be read or edited in such models"
         )
 
     def _input_width(self, layer: int, module: nn.Module) -> int | None:
-        """Width of the input of ``module``; None where it has no part in the block's output."""
+        """Width of the input of ``module``; None if it does not affect the block's output."""
         plain, widths = self._block_output(layer), list[int]()
 
         def hook(hidden: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class Sites:
 
 @contextmanager
 def hooked(hooks: list[tuple[Place, Hook]]) -> Iterator[None]:
-    """Inside, each hook is called with what is at its place, in their order where the place is one."""
+    """Context in which each hook is called with the activations at its place; those at the same place run in order."""
     handles = []
     try:
         for place, hook in hooks:
@@ -184,7 +186,7 @@ def hooked(hooks: list[tuple[Place, Hook]]) -> Iterator[None]:
 
 
 def _on_output(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
-    """``hook`` for a module that returns a tensor or a tuple that starts with it."""
+    """A forward hook for a module that returns a tensor, or a tuple that starts with one."""
 
     def forward_hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         is_tuple = isinstance(output, tuple)
@@ -197,7 +199,7 @@ def _on_output(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
 
 
 def _on_input(place: Place, hook: Hook) -> Callable[[nn.Module, Any], Any]:
-    """``hook`` for some columns of a module's first argument."""
+    """A forward pre-hook for some columns of a module's first argument."""
 
     def forward_pre_hook(_module: nn.Module, inputs: Any) -> Any:
         whole = inputs[0]

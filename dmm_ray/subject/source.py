@@ -1,4 +1,4 @@
-"""A subject model before its weights are loaded: where it is, what it is, its hashes, its tokenizer."""
+"""A subject model before its weights are loaded: its folder, configuration, hashes and tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dmm_ray.subject.loading import (
 from dmm_ray.subject.quiet import first_line, quiet
 
 DEFAULT_CONTEXT = 2048
-"""Context of a model whose configuration states none."""
+"""Context of a model whose configuration does not state one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SubjectSource:
     """A model folder, found or downloaded, with its configuration but not its weights."""
 
     model_id: str
-    """What the user asked for: an absolute path or a hub id."""
+    """The requested model: an absolute path or a hub id."""
     folder: Path
     revision: str | None
     """The resolved hub commit; None for a local folder."""
@@ -54,11 +54,11 @@ class SubjectSource:
     def resolve(
         cls, model: str, revision: str | None = None, trust_remote_code: bool = False
     ) -> SubjectSource:
-        """Find ``model``: a local folder or GGUF file, or a hub id that is fetched at ``revision`` into its cache.
+        """Find ``model``: a local folder or GGUF file, or a hub id downloaded at ``revision`` into the hub cache.
 
         Raises:
-            UserError: neither here nor reachable on the hub, a folder without a readable config.json, or a GGUF file
-                that cannot be unpacked.
+            UserError: neither a local path nor reachable on the hub, there is no readable config.json, or a GGUF file
+                cannot be unpacked.
         """
         local, packed = Path(model).expanduser(), None
         if is_gguf(local):
@@ -67,9 +67,10 @@ class SubjectSource:
             packed = {local.name: digest}
         elif local.is_dir():
             folder, model_id, commit = local.absolute(), str(local.absolute()), None
+        # Report a missing path here, without asking the hub: a hub id has at most one slash.
         elif local.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise UserError(
-                f"model: no folder at {model}; give a folder that holds config.json, a .gguf file or a hub id"
+                f"model: no folder at {model}; give a folder that contains config.json, a .gguf file or a hub id"
             )
         else:
             folder, model_id = download(model, revision), model
@@ -82,7 +83,7 @@ class SubjectSource:
         except (OSError, ValueError, KeyError, StrictDataclassError) as e:
             _refuse_remote_code(model, e)
             raise UserError(
-                f"model: {model}: config.json is not one transformers can load ({first_line(e)})"
+                f"model: {model}: transformers cannot load its config.json ({first_line(e)})"
             ) from e
         if config.is_encoder_decoder:
             raise UserError(
@@ -93,7 +94,7 @@ class SubjectSource:
 
     @cached_property
     def skeleton(self) -> Any:
-        """The whole model, with its head if it has one, on the meta device: its shape without its weights.
+        """The whole model, with its head if it has one, on the meta device: shapes without weights.
 
         Raises:
             UserError: transformers cannot build it.
@@ -103,7 +104,7 @@ class SubjectSource:
 
     @cached_property
     def bidirectional(self) -> bool:
-        """Whether it is an encoder, whose tokens see those after them; such a model predicts no next token."""
+        """Whether it is an encoder, whose tokens attend to later ones and which predicts no next tokens."""
         return is_bidirectional(self.skeleton)
 
     @property
@@ -113,7 +114,7 @@ class SubjectSource:
 
     @cached_property
     def context(self) -> int:
-        """The most tokens the model was made for."""
+        """Context window of the model, in tokens."""
         text = self.config.get_text_config()
         for name in ("max_position_embeddings", "max_seq_len"):
             if stated := getattr(text, name, None):
@@ -127,7 +128,7 @@ class SubjectSource:
             return self.gguf
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
         if not files:
-            raise UserError(f"model: {self.model_id} holds no weights (*.safetensors)")
+            raise UserError(f"model: {self.model_id} contains no weights (*.safetensors)")
         return {f.name: sha256(str(f)) for f in [self.folder / "config.json", *files]}
 
     @property
@@ -137,7 +138,7 @@ class SubjectSource:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises UserError where the folder has none."""
+        """The model's tokenizer. Raises UserError if the folder has none."""
         try:
             with quiet():
                 return transformers.AutoTokenizer.from_pretrained(
@@ -145,27 +146,29 @@ class SubjectSource:
                 )
         except (OSError, ValueError, KeyError, ImportError) as e:
             _refuse_remote_code(self.model_id, e)
-            raise UserError(f"model: {self.model_id} has no tokenizer that loads ({first_line(e)})") from e
+            raise UserError(
+                f"model: {self.model_id} has no tokenizer that can be loaded ({first_line(e)})"
+            ) from e
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of all that decides how text, and chats where it has a template for them, become tokens."""
+        """SHA-256 of everything that determines how text, and chats if there is a chat template, become tokens."""
         return tokenizer_hash(self.tokenizer)
 
     @property
     def tokenizer_files(self) -> dict[str, str]:
-        """SHA-256 by name of the files of a tokenizer that is written in Python; of others none."""
+        """SHA-256 by name of the files of a slow (Python) tokenizer; empty for fast ones."""
         return tokenizer_file_hashes(self.tokenizer, self.folder)
 
     @property
     def chat_template_hash(self) -> str | None:
-        """SHA-256 of the chat template, or of all where there are several; None without one."""
+        """SHA-256 of the chat template, or of all if there are several; None if there is none."""
         template = self.tokenizer.chat_template
         return hash_json(template) if template else None
 
     @cached_property
     def code_hashes(self) -> dict[str, str]:
-        """SHA-256 by name of each Python file that came with the model and was loaded; none unless that is allowed.
+        """SHA-256 by name of each Python file that came with the model and was loaded; empty unless code is trusted.
 
         Raises:
             UserError: as :attr:`skeleton` and :attr:`tokenizer`.
@@ -182,10 +185,10 @@ class SubjectSource:
         return rope_settings(self.config.get_text_config())
 
     def check(self, layers: Sequence[int], block_path: str | None = None) -> int:
-        """Check without loading weights that blocks ``layers`` exist; the number of blocks.
+        """Check without loading weights that blocks ``layers`` exist; returns the number of blocks.
 
         Raises:
-            UserError: not a causal language model, unknown architecture, or a layer it lacks.
+            UserError: not a language model, an unknown architecture, or it lacks a layer.
         """
         n_layers = len(text_model(self.skeleton).get_submodule(find_blocks(self.skeleton, block_path)))
         check_layers(layers, n_layers, self.model_id)
@@ -197,14 +200,14 @@ class SubjectSource:
         """The model with its weights, in evaluation mode, without gradients.
 
         Args:
-            path: of the blocks inside the text model (``find_blocks``).
-            n_blocks: how many blocks to keep, from the first on, without a head.
-            head: the whole model with its head; else its text model alone.
-            dtype: of the weights and the computation.
-            placement: where the weights go.
+            path: path of the blocks inside the text model (``find_blocks``).
+            n_blocks: number of leading blocks to keep; without a head only.
+            head: load the whole model with its head, not just its text model.
+            dtype: dtype of the weights and the computation.
+            placement: devices of the weights.
 
         Raises:
-            UserError: its files lack weights, or do not load.
+            UserError: its files lack weights or cannot be loaded.
         """
         with self.loading():
             spread = placement.spread(is_quantized(self.config))
@@ -224,7 +227,7 @@ class SubjectSource:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Keep transformers silent and turn its refusals of this model into a UserError."""
+        """Silence transformers and turn its errors with this model into a UserError."""
         try:
             with quiet():
                 yield
@@ -239,10 +242,10 @@ class SubjectSource:
 
 
 def _refuse_remote_code(model: str, error: Exception) -> None:
-    """Raise UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    """Raise UserError if ``error`` is transformers' refusal to run code that comes with the model."""
     if "trust_remote_code" in str(error):
         raise UserError(
-            f"model: {model} comes with Python code of its own; if you trust it, give --trust-remote-code"
+            f"model: {model} comes with its own Python code; if you trust it, pass --trust-remote-code"
         ) from error
 
 

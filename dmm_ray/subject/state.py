@@ -1,4 +1,4 @@
-"""What a model's modules remember from one forward pass to the next, put back before each."""
+"""State that a model's modules carry from one forward pass to the next, restored before each pass."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = 1 << 16
-"""Numbers of a buffer that is remembered, at most: tables of frequencies are small."""
+"""Maximum number of elements in a saved buffer: tables of frequencies are small."""
 
 
 class _Buffer(NamedTuple):
-    """A buffer as it was: the tensor, how often it had been written in place, and its numbers."""
+    """A saved buffer: the tensor, its version counter (in-place writes), and a copy of its values."""
 
     tensor: Tensor
     version: int
@@ -20,13 +20,13 @@ class _Buffer(NamedTuple):
 
 
 class ModuleState:
-    """Small buffers that are not saved with the model, and plain attributes, of every module as they are now.
+    """A snapshot of every module's small non-persistent buffers and plain attributes.
 
-    Rotary embeddings of dynamic and LongRoPE scaling replace their frequencies by those of the longest sequence so far
-    and keep them: what a document gives would depend on those before it.
+    Rotary embeddings with dynamic or LongRoPE scaling replace their frequencies by those for the longest sequence so
+    far and keep them, so a document's rows would depend on the documents before it.
 
     Args:
-        model: whose modules are remembered.
+        model: the model whose modules are saved.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,7 +34,7 @@ class ModuleState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what a forward pass has replaced or written into."""
+        """Undo whatever forward passes have replaced or written in place."""
         for module, buffers, plain in self._saved:
             for name, (tensor, version, numbers) in buffers.items():
                 if module._buffers.get(name) is not tensor:
@@ -48,9 +48,9 @@ class ModuleState:
 
 
 def _buffers(module: nn.Module) -> dict[str, _Buffer]:
-    # Buffers that are saved with the model (quantised weights are) and large ones (masks) are no state of a pass, and a
-    # copy would take as much memory again. A tensor made in inference mode counts no versions, and nothing can write
-    # into it outside of that mode.
+    # Persistent buffers (quantised weights are) and large ones (masks) are not state of a pass, and a copy would double
+    # their memory. A tensor created in inference mode has no version counter, and nothing can write into it outside of
+    # that mode.
     passing = module._non_persistent_buffers_set
     found = {name: t for name, t in module._buffers.items() if name in passing and t is not None}
     return {
@@ -61,6 +61,6 @@ def _buffers(module: nn.Module) -> dict[str, _Buffer]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Numbers, flags and tensors that are attributes; ``training`` is torch's own."""
+    """Attributes that are numbers, flags or tensors, except torch's own ``training``."""
     kept = (int, float, bool, Tensor, type(None))
     return {k: v for k, v in vars(module).items() if isinstance(v, kept) and k != "training"}

@@ -1,6 +1,6 @@
 """Score the first rows of an activation store through a running endpoint: `python client.py STORE [URL]`.
 
-Where the endpoint wants a token: `TOKEN=... python client.py STORE URL`.
+If the endpoint requires a token: `TOKEN=... python client.py STORE URL`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dmm_ray.client import Client
 
 
 def main(uri: str, url: str = "http://127.0.0.1:8000") -> None:
-    """Write document, position and nats per dimension of 8 rows to stdout."""
+    """Print document, position and nats per dimension of 8 rows."""
     store = ActivationStore.open(uri)
     layer = store.layers[0]
     rows = store.read(layer, store.row_groups(layer)[0])

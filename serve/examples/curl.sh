@@ -1,6 +1,6 @@
 #!/bin/sh
-# Ask a running endpoint (`dmm serve --prior DIR`) with curl. Rows have as many numbers as the prior's activations; here d = 4.
-# Where it wants a token: TOKEN=... sh curl.sh.
+# Query a running endpoint (`dmm serve --prior DIR`) with curl. Rows have the width d of the prior's activations; here d = 4.
+# If the endpoint requires a token: TOKEN=... sh curl.sh.
 URL=${URL:-http://127.0.0.1:8000}
 ask() { curl -sS ${TOKEN:+-H "Authorization: Bearer $TOKEN"} "$@"; echo; }
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Ask an endpoint with a language model (`dmm serve --prior DIR --model MODEL --directions FOLDER`) with curl.
-# Where it wants a token: TOKEN=... sh text.sh. The page at $URL/ does the same in a browser.
+# Query an endpoint with a language model (`dmm serve --prior DIR --model MODEL --directions FOLDER`) with curl.
+# If the endpoint requires a token: TOKEN=... sh text.sh. The page at $URL/ does the same in a browser.
 URL=${URL:-http://127.0.0.1:8000}
 ask() { curl -sS ${TOKEN:+-H "Authorization: Bearer $TOKEN"} "$@"; echo; }
 

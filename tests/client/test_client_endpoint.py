@@ -119,12 +119,12 @@ def test_refusals(url: str, client: Client) -> None:
         assert caught.value.status == 401
     with Client(url, token=TOKEN, model="nobody") as lost, pytest.raises(ClientError, match="no such prior"):
         lost.sample(1)
-    with pytest.raises(ClientError, match="steps: 2001 asked for, at most 2000"):
+    with pytest.raises(ClientError, match="steps: 2001 requested, at most 2000"):
         client.sample(1, steps=2001)
     x = rows(40)
     x[33] = 1e38
     with Client(url, token=TOKEN, chunk_rows=10) as parts:
-        with pytest.raises(ClientError, match=r"^rows 30 to 39: .*row 3 has no finite answer"):
+        with pytest.raises(ClientError, match=r"^rows 30 to 39: .*answer for row 3 is NaN or Inf"):
             parts.log_prob(x, steps=2)
         assert np.isfinite(parts.log_prob(rows(40), steps=2).nats).all()
 

@@ -114,10 +114,10 @@ def test_tokens_that_no_header_carries_are_refused_at_the_start(
 ) -> None:
     file = tmp_path / "tokens"
     file.write_text("caf\u00e9\n", encoding="utf-8")
-    with pytest.raises(UserError, match="tokens: one holds characters outside of ASCII"):
+    with pytest.raises(UserError, match="tokens: one contains non-ASCII characters"):
         settled(config(token_file=str(file)))
     monkeypatch.setenv(VARIABLE, "caf\u00e9")
-    with pytest.raises(UserError, match="tokens: one holds characters outside of ASCII"):
+    with pytest.raises(UserError, match="tokens: one contains non-ASCII characters"):
         settled(config())
 
 

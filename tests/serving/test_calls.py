@@ -45,7 +45,7 @@ def test_a_level_of_each_row_s_own_shares_calls() -> None:
     assert one == other
     assert (rows["u"].dtype, rows["u"].tolist()) == (np.float64, [0.1, 0.2])
     for bad in ([0.5], [0.5, 0.5, 0.5]):
-        with pytest.raises(RequestError, match="u: one level, or one for each of the 2 rows"):
+        with pytest.raises(RequestError, match="u: expected one noise level, or one for each of the 2 rows"):
             to_call(DenoiseBody(activations=x, u=bad), SINGLE, Limits())
 
 
@@ -66,8 +66,8 @@ def test_only_equal_calls_share_a_key() -> None:
         (LogProbBody(activations=[[]]), "row 0 has 0"),
         (LogProbBody(activations=[[0.0, 1e300]]), "activations.0.1"),
         (LogProbBody(activations=X, layer=8), "layer: this prior models layers 7 (got 8)"),
-        (LogProbBody(activations=X, ids=[1]), "ids: one for each of the 2 rows"),
-        (LogProbBody(activations=X, ids=[1, (2, 3)]), "ids: all integers or all"),
+        (LogProbBody(activations=X, ids=[1]), "ids: expected one for each of the 2 rows"),
+        (LogProbBody(activations=X, ids=[1, (2, 3)]), "ids: must be all integers or all"),
         (EncodeBody(activations=X, block=3), "block: this prior has blocks 0 to 2"),
     ],
 )
@@ -91,7 +91,7 @@ def test_an_exact_trace_is_refused_where_the_prior_has_none() -> None:
 @pytest.mark.parametrize(
     ("body", "limits", "names"),
     [
-        (LogProbBody(activations=X), {"max_rows": 1}, "rows: 2 asked for, at most 1"),
+        (LogProbBody(activations=X), {"max_rows": 1}, "rows: 2 requested, at most 1"),
         (LogProbBody(activations=X, steps=9), {"max_steps": 8}, "steps: 9"),
         (LogProbBody(activations=X, probes=9), {"max_probes": 8}, "probes: 9"),
         (SampleBody(n=5), {"max_values": 9}, "numbers in the answer: 10"),

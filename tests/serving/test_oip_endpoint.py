@@ -83,7 +83,7 @@ def test_version_1_is_the_only_one(client: triton.InferenceServerClient, prior: 
     found = client.infer("denoise", [x, ids, u], "1", **ask).as_numpy("activations")
     expected = prior.denoise(torch.from_numpy(rows(2)), torch.tensor([0.2, 0.7]), 2, ids=np.array([3, 4]))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InferenceServerException, match="there is version 1 of every model"):
+    with pytest.raises(InferenceServerException, match="every model has version 1 only"):
         client.infer("denoise", [x], "2", headers=dict(HEADERS))
 
 

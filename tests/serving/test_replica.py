@@ -53,7 +53,7 @@ def test_a_prior_whose_answers_are_not_finite_is_not_served(single: str, tmp_pat
     (tmp_path / "config.json").write_bytes((Path(single) / "config.json").read_bytes())
 
     async def main() -> None:
-        with pytest.raises(CheckFailed, match="not finite"):
+        with pytest.raises(CheckFailed, match="NaN or Inf"):
             await deployment().reconfigure({"source": str(tmp_path)})
 
     asyncio.run(main())

@@ -71,7 +71,7 @@ def test_a_replica_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_p
         "The deployment failed to start 3 times in a row. Error:\nray::ServeReplica (pid=3)\n  File 'a.py'\n"
     )
     for last, says in {
-        "dmm_ray.errors.CheckFailed: the prior's answers are not finite": r"CheckFailed: the prior's .* finite; full",
+        "dmm_ray.errors.CheckFailed: the prior's answers contain NaN or Inf": r"CheckFailed: the prior's .* Inf; full",
         "torch.OutOfMemoryError: CUDA out of memory": r"OutOfMemoryError: CUDA out of memory; full trace",
     }.items():
         found = _failure(

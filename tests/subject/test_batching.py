@@ -92,7 +92,7 @@ def test_attention_of_its_own_is_noticed() -> None:
         x = torch.zeros(1, 2, 3, 4)
         with pytest.raises(CannotPackError, match="softcap"):
             packed_attention(Own(), x, x, x, None, is_causal=True, softcap=30.0)
-        with pytest.raises(CannotPackError, match="mask of its own"):
+        with pytest.raises(CannotPackError, match="its own mask"):
             packed_attention(Own(), x, x, x, torch.ones(1), is_causal=True)
         with pytest.raises(CannotPackError):
             packed_attention(Own(), x, x, x, None, is_causal=False)

@@ -166,5 +166,5 @@ def test_a_tokenizer_of_special_tokens_alone() -> None:
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    with pytest.raises(UserError, match=r"model: the tokenizer of .* makes only special tokens"):
+    with pytest.raises(UserError, match=r"model: the tokenizer of .* produces only special tokens"):
         encode(tokenizer, ["the cat"], None)

@@ -111,7 +111,7 @@ def test_losses_are_the_whole_models(make_model: Callable[[str], Path], family: 
 @pytest.mark.parametrize("family", ENCODERS, indirect=True)
 def test_encoders_predict_no_next_token(make_model: Callable[[str], Path], family: str) -> None:
     subject = SubjectModel.from_pretrained(str(make_model(family)), head=True)
-    with pytest.raises(UserError, match="is an encoder, which predicts no next token"):
+    with pytest.raises(UserError, match="is an encoder, which predicts no next tokens"):
         subject.token_losses(*subject.pad([[0, 5, 6]]))
 
 

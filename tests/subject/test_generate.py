@@ -179,13 +179,13 @@ def test_chats_end_where_the_answer_begins(language: SubjectModel) -> None:
 
 def test_bad_prompts_are_named(language: SubjectModel) -> None:
     for prompt in ("  ", []):
-        with pytest.raises(UserError, match="prompt: it holds no tokens"):
+        with pytest.raises(UserError, match="prompt: it contains no tokens"):
             language.generate([prompt])
     with pytest.raises(UserError, match="prompt: the vocabulary has tokens 0 to 319"):
         language.generate([[0, 320]])
     with pytest.raises(UserError, match="max_tokens: at least 1"):
         language.generate([[0]], max_tokens=0)
-    with pytest.raises(UserError, match="ids: one for each of the 2 prompts"):
+    with pytest.raises(UserError, match="ids: expected one for each of the 2 prompts"):
         language.generate([[0], [0]], ids=[1])
     with pytest.raises(TooLongError, match="prompt: fills the model's context"):
         language.generate([[0] * 64])

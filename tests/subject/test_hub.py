@@ -77,8 +77,8 @@ def test_a_branch_becomes_its_commit_and_is_fetched_once(hub: Hub, tmp_path: Pat
 
 
 REFUSALS = {
-    ("some/gated", ""): "model: some/gated is gated; accept its terms on its page at the hub, then log in",
-    ("some/missing", ""): "model: some/missing is neither a folder here nor a model the hub gives; check",
+    ("some/gated", ""): "model: some/gated is gated; accept its terms on its hub page, then log in",
+    ("some/missing", ""): "model: some/missing is neither a local folder nor an accessible hub model; check",
     ("some/model", "v9"): "revision: some/model has no branch, tag or commit 'v9'",
 }
 
@@ -95,7 +95,7 @@ def test_no_hub_at_that_address(tmp_path: Path) -> None:
     with Hub({}).running() as gone:
         pass
     error = str(result(start(gone, tmp_path, "some/model", ""))["error"])
-    assert error.startswith("model: some/model is neither a folder here nor a model the hub gives")
+    assert error.startswith("model: some/model is neither a local folder nor an accessible hub model")
     assert "\n" not in error
 
 

@@ -172,9 +172,9 @@ def test_what_is_wrong_is_named(language: SubjectModel) -> None:
     for site, match in {
         Site(9): "no layer 9; choose from 0 to 3",
         Site(0, "head", 4): "heads 0 to 3",
-        Site(0, "head"): "head: .* needs a head's number",
-        Site(0, "mlp", 1): "head: .* and for nothing else",
-        Site(0, "attention"): "part: residual, mlp or head is needed",  # type: ignore[arg-type]
+        Site(0, "head"): "head: required for part 'head'",
+        Site(0, "mlp", 1): "head: .* allowed for no other",
+        Site(0, "attention"): "part: expected residual, mlp or head",  # type: ignore[arg-type]
     }.items():
         with pytest.raises(UserError, match=match):
             reads(language, site)

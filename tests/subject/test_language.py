@@ -130,5 +130,5 @@ def test_a_model_that_forgets_its_cache_is_refused(tiny_subject: Path) -> None:
     model = SubjectModel.from_pretrained(str(tiny_subject), head=True)
     model.runner.model = Renamed(model.runner.model, forgets=True)
     assert not model.generates
-    with pytest.raises(UserError, match="gives no cache to continue from"):
+    with pytest.raises(UserError, match="cannot predict from a key-value cache"):
         model.require_generation()

@@ -110,13 +110,13 @@ def test_device_map_offloads(
 
 @pytest.mark.parametrize("option", [{"max_memory": {"cpu": "1GB"}}, {"offload_folder": "/tmp"}])
 def test_options_of_a_device_map_need_one(tiny_subject: Path, option: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=rf"^{next(iter(option))}: goes with a device map"):
+    with pytest.raises(UserError, match=rf"^{next(iter(option))}: requires a device map"):
         outputs(tiny_subject, **option)
 
 
 def test_device_map_without_accelerate(tiny_subject: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(UserError, match=r"device_map: needs accelerate; pip install 'dmm-ray\[large\]'"):
+    with pytest.raises(UserError, match=r"device_map: requires accelerate; pip install 'dmm-ray\[large\]'"):
         SubjectModel.from_pretrained(str(tiny_subject), layers=[1], device_map="auto")
 
 
@@ -227,9 +227,7 @@ def remote(tiny_subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_code_of_the_models_own_runs_only_when_asked(remote: Path) -> None:
     for call in (SubjectModel.from_pretrained, SubjectSource.resolve):
-        with pytest.raises(
-            UserError, match=r"own Python|Python code of its own.*--trust-remote-code"
-        ) as error:
+        with pytest.raises(UserError, match=r"its own Python code.*--trust-remote-code") as error:
             call(str(remote))
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"OwnForCausalLM is an unknown arch.*--block-path trunk.stages"):

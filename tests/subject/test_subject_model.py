@@ -112,7 +112,7 @@ def test_no_such_model(tmp_path: Path) -> None:
         str(tmp_path / "missing"): "no folder at",
         str(tmp_path): "no config.json",
         str(tmp_path / "file.txt"): "no folder at",
-        "nobody/nothing": "neither a folder here nor a model the hub gives",
+        "nobody/nothing": "neither a local folder nor an accessible hub model",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             SubjectModel.from_pretrained(model)
@@ -121,16 +121,16 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 def test_damaged_folder(tiny_subject: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is not one transformers can load"):
+    with pytest.raises(UserError, match=r"transformers cannot load its config.json"):
         SubjectModel.from_pretrained(str(tmp_path))
     config = json.loads((tiny_subject / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "four"}))
-    with pytest.raises(UserError, match=r"config.json is not one transformers can load"):
+    with pytest.raises(UserError, match=r"transformers cannot load its config.json"):
         SubjectModel.from_pretrained(str(tmp_path))
     shutil.copy(tiny_subject / "config.json", tmp_path)
     with pytest.raises(UserError, match="does not load"):
         SubjectModel.from_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="contains no weights"):
         SubjectSource.resolve(str(tmp_path)).weights_hash  # noqa: B018
     weights = (tiny_subject / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:-1])

@@ -1,1 +1,1 @@
-"""The Serve deployments behind the HTTP side: one for each prior, one for the language model."""
+"""The Serve deployments behind the HTTP ingress: one per prior, and one for the language model."""

@@ -1,8 +1,8 @@
-"""Joining the rows of many requests into one solver call, and cutting large requests into several.
+"""Batching the rows of many requests into one solver call, and splitting large requests into several.
 
-Serve's own ``@serve.batch`` forms batches before the one running has ended, mixes calls that cannot share a
-solver run, and sends an item that does not fit to the back of its queue, behind newer ones. Here a batch is
-formed when the solver is free, from rows of one call in order of arrival.
+Serve's own ``@serve.batch`` forms the next batch before the running one has finished, mixes calls that cannot share a
+solver run, and moves an item that does not fit to the back of its queue, behind newer ones. Here, a batch is formed
+when the solver becomes free, from rows of equal calls in order of arrival.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 Rows = dict[str, np.ndarray]
-"""Named arrays with one leading entry a row."""
+"""Arrays by name, each with one entry per row along its first dimension."""
 Columns = dict[str, "np.ndarray | int | None"]
-"""Answer by name: arrays with one leading entry a row, and values that hold for every row."""
+"""Results by name: arrays with one entry per row along the first dimension, and values that hold for every row."""
 
 
 class _Piece(NamedTuple, Generic[Key]):
@@ -34,17 +34,17 @@ class _Piece(NamedTuple, Generic[Key]):
 
 
 class RowBatcher(Generic[Key]):
-    """Runs ``solve`` in a thread, one call at a time, on rows of one key joined up to ``max_rows`` of it.
+    """Runs ``solve`` in a thread, one call at a time, on batches of up to ``max_rows(key)`` rows with the same key.
 
-    All calls are made by one thread, which others may borrow: each thread that computes would have OpenMP threads of
-    its own, and where those are more than the cores they hardly spin while they wait, which halves the speed.
+    A single thread makes all calls, and other work may borrow it: every computing thread gets its own pool of OpenMP
+    threads, and when those outnumber the cores they hardly spin while waiting, which halves the speed.
 
     Args:
         solve: (key, rows) -> columns; a row's columns must not depend on the other rows.
-        max_rows: key -> most rows of a call, at least 1.
-        wait_s: how long to wait for more rows when the first has just arrived. Only after a call that joined several
-            requests: a client that asks alone does not wait.
-        watch: is told how many rows wait, whenever that changes.
+        max_rows: key -> maximum rows per call, at least 1.
+        wait_s: how long to wait for more rows after the first have arrived. Applies only after a call that batched
+            several requests, so a lone client does not wait.
+        watch: called with the number of waiting rows whenever it changes.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class RowBatcher(Generic[Key]):
 
     @property
     def waiting_rows(self) -> int:
-        """Rows that wait for the solver."""
+        """Number of rows waiting for the solver."""
         return sum(piece.size for piece in self._waiting if not piece.answer.cancelled())
 
     @property
     def busy_s(self) -> float:
-        """How long the solver call that runs has taken; 0 while none runs."""
+        """How long the current solver call has been running, in seconds; 0 if there is none."""
         return 0.0 if self._began is None else time.monotonic() - self._began
 
     async def aside(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, done by the solver's thread between two calls. Raises what it raises."""
+        """Run ``work`` in the solver's thread, between two calls. Returns and raises whatever ``work`` does."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def submit(self, key: Key, rows: Rows) -> Columns:
         """The columns of ``rows`` (arrays of equal, positive length).
 
-        A large request is cut; each piece queues when the one before it is done, so that others get a turn
-        in between. If the caller is cancelled, rows not yet started are dropped.
+        A large request is split; each piece is queued only when the previous one is done, so that other requests get a
+        turn in between. If the caller is cancelled, rows not yet started are dropped.
 
         Raises:
             Exception: whatever ``solve`` raised for these rows alone.
@@ -93,7 +93,7 @@ class RowBatcher(Generic[Key]):
         while at < n:
             most = self.max_rows(
                 key
-            )  # asked anew for each piece: it follows how fast the solver turns out to be
+            )  # called again for each piece, since the limit follows the measured speed of the solver
             done.append(
                 await self._enqueue(key, {name: array[at : at + most] for name, array in rows.items()})
             )
@@ -114,7 +114,7 @@ class RowBatcher(Generic[Key]):
         try:
             return await piece.answer
         except asyncio.CancelledError:
-            self._watch(self.waiting_rows)  # it waits no more
+            self._watch(self.waiting_rows)  # these rows no longer wait
             raise
 
     async def _work(self) -> None:
@@ -127,7 +127,7 @@ class RowBatcher(Generic[Key]):
                 await self._run(batch)
 
     async def _fill(self) -> None:
-        """Where company is likely, wait until the oldest piece has waited long enough or a full batch is there."""
+        """If concurrent requests are likely, wait until the oldest piece has waited long enough or a batch is full."""
         first = self._waiting[0] if self._waiting and self._company else None
         while first and sum(p.size for p in self._waiting if p.key == first.key) < self.max_rows(first.key):
             left = first.arrived + self._wait_s - time.monotonic()
@@ -140,11 +140,11 @@ class RowBatcher(Generic[Key]):
                 return
 
     def _take(self) -> list[_Piece[Key]]:
-        """Remove the oldest live piece and, in order, those of its key that fit beside it."""
+        """Dequeue the oldest live piece and, in order, those with the same key that fit into its batch."""
         live = [piece for piece in self._waiting if not piece.answer.cancelled()]
         batch: list[_Piece[Key]] = []
         rest: deque[_Piece[Key]] = deque()
-        # A piece may be larger than what is right by now; it then goes alone.
+        # The limit may have dropped below the size of a queued piece; that piece then runs alone.
         room = max(live[0].size, self.max_rows(live[0].key)) if live else 0
         for piece in live:
             if (not batch or piece.key == batch[0].key) and piece.size <= room:
@@ -169,7 +169,7 @@ class RowBatcher(Generic[Key]):
         )
         self._began = None
         if isinstance(outcome, BaseException) and len(batch) > 1:
-            for piece in batch:  # one request's rows must not fail another's
+            for piece in batch:  # retry separately: one request's rows must not fail another's
                 await self._run([piece])
             return
         start = 0

@@ -1,4 +1,4 @@
-"""From a well-formed body to a call of a prior: checks that depend on the prior's shape and on the limits."""
+"""From a well-formed body to a call of a prior, with checks that depend on the prior's shape and on the limits."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ NOT_ARGUMENTS = {"activations", "ids", "model", "n"}
 
 
 class PriorInfo(NamedTuple):
-    """What a request's check needs to know of a prior."""
+    """What the checks of a request need to know about a prior."""
 
     d: int
     layers: tuple[int, ...]
     n_blocks: int
     d_mlp: int
     precision: str
-    """Of the network's products."""
+    """Precision of the network's products."""
     exact_trace: bool
 
 
 class Call(NamedTuple):
-    """An operation and its arguments, the seed included: rows of equal calls can share a solver run."""
+    """An operation and its arguments, including the seed; rows of equal calls can share a solver run."""
 
     operation: OperationName
     arguments: tuple[tuple[str, Any], ...]
 
 
 def to_call(body: AnyBody, info: PriorInfo, limits: Limits) -> tuple[Call, Rows]:
-    """The call that a JSON ``body`` asks for, and its rows.
+    """The call requested by a JSON ``body``, and its rows.
 
-    Rows are ``ids`` int64 (n, 2), but for samples ``activations`` float32 (n, d), and ``u`` float64 (n,) where each
-    row has a level of its own.
+    Rows are ``ids`` int64 (n, 2), ``activations`` float32 (n, d) except for samples, and ``u`` float64 (n,) if there is
+    one noise level per row.
 
     Raises:
-        RequestError: 413 above a limit, 422 for a field that does not fit the prior.
+        RequestError: 413 above a limit, 422 if a field does not fit the prior.
     """
     n = body.n if isinstance(body, SampleBody) else len(body.activations)
     _check_limits(body, n, info, limits)
@@ -71,19 +71,19 @@ def array_call(
     limits: Limits,
     levels: np.ndarray | None = None,
 ) -> tuple[Call, Rows]:
-    """``to_call`` for rows that are arrays already.
+    """``to_call`` for rows that are already arrays.
 
     Args:
-        arguments: what the operation is told.
-        n: the number of rows.
+        arguments: arguments of the operation.
+        n: number of rows.
         activations: float32 (n, any); None for samples.
-        ids: int64 (n,) or (n, 2); None: 0, 1, ...
+        ids: int64 (n,) or (n, 2); None for 0, 1, ...
         info: the prior's shape.
-        limits: what one request may ask for.
-        levels: a noise level for each row, float64 (n,); None: the one in ``arguments``.
+        limits: limits of one request.
+        levels: one noise level per row, float64 (n,); None for the one in ``arguments``.
 
     Raises:
-        RequestError: 413 above a limit, 422 for what does not fit the prior.
+        RequestError: 413 above a limit, 422 if something does not fit the prior.
     """
     _check_limits(arguments, n, info, limits)
     _check_prior_has(arguments, info)
@@ -96,19 +96,20 @@ def array_call(
 
 
 def check_finite(columns: Columns) -> None:
-    """Raises RequestError if the first column that an answer has holds an infinity or NaN, naming the row."""
+    """Raises RequestError naming the row if the first column of an answer contains NaN or Inf."""
     first = next(column for column in columns.values() if column is not None)
     assert isinstance(first, np.ndarray)
     finite = np.isfinite(first.reshape(len(first), -1)).all(1)
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
         raise RequestError(
-            422, f"activations: row {row} has no finite answer; it is too far from what the prior models"
+            422,
+            f"activations: the answer for row {row} is NaN or Inf; the row is too far from what the prior models",
         )
 
 
 def _call(arguments: AnyParameters, rows: Rows) -> Call:
-    """What the rows are asked; a level of each row's own goes with the row, so that others can join."""
+    """The call for the rows; per-row noise levels stay with the rows, so that other requests can share the call."""
     told = arguments.model_dump(exclude=NOT_ARGUMENTS | (rows.keys() & {"u"}))
     return Call(arguments.NAME, tuple(sorted(told.items())))
 
@@ -116,15 +117,15 @@ def _call(arguments: AnyParameters, rows: Rows) -> Call:
 def _levels(levels: np.ndarray, n: int) -> np.ndarray:
     if levels.shape != (n,):
         raise RequestError(
-            422, f"u: one level, or one for each of the {n} rows is needed (got {len(levels)})"
+            422, f"u: expected one noise level, or one for each of the {n} rows (got {len(levels)})"
         )
     if not ((levels >= 0) & (levels <= 1)).all():
-        raise RequestError(422, "u: noise levels from 0 to 1 are needed")
+        raise RequestError(422, "u: noise levels must be from 0 to 1")
     return levels.astype(np.float64)
 
 
 def _numbers(body: AnyParameters, info: PriorInfo) -> int:
-    """How many numbers the answer has per row, about."""
+    """Approximate number of values per row in the answer."""
     if isinstance(body, EncodeParameters):
         units = info.d_mlp * (info.n_blocks if body.block is None else 1)
         return units if body.top is None else 2 * body.top
@@ -145,7 +146,7 @@ def _check_limits(body: AnyParameters, n: int, info: PriorInfo, limits: Limits) 
     }
     for what, (count, most) in asked.items():
         if count > most:
-            raise RequestError(413, f"{what}: {count} asked for, at most {most} in one request; send several")
+            raise RequestError(413, f"{what}: {count} requested, at most {most} per request; send several")
 
 
 def _check_prior_has(body: AnyParameters, info: PriorInfo) -> None:
@@ -161,7 +162,7 @@ def _check_prior_has(body: AnyParameters, info: PriorInfo) -> None:
             )
         units = info.d_mlp * (info.n_blocks if body.block is None else 1)
         if body.top is not None and body.top > units:
-            raise RequestError(422, f"top: 1 to {units} of this prior's hidden units (got {body.top})")
+            raise RequestError(422, f"top: must be 1 to {units}, this prior's hidden units (got {body.top})")
     if isinstance(body, LogProbParameters) and body.probes == 0 and not info.exact_trace:
         raise RequestError(
             422, f"probes: give at least 1; an exact trace (0) is too costly at width {info.d}"
@@ -170,16 +171,16 @@ def _check_prior_has(body: AnyParameters, info: PriorInfo) -> None:
 
 def _listed_ids(ids: list[int | tuple[int, int]] | None) -> np.ndarray | None:
     if ids is not None and len({isinstance(i, int) for i in ids}) > 1:
-        raise RequestError(422, "ids: all integers or all [document, position] pairs, not both")
+        raise RequestError(422, "ids: must be all integers or all [document, position] pairs, not both")
     return None if ids is None else np.asarray(ids, dtype=np.int64)
 
 
 def _ids(ids: np.ndarray | None, n: int) -> np.ndarray:
     array = np.arange(n) if ids is None else ids
     if len(array) != n:
-        raise RequestError(422, f"ids: one for each of the {n} rows is needed (got {len(array)})")
+        raise RequestError(422, f"ids: expected one for each of the {n} rows (got {len(array)})")
     if array.ndim == 2 and array.shape[1] != 2:
-        raise RequestError(422, f"ids: one number or two for a row (got {array.shape[1]})")
+        raise RequestError(422, f"ids: expected one or two numbers per row (got {array.shape[1]})")
     return array if array.ndim == 2 else np.stack([array, np.zeros_like(array)], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""The deployments behind the HTTP side: calls of their handles, with failures as refusals of the request."""
+"""Calls to the deployments behind the HTTP ingress, with failures turned into refusals of the request."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from dmm_ray.serving.errors import RequestError
 logger = logging.getLogger("ray.serve.dmm")
 READY_TIMEOUT_S = 10.0
 INFO_LIFE_S = 1.0
-"""How long a prior's shape is believed: an update may have put another in its place."""
+"""How long a prior's shape is cached, since an update may replace the prior."""
 
 
 class DeploymentClient:
-    """One deployment.
+    """Client of one deployment.
 
     Args:
-        handle: Serve's handle to it.
+        handle: Serve's handle to the deployment.
         what: its name in messages.
-        timeout_s: longest wait for an answer, queueing included.
-        retry_after_s: what refused requests are told.
+        timeout_s: maximum wait for an answer, including queueing.
+        retry_after_s: value of Retry-After for refused requests.
     """
 
     def __init__(self, handle: DeploymentHandle, what: str, timeout_s: float, retry_after_s: float) -> None:
@@ -42,10 +42,10 @@ class DeploymentClient:
         self._answered = -math.inf
 
     async def ask(self, method: str, *arguments: Any) -> Any:
-        """What ``method`` of the deployment returns. Cancelling this cancels the call.
+        """Call ``method`` of the deployment and return its result. Cancellation propagates to the call.
 
         Raises:
-            RequestError: 503 if its queue is full, its process has gone or no answer comes in time.
+            RequestError: 503 if the queue is full, the replica is gone or there is no answer in time.
             Exception: whatever the method raised.
         """
         with self._refusals():
@@ -60,7 +60,7 @@ class DeploymentClient:
         return found
 
     async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
-        """What the generator ``method`` yields; the wait is limited for each item. Raises as ``ask`` does.
+        """The items of the generator ``method``; the timeout applies to each item. Raises as ``ask`` does.
 
         Closing this iterator ends the generator.
         """
@@ -77,7 +77,7 @@ class DeploymentClient:
                 response.cancel()
 
     async def is_up(self) -> bool:
-        """Whether it answers now; one whose queue is full does if others get their answers meanwhile."""
+        """Whether it is answering; with a full queue, whether other requests have recently been answered."""
         start = time.monotonic()
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
@@ -90,9 +90,9 @@ class DeploymentClient:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Make the failures of Serve itself refusals.
+        """Turn Serve's own failures into refusals.
 
-        Serve puts its own handler of these errors into the ASGI application, whose answer is not JSON.
+        Otherwise, Serve's own handler in the ASGI application would answer these errors, and not in JSON.
         """
         try:
             yield
@@ -123,11 +123,11 @@ class Priors:
         return tuple(self._backends)
 
     def resolve(self, name: str | None) -> str:
-        """The prior that a request means. Raises RequestError 404 for one that is not here."""
+        """The name of the requested prior. Raises RequestError 404 if there is none."""
         if name is None:
             return self.names[0]
         if name not in self._backends:
-            raise RequestError(404, f"model: no such prior here; there are {', '.join(self.names)}")
+            raise RequestError(404, f"model: no such prior; available: {', '.join(self.names)}")
         return name
 
     async def info(self, name: str) -> PriorInfo:
@@ -139,11 +139,11 @@ class Priors:
         return found
 
     async def compute(self, name: str, call: Call, rows: Rows) -> Columns:
-        """A prior's answer, finite. Raises RequestError 503, or 422 naming a row without a finite answer."""
+        """A prior's answer. Raises RequestError 503, or 422 naming a row whose answer is NaN or Inf."""
         columns = await self._backends[name].ask("compute", call, rows)
         check_finite(columns)
         return columns
 
     async def is_up(self, name: str) -> bool:
-        """Whether a prior answers now."""
+        """Whether a prior is answering."""
         return await self._backends[name].is_up()

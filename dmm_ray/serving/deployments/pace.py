@@ -1,25 +1,25 @@
-"""How many rows a solver call may have, so that it does not keep the others waiting."""
+"""Limits the rows per solver call, so that no call keeps other requests waiting for long."""
 
 from __future__ import annotations
 
 import math
 
 TURN_S = 1.0
-"""A call that takes much longer than this is cut, so that requests take turns."""
+"""Target duration of a call in seconds; calls that would take much longer are split, so that requests take turns."""
 FIRST_PASSES = 1 << 14
-"""Row passes of a call before any was timed: a hundredth of a second on a GPU, seconds on a slow CPU."""
+"""Row passes per call before any has been timed: a hundredth of a second on a GPU, seconds on a slow CPU."""
 MEMORY = 0.7
-"""Weight of what was known when another call has been timed."""
+"""Weight of the previous estimate when a new call is timed."""
 
 
 class Pace:
-    """Follows the solver's speed, in row passes per second: a row's forward passes, one after the other.
+    """Tracks the solver's speed in row passes (forward passes of one row) per second.
 
-    Small calls are slower by row, so the speed that counts is that of large ones: those within a factor of four of
-    what a turn holds.
+    Small calls are slower per row, so what counts is the speed of large ones: those that take at least a quarter of a
+    turn.
 
     Args:
-        max_rows: most rows of a call in any case.
+        max_rows: upper bound on rows per call.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -27,7 +27,7 @@ class Pace:
         self._speed: float | None = None
 
     def rows(self, passes: int) -> int:
-        """Most rows of a call whose rows cost ``passes`` each; at least 1.
+        """Maximum rows per call if each row costs ``passes``; at least 1.
 
         Example:
             >>> pace = Pace(64)
@@ -39,7 +39,7 @@ class Pace:
         return max(1, min(self._max_rows, math.floor(held / passes)))
 
     def took(self, passes: int, seconds: float) -> None:
-        """Record the duration of a call of ``passes`` row passes."""
+        """Update the estimate with a call of ``passes`` row passes."""
         speed = passes / max(seconds, 1e-6)
         if self._speed is None or (seconds < TURN_S / 4 and speed > self._speed):
             self._speed = speed

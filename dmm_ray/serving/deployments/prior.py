@@ -1,4 +1,4 @@
-"""The deployment that holds a prior: joins requests into row batches, computed beside its event loop."""
+"""The deployment of a prior: batches the rows of requests and computes them in a thread beside its event loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("ray.serve.dmm")
 
 
 def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
-    """One call of the prior on joined rows; the answer's columns as the HTTP API names them."""
+    """One call of the prior on batched rows; the columns are named as in the HTTP API."""
     import torch
 
     from dmm_ray.prior.ask import ask
@@ -47,15 +47,15 @@ def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
 
 @serve.deployment
 class PriorDeployment:
-    """Answers calls of one prior, which ``reconfigure`` loads and may replace while requests continue.
+    """Answers calls of one prior, which ``reconfigure`` loads and may replace while requests are served.
 
     Args:
-        device: where it computes, ``cpu`` or ``cuda``.
-        precision: of the prior's products; ``auto`` goes by the device.
+        device: device of the computation, ``cpu`` or ``cuda``.
+        precision: precision of the prior's products; ``auto`` depends on the device.
         threads: CPU threads of the solver.
-        max_batch_rows: rows of one solver call.
-        batch_wait_s: how long to wait for rows to join the first.
-        hung_s: a solver call that takes longer makes this process unhealthy.
+        max_batch_rows: maximum rows per solver call.
+        batch_wait_s: how long to wait for more rows after the first, in seconds.
+        hung_s: a solver call that takes longer, in seconds, makes this replica unhealthy.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PriorDeployment:
         batch_wait_s: float,
         hung_s: float,
     ) -> None:
-        # Imported here: the ingress imports this module to name the deployment, and does without torch.
+        # Imported here: the ingress imports this module to refer to the deployment, and does not need torch.
         import torch
 
         torch.set_num_threads(threads)
@@ -79,14 +79,14 @@ class PriorDeployment:
         self._batcher = RowBatcher[Call](self._solve, self._most_rows, batch_wait_s, self._metrics.waiting)
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Load the prior at ``user_config["source"]`` and warm it up, then let it take the place of the one before.
+        """Load the prior at ``user_config["source"]``, warm it up, and then replace the previous one.
 
         Raises:
-            UserError: no prior there.
-            CheckFailed: its answers are not finite.
+            UserError: there is no such prior.
+            CheckFailed: its answers contain NaN or Inf.
         """
         source = user_config["source"]
-        apart = ThreadPoolExecutor(1)  # the solver's thread continues with the previous prior
+        apart = ThreadPoolExecutor(1)  # meanwhile the solver's thread keeps serving the previous prior
         try:
             loop = asyncio.get_running_loop()
             prior = await loop.run_in_executor(apart, _warm, source, self._device, self._precision)
@@ -99,16 +99,16 @@ class PriorDeployment:
         )
 
     async def check_health(self) -> None:
-        """Run the model on one row if it is idle; Serve replaces this process when this raises."""
+        """Run the model on one row if it is idle; Serve replaces this replica if this raises."""
         if self._prior is None:
-            return  # Serve asks once before it configures
+            return  # Serve's first health check comes before reconfigure
         if self._batcher.busy_s > self._hung_s:
             raise RuntimeError(f"a solver call has run for more than {self._hung_s:g} s")
         if not self._batcher.busy_s:
             await self._batcher.aside(partial(_one_sample, self._prior))
 
     async def describe(self) -> PriorInfo:
-        """The prior's shape; an answer also says that this process is up."""
+        """The prior's shape; also serves as a liveness check."""
         from dmm_ray.prior.likelihood import EXACT_TRACE_MAX_D
 
         assert self._prior
@@ -117,7 +117,7 @@ class PriorDeployment:
         return PriorInfo(c.d, c.layers, c.n_blocks, c.d_mlp, precision, exact_trace=exact)
 
     async def compute(self, call: Call, rows: Rows) -> Columns:
-        """The answer to a checked request, computed together with others that ask the same of other rows."""
+        """The answer to a checked request, batched with others that make the same call on other rows."""
         return await self._batcher.submit(call, rows)
 
     def _solve(self, call: Call, rows: Rows) -> Columns:
@@ -137,7 +137,7 @@ class PriorDeployment:
         return self._pace.rows(self._passes(call))
 
     def _passes(self, call: Call) -> int:
-        """Forward passes that a row costs."""
+        """Forward passes per row."""
         assert self._prior
         kind = OPERATIONS[call.operation]
         told = {name: value for name, value in call.arguments if name in kind.model_fields}
@@ -145,11 +145,11 @@ class PriorDeployment:
 
 
 def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPrior:
-    """A loaded prior that has done each operation once.
+    """Load a prior and run each operation once.
 
     Raises:
-        UserError: no prior at ``source``.
-        CheckFailed: its answers are not finite.
+        UserError: there is no prior at ``source``.
+        CheckFailed: its answers contain NaN or Inf.
     """
     from dmm_ray.prior import ActivationPrior
 
@@ -162,8 +162,8 @@ def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPri
 
 
 def _one_sample(prior: ActivationPrior) -> Tensor:
-    """The smallest piece of work, (1, d). Raises CheckFailed if the result is NaN or Inf."""
+    """The smallest unit of work: one sample (1, d). Raises CheckFailed if it contains NaN or Inf."""
     row = prior.sample(1, steps=1, layer=prior.layers[0])
     if not row.isfinite().all():
-        raise CheckFailed("the prior's answers are not finite; its weights are damaged")
+        raise CheckFailed("the prior's answers contain NaN or Inf; its weights are damaged")
     return row

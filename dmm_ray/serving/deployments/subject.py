@@ -1,7 +1,7 @@
-"""The deployment that holds a language model: reads texts, generates, names activations by tokens.
+"""The deployment of a language model: reads texts, generates, and finds the tokens nearest to activations.
 
-It holds its own copy of every prior of the language model's activations, for projections between two tokens: memory
-for the language model and those priors. Log-probabilities are left to the priors' own deployments.
+It holds its own copy of every prior of the language model's activations, for projections between two tokens, so it
+needs memory for the language model and those priors. Log-probabilities are left to the priors' own deployments.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class SubjectDeployment:
         model: the language model's folder, GGUF file or hub id.
         directions: folder of steering directions, if any.
         priors: folder or hub id of each prior by name, the default one first.
-        device: where it computes, ``cpu`` or ``cuda``.
-        formats: precision of the priors' products, and number format of the language model's computation.
+        device: device of the computation, ``cpu`` or ``cuda``.
+        formats: precision of the priors' products, and dtype of the language model's computation.
         threads: CPU threads of torch.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        UserError: one of them does not load, or the default prior or a direction does not fit the model.
+        UserError: one of them cannot be loaded, or the default prior or a direction does not fit the model.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class SubjectDeployment:
         threads: int,
         trust_remote_code: bool = False,
     ) -> None:
-        # Imported here: the HTTP side imports this module to name the deployment, and does without torch.
+        # Imported here: the ingress imports this module to refer to the deployment, and does not need torch.
         import torch
 
         from dmm_ray.interventions import load_directions
         from dmm_ray.subject import SubjectModel
 
         torch.set_num_threads(threads)
-        # Hooks and caches allow one forward pass at a time; and threads that compute in turns slow each other (OpenMP).
+        # Hooks and caches allow only one forward pass at a time, and alternating threads slow each other down (OpenMP).
         self._compute = ThreadPoolExecutor(1)
         precision, compute_dtype = formats[0], precision_on(formats[1], device)
         load = partial(
@@ -92,13 +92,15 @@ class SubjectDeployment:
         for direction in self._directions.values():
             self._check(direction)
         self._compute.submit(self._probe).result()
-        self._compute.submit(lambda: self._model.generates).result()  # tried here, not beside another pass
+        self._compute.submit(
+            lambda: self._model.generates
+        ).result()  # run the trial now, not alongside another pass
         logger.info(
             "serving %s on %s in %s, directions: %d", model, device, compute_dtype, len(self._directions)
         )
 
     async def describe(self) -> SubjectInfo:
-        """The model's shape; an answer also says that this process is up."""
+        """The model's shape; also serves as a liveness check."""
         m = self._model
         directions = [DirectionInfo(name=d.name, layer=d.layer) for d in self._directions.values()]
         return SubjectInfo(
@@ -115,11 +117,11 @@ class SubjectDeployment:
         await self._run(self._probe)
 
     async def read(self, name: str, text: str, layer: int | None) -> TextRows:
-        """The tokens of ``text`` and their activations at a layer that prior ``name`` models.
+        """The tokens of ``text`` and their activations at a layer modelled by prior ``name``.
 
         Raises:
-            RequestError: 413 for more tokens than the model's context, 422 for a prior of another model.
-            UserError: a layer that the prior does not model, or a text without tokens.
+            RequestError: 413 if the text is longer than the model's context, 422 if the prior is of another model.
+            UserError: the prior does not model the layer, or the text has no tokens.
         """
         prior = self._prior(name)
         block = prior.layers[prior.layer_index(layer)]
@@ -128,11 +130,11 @@ class SubjectDeployment:
         return TextRows(tokens, block, reading.rows[1:].numpy())
 
     async def generate(self, name: str, body: GenerateBody) -> AsyncIterator[TokenEvent | Ended]:
-        """New tokens as they come, then :class:`Ended`; others are served between two tokens.
+        """New tokens as they are generated, then :class:`Ended`; other requests are served between two tokens.
 
         Raises:
             RequestError: as :meth:`read`.
-            UserError: a direction that is not here or does not fit, a model that does not generate.
+            UserError: the direction does not exist or does not fit, or the model cannot generate.
         """
         generation = await self._run(self._start, name, body)
         while (token := await self._run(next, generation, None)) is not None:
@@ -191,18 +193,18 @@ class SubjectDeployment:
             given = body.direction
             return None if given is None else Direction(REQUEST_DIRECTION, torch.tensor(given), body.layer)
         if body.direction not in self._directions:
-            raise UserError("direction: no such direction here; GET /v1/directions lists them")
+            raise UserError("direction: no such direction; GET /v1/directions lists them")
         return self._directions[body.direction]
 
     def _prior(self, name: str) -> ActivationPrior:
         if name not in self._priors:
-            raise RequestError(422, f"model: {name} is no prior of this language model's activations")
+            raise RequestError(422, f"model: {name} is not a prior of this language model's activations")
         return self._priors[name]
 
     def _fitting(
         self, sources: dict[str, str], device: str, precision: PrecisionOption
     ) -> dict[str, ActivationPrior]:
-        """The priors of this model's activations. Raises UserError where the default prior is not one of them."""
+        """The priors of this model's activations. Raises UserError if the default prior is not one of them."""
         from dmm_ray.prior import ActivationPrior
         from dmm_ray.store.match import check_subject
 
@@ -230,7 +232,7 @@ class SubjectDeployment:
         self._model.capture(input_ids, mask, [self._model.n_layers - 1])
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
-        """``work`` in the computing thread. Raises RequestError 413 for a text that is too long."""
+        """Run ``work`` in the computing thread. Raises RequestError 413 if a text is too long."""
         from dmm_ray.subject import TooLongError
 
         try:

@@ -1,4 +1,4 @@
-"""Failures as HTTP answers: every one is ``{"error": "one line"}`` with a fitting status."""
+"""Failures as HTTP answers: always ``{"error": "one line"}`` with an appropriate status."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def failure(
     retry_after_s: float | None = None,
     more: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """An error answer, with Retry-After in whole seconds where a retry makes sense, and ``more`` headers."""
+    """An error answer, with Retry-After in whole seconds if a retry makes sense, and ``more`` headers."""
     headers = dict(more or {})
     if retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(retry_after_s))
@@ -32,7 +32,7 @@ def failure(
 
 
 def install_handlers(api: FastAPI) -> None:
-    """Make every refusal inside ``api`` an error answer; bugs are answered by the gate in front of it."""
+    """Turn every refusal inside ``api`` into an error answer; bugs are handled by the gate in front of it."""
 
     async def refused(_: Request, e: Exception) -> JSONResponse:
         cause = e.cause if isinstance(e, RayTaskError) else e

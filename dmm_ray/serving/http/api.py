@@ -1,4 +1,4 @@
-"""The HTTP side: one ASGI application from its groups of routes. Needs no torch."""
+"""The HTTP API: one ASGI application assembled from groups of routes. Does not need torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmm_ray.serving.metrics import Answered, HttpMetrics
 DESCRIPTION = """Log-probabilities, denoising, samples and meta-neurons of language-model activations.
 
 A row's answer depends on that row, its id, the arguments and the seed alone.
-Limits of a request: {max_rows} rows, {max_body_bytes} bytes, {max_steps} steps, {max_probes} probes.
+Limits per request: {max_rows} rows, {max_body_bytes} bytes, {max_steps} steps, {max_probes} probes.
 Priors: {names}; the first is the default."""
 
 
@@ -25,9 +25,9 @@ def build_api(context: Context, tokens: AccessTokens | None, cors_origins: tuple
     """The ASGI application that Serve runs.
 
     Args:
-        context: what the routes need.
-        tokens: whom to let in; None: everybody.
-        cors_origins: origins whose pages may ask from a browser.
+        context: context shared by the routes.
+        tokens: accepted tokens; None disables authentication.
+        cors_origins: origins whose pages may send requests from a browser.
     """
     description = DESCRIPTION.format(**context.limits.model_dump(), names=", ".join(context.priors.names))
     version = versions()["dmm-ray"]
@@ -45,7 +45,7 @@ def build_api(context: Context, tokens: AccessTokens | None, cors_origins: tuple
         log_access(answered)
 
     api.add_middleware(AccessMiddleware, tokens=tokens, record=record)
-    if cors_origins:  # outside the gate: a browser asks for permission without a token
+    if cors_origins:  # outside the gate: browsers send preflight requests without a token
         api.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),

@@ -1,4 +1,4 @@
-"""Bearer tokens: where they come from, and whether a request has one."""
+"""Bearer tokens: their sources, and the check of a request's token."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ logger = logging.getLogger("ray.serve.dmm")
 VARIABLE = "DMM_SERVE_TOKENS"
 TOKEN_REMEDY = f"set {VARIABLE} in the environment or give a token file"
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
-"""What needs no token: health, the page itself and the description of the routes."""
+"""Paths that need no token: health, the page itself and the documentation of the routes."""
 
 
 class AccessTokens:
-    """The tokens that requests are checked against; only their SHA-256 is kept.
+    """The tokens that requests are checked against; only their SHA-256 digests are kept.
 
     Args:
-        hashes: of the tokens that never change.
-        file: local path of a file with one token per line, reread when it changes; a file that disappears
-            admits nobody.
+        hashes: digests of the fixed tokens.
+        file: local path of a file with one token per line, reloaded when it changes; if it disappears, all of its
+            tokens are rejected.
 
     Raises:
-        UserError: the file is not there, or no token is given at all.
+        UserError: the file does not exist, or there are no tokens at all.
     """
 
     def __init__(self, hashes: tuple[bytes, ...], file: str | None) -> None:
@@ -38,13 +38,13 @@ class AccessTokens:
         self._stamp: tuple[int, int, int] | None = None
         self._read: tuple[bytes, ...] = ()
         if file is not None and not os.path.isfile(file):
-            raise UserError(f"token_file: {file}: no such file; write one token a line into it")
+            raise UserError(f"token_file: {file}: no such file; write one token per line into it")
         if not self._hashes():
             raise UserError(f"tokens: none given; {TOKEN_REMEDY}")
         self._started = True
 
     def admit(self, authorization: str | None) -> bool:
-        """Whether an Authorization header holds a token; takes as long for a wrong one as for a right one."""
+        """Whether an Authorization header contains a valid token; takes equally long either way."""
         scheme, _, token = (authorization or "").partition(" ")
         given = _hash(token.strip())
         matches = [hmac.compare_digest(given, known) for known in self._hashes()]
@@ -62,14 +62,14 @@ class AccessTokens:
             if stamp != self._stamp:
                 with open(
                     file, encoding="utf-8-sig"
-                ) as f:  # editors put a byte-order mark before the first token
+                ) as f:  # some editors put a byte-order mark before the first token
                     self._read = hashes(f.read())
                 self._stamp = stamp
         except (OSError, UnicodeDecodeError, UserError) as e:
             if isinstance(e, UserError) and not self._started:
                 raise
             if self._read:
-                logger.error("token file cannot be read, its tokens are refused: %s", e)
+                logger.error("cannot read the token file, rejecting its tokens: %s", e)
             self._read, self._stamp = (), None
 
 
@@ -77,40 +77,42 @@ def hashes(text: str) -> tuple[bytes, ...]:
     """The SHA-256 of each token in ``text``, separated by commas or white space.
 
     Raises:
-        UserError: a token of other characters than ASCII's, which no Authorization header carries as they are.
+        UserError: a token contains non-ASCII characters, which an Authorization header cannot carry unchanged.
     """
     if not text.isascii():
         raise UserError(
-            "tokens: one holds characters outside of ASCII, which HTTP headers cannot carry; use others"
+            "tokens: one contains non-ASCII characters, which HTTP headers cannot carry; use ASCII only"
         )
     return tuple(_hash(token) for token in re.split(r"[,\s]+", text) if token)
 
 
 def tokens_of(config: AppConfig) -> tuple[tuple[bytes, ...], str | None] | None:
-    """The arguments of ``AccessTokens`` that ``config`` and this process's environment give; None for ``auth: none``.
+    """The arguments of ``AccessTokens`` from ``config`` and this process's environment; None for ``auth: none``.
 
     Raises:
-        UserError: neither tokens nor ``auth: none``.
+        UserError: there are neither tokens nor ``auth: none``.
     """
     if config.auth == "none":
         return None
     found = hashes(os.environ.get(VARIABLE, ""))
     if not found and config.token_file is None:
         raise UserError(
-            f"auth: no tokens; {TOKEN_REMEDY}, or say `auth: none` where nobody else reaches the address"
+            f"auth: no tokens; {TOKEN_REMEDY}, or set `auth: none` if nobody else can reach the address"
         )
     return found, config.token_file
 
 
 def settled(config: ServeConfig) -> ServeConfig:
-    """``config`` with ``auth`` decided by the address: a loopback one does without tokens unless some are given.
+    """``config`` with ``auth`` resolved by the address: a loopback address needs no tokens unless some are given.
 
     Raises:
-        UserError: an address that others reach, without tokens.
+        UserError: the address is reachable from other machines and there are no tokens.
     """
     given = config.token_file is not None or bool(hashes(os.environ.get(VARIABLE, "")))
     if not is_loopback(config.host) and (config.auth == "none" or not given):
-        raise UserError(f"host: {config.host} is reachable from elsewhere and needs tokens; {TOKEN_REMEDY}")
+        raise UserError(
+            f"host: {config.host} is reachable from other machines, which requires tokens; {TOKEN_REMEDY}"
+        )
     if config.auth is None and not given:
         return config.model_copy(update={"auth": "none"})
     if config.auth != "none":

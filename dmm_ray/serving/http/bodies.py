@@ -1,4 +1,4 @@
-"""Reading request bodies: bounded in size, also after inflating, and in time."""
+"""Reading request bodies, with bounds on time and on size, before and after decompression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmm_ray.serving.errors import RequestError, body_error
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
-"""zlib finds out which of the two wrappers a stream has."""
+"""``wbits`` with which zlib detects which of the two formats a stream has."""
 
 
 def parse(kind: type[BodyT], body: bytes | bytearray) -> BodyT:
@@ -25,11 +25,11 @@ def parse(kind: type[BodyT], body: bytes | bytearray) -> BodyT:
 
 
 async def read_body(request: Request, most: int, timeout_s: float) -> bytearray:
-    """A request's body, inflated where it says gzip or deflate.
+    """A request's body, decompressed if its encoding is gzip or deflate.
 
     Raises:
-        RequestError: 413 as soon as more than ``most`` bytes are announced, came or came out; 408 if it is not
-            there after ``timeout_s`` seconds; 400 if it does not inflate; 422 for another encoding.
+        RequestError: 413 as soon as more than ``most`` bytes are announced, received or decompressed; 408 if it is
+            incomplete after ``timeout_s`` seconds; 400 if decompression fails; 422 for another encoding.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > most:
@@ -56,7 +56,7 @@ async def _received(request: Request, most: int) -> bytearray:
 
 def _inflated(body: bytearray, encoding: str, most: int) -> bytearray:
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise RequestError(422, "Content-Encoding: gzip, deflate or none")
+        raise RequestError(422, "Content-Encoding: must be gzip, deflate or none")
     stream = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
         plain = stream.decompress(body, most + 1)
@@ -65,9 +65,9 @@ def _inflated(body: bytearray, encoding: str, most: int) -> bytearray:
     if len(plain) > most:
         raise _too_large(most)
     if not stream.eof or stream.unused_data:
-        raise RequestError(400, f"body: {encoding} data must be one whole stream")
+        raise RequestError(400, f"body: {encoding} data must be one complete stream")
     return bytearray(plain)
 
 
 def _too_large(most: int) -> RequestError:
-    return RequestError(413, f"body: more than {most} bytes in one request; send several")
+    return RequestError(413, f"body: more than {most} bytes; send several requests")

@@ -1,4 +1,4 @@
-"""What every route of the HTTP side needs."""
+"""Context shared by all HTTP routes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Context:
     Args:
         priors: the priors by name.
         subject: the language model of the text routes, if one is attached.
-        limits: what one request may ask for.
-        body_timeout_s: how long a body may take to arrive.
-        retry_after_s: what refused requests are told.
+        limits: limits of one request.
+        body_timeout_s: maximum time for a body to arrive, in seconds.
+        retry_after_s: value of Retry-After for refused requests.
     """
 
     priors: Priors
@@ -38,7 +38,7 @@ class Context:
         return parse(kind, await self.read(request))
 
     async def waiting_for(self) -> list[str]:
-        """Names of what does not answer now: priors, and ``subject``."""
+        """Names of the priors, and ``subject``, that are not answering."""
         found = [name for name in self.priors.names if not await self.priors.is_up(name)]
         if self.subject is not None and not await self.subject.is_up():
             found.append("subject")

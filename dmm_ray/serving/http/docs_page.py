@@ -1,4 +1,4 @@
-"""``GET /docs``: the routes and their schemas as one HTML page without scripts or outside assets."""
+"""``GET /docs``: the routes and their schemas as one HTML page without scripts or external assets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pre {{ overflow-x: auto; background: #8881; padding: .7rem; font-size: .85rem; w
 h2 {{ font-size: 1.1rem; margin: 2rem 0 .3rem }} summary {{ cursor: pointer }}
 td {{ padding: 0 .8rem 0 0; vertical-align: top }} :root {{ color-scheme: light dark }}
 </style></head><body><h1>{title} {version}</h1><pre>{description}</pre>
-<p>The same for programs: <a href="openapi.json">openapi.json</a> (OpenAPI).</p>
+<p>Machine-readable version: <a href="openapi.json">openapi.json</a> (OpenAPI).</p>
 {routes}<details><summary>Schemas of the answers</summary><pre>{schemas}</pre></details></body></html>"""
 
 
 def install(api: FastAPI) -> None:
-    """Add the page to ``api``; it shows the routes that ``api`` has when first asked."""
+    """Add the page to ``api``; it shows the routes that ``api`` has at the first request."""
 
     async def docs() -> HTMLResponse:
         return HTMLResponse(render(api.openapi()), headers={"Content-Security-Policy": DOCS_CSP})

@@ -1,4 +1,4 @@
-"""The first thing a request meets: tokens, request ids, the access log, metrics, answers to bugs."""
+"""The outermost middleware: tokens, request ids, the access log, metrics, and answers to bugs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNROUTED = "unrouted"
 class AccessMiddleware:
     """ASGI middleware around the whole application.
 
-    Serve's proxy takes or makes ``X-Request-ID`` and puts it on the answer; here it goes into the log.
+    Serve's proxy accepts or generates ``X-Request-ID`` and adds it to the answer; here it is logged.
 
     Args:
         app: the application.
-        tokens: whom to let in; None: everybody.
-        record: called once for each request when its answer has gone.
+        tokens: accepted tokens; None disables authentication.
+        record: called once per request, after its answer has been sent.
     """
 
     def __init__(self, app: ASGIApp, tokens: AccessTokens | None, record: Callable[[Answered], None]) -> None:
@@ -60,7 +60,7 @@ class AccessMiddleware:
             logger.exception("request %s failed", request_id(scope))
             if status:
                 raise
-            await failure(500, "internal error; the log of the endpoint says more")(scope, receive, watched)
+            await failure(500, "internal error; see the endpoint's log")(scope, receive, watched)
         finally:
             found = _answered(scope, status, time.monotonic() - start)
             self._record(found._replace(method="HEAD") if head else found)
@@ -74,13 +74,13 @@ class AccessMiddleware:
 
 
 def request_id(scope: Scope) -> str:
-    """The request's id as it may be written into a log; ``-`` for one that may not."""
+    """The request's id if it is safe to log, else ``-``."""
     found = Headers(scope=scope).get("x-request-id", "")
     return found if SANE_ID.fullmatch(found) else "-"
 
 
 def log_access(answered: Answered) -> None:
-    """One line for a request."""
+    """Log one line per request."""
     logger.info(
         "%s %s %d rows=%d ms=%.1f id=%s",
         answered.method,
@@ -93,7 +93,7 @@ def log_access(answered: Answered) -> None:
 
 
 def _path(scope: Scope) -> str:
-    """The address inside the application."""
+    """The path inside the application."""
     return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
 
 

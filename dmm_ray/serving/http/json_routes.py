@@ -1,4 +1,4 @@
-"""``POST /v1/*``: the operations on activations, in JSON for people."""
+"""``POST /v1/*``: the operations on activations as human-readable JSON."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def install(api: FastAPI, context: Context) -> None:
 
 
 def encode(columns: Columns) -> bytes:
-    """An answer as JSON; a NaN inside a column becomes null.
+    """An answer as JSON; NaN values become null.
 
-    Results that are missing are null where others of the answer stand beside them, and left out where they are the
-    alternative (features, or the largest of them).
+    A missing result is null, unless it is the alternative to another result (all features, or only the largest), in
+    which case it is left out.
     """
     alternatives = {"features", "indices", "values"}
     plain = {

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe V2, REST) with its binary tensor extension: requests in, answers out."""
+"""The Open Inference Protocol (KServe V2, REST) with its binary tensor extension: reading requests, writing answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INPUTS: dict[OperationName, tuple[str, ...]] = {
     "sample": ("n", "ids"),
     "encode": ("activations", "ids"),
 }
-"""The input that is needed, and those that may come with it."""
+"""The required input of each operation, followed by its optional ones."""
 Dimension = Annotated[int, Field(ge=0, lt=2**31)]
 Floats = Annotated[list[Finite], Field(fail_fast=True)]
 Integers = Annotated[list[Int64], Field(fail_fast=True)]
@@ -41,14 +41,14 @@ NUMBERS: dict[tuple[bool, bool], TypeAdapter[Any]] = {
     (True, False): TypeAdapter(Integers),
     (True, True): TypeAdapter(Annotated[list[Integers], Field(fail_fast=True)]),
 }
-"""What `data` must be, by: integers or not, nested or not."""
+"""Validators of `data`, by whether it holds integers and whether it is nested."""
 
 
 class InputParameters(StrictBody):
     """How an input is sent."""
 
     binary_data_size: int | None = Field(
-        default=None, ge=0, description="Bytes of this tensor behind the JSON; null: it is in `data`."
+        default=None, ge=0, description="Bytes of this tensor after the JSON; null: it is in `data`."
     )
 
 
@@ -59,20 +59,20 @@ class Input(StrictBody):
     shape: list[Dimension] = Field(min_length=1, max_length=2)
     datatype: str = Field(
         max_length=16,
-        description="FP32 (binary: FP16, BF16 too); INT64 or INT32 for `n` and `ids`; FP64 too for `u`.",
+        description="FP32 (in binary also FP16, BF16); INT64 or INT32 for `n` and `ids`; also FP64 for `u`.",
     )
     parameters: InputParameters | None = None
     data: list[Any] | None = Field(default=None, description="Numbers, flat or nested, in row-major order.")
 
 
 class OutputParameters(StrictBody):
-    """How an output is wanted."""
+    """How an output is to be sent."""
 
     binary_data: bool | None = None
 
 
 class Output(StrictBody):
-    """One tensor that the answer should hold."""
+    """One tensor requested in the answer."""
 
     name: str = Field(max_length=64)
     parameters: OutputParameters | None = None
@@ -81,18 +81,19 @@ class Output(StrictBody):
 class InferBody(StrictBody):
     """A request in the Open Inference Protocol.
 
-    `parameters` takes what the JSON routes take beside rows and ids (layer, seed, steps, probes, u, mode, block, ...),
-    and `binary_data_output`. `priority` and `timeout`, which other servers know, are read and have no effect.
+    `parameters` takes the fields of the JSON routes other than rows and ids (layer, seed, steps, probes, u, mode,
+    block, ...), and `binary_data_output`. `priority` and `timeout`, which other servers support, are accepted and
+    ignored.
     """
 
-    id: str | None = Field(default=None, max_length=256, description="Comes back in the answer.")
+    id: str | None = Field(default=None, max_length=256, description="Returned in the answer.")
     parameters: dict[str, Any] | None = None
     inputs: list[Input] = Field(min_length=1, max_length=3)
-    outputs: list[Output] | None = Field(default=None, max_length=16, description="null: all there are.")
+    outputs: list[Output] | None = Field(default=None, max_length=16, description="null: all outputs.")
 
 
 class Inference(NamedTuple):
-    """A request as it was meant."""
+    """A parsed request."""
 
     id: str | None
     arguments: AnyParameters
@@ -100,7 +101,7 @@ class Inference(NamedTuple):
     activations: np.ndarray | None
     ids: np.ndarray | None
     levels: np.ndarray | None
-    """A noise level for each row, where they differ."""
+    """One noise level per row, if they differ."""
     outputs: tuple[Output, ...] | None
     binary: bool
 
@@ -109,7 +110,7 @@ def read_inference(operation: OperationName, body: bytearray, header_bytes: str 
     """The request in ``body``, whose first ``header_bytes`` (None: all) are JSON and the rest tensors.
 
     Raises:
-        RequestError: 400 where lengths do not agree or the JSON is none; 413, 422 for a wrong field.
+        RequestError: 400 if lengths disagree or the JSON is malformed; 413 or 422 for an invalid field.
     """
     end = _header_length(header_bytes, len(body))
     message = parse(InferBody, body if end == len(body) else body[:end])
@@ -118,14 +119,14 @@ def read_inference(operation: OperationName, body: bytearray, header_bytes: str 
     if unknown := [name for name in tensors if name not in (main, *others)]:
         raise RequestError(
             422,
-            f"inputs.{unknown[0]}: no such input here; give {main}, and {' or '.join(others)} where rows differ",
+            f"inputs.{unknown[0]}: no such input; give {main}, and optionally {' or '.join(others)}",
         )
     if main not in tensors:
         raise RequestError(422, f"inputs: {main} is missing")
     parameters = {k: v for k, v in (message.parameters or {}).items() if k not in ("priority", "timeout")}
     binary = parameters.pop("binary_data_output", False)
     if not isinstance(binary, bool):
-        raise RequestError(422, "parameters.binary_data_output: true or false")
+        raise RequestError(422, "parameters.binary_data_output: must be true or false")
     arguments = _arguments(operation, parameters)
     n, activations = _rows(tensors[main], operation)
     outputs = None if message.outputs is None else tuple(message.outputs)
@@ -135,10 +136,10 @@ def read_inference(operation: OperationName, body: bytearray, header_bytes: str 
 
 
 def write_answer(model: str, asked: Inference, columns: Columns) -> tuple[bytes, int | None]:
-    """The answer's body, and the length of its JSON where tensors follow.
+    """The answer's body, and the length of its JSON if binary tensors follow, else None.
 
     Raises:
-        RequestError: 422 for an output that this answer has not.
+        RequestError: 422 for an output that this answer does not have.
     """
     arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in columns.items() if value is not None}
     wanted = list(_wanted(asked, arrays))
@@ -154,7 +155,7 @@ def write_answer(model: str, asked: Inference, columns: Columns) -> tuple[bytes,
 
 
 def metadata(model: str, operation: OperationName, d: int) -> dict[str, Any]:
-    """What ``GET /v2/models/{m}`` says: the tensors that are always needed and those that may come back."""
+    """The answer to ``GET /v2/models/{m}``: the required input and all outputs that may be returned."""
     given = {"name": "n", "datatype": "INT64", "shape": [1]}
     rows = {"name": "activations", "datatype": "FP32", "shape": [-1, d]}
     outputs = []
@@ -171,7 +172,7 @@ def _header_length(header_bytes: str | None, total: int) -> int:
     if header_bytes is None:
         return total
     if not (header_bytes.isascii() and header_bytes.isdigit() and len(header_bytes) < 12):
-        raise RequestError(400, f"{LENGTH_HEADER}: the number of bytes of the JSON")
+        raise RequestError(400, f"{LENGTH_HEADER}: must be the number of bytes of the JSON")
     if int(header_bytes) > total:
         raise RequestError(400, f"{LENGTH_HEADER}: {header_bytes}, but the body has {total} bytes")
     return int(header_bytes)
@@ -179,7 +180,7 @@ def _header_length(header_bytes: str | None, total: int) -> int:
 
 def _tensors(inputs: list[Input], rest: memoryview) -> Iterator[tuple[str, np.ndarray]]:
     if len({given.name for given in inputs}) < len(inputs):
-        raise RequestError(422, "inputs: each name once")
+        raise RequestError(422, "inputs: names must be unique")
     used = 0
     for given in inputs:
         size = None if given.parameters is None else given.parameters.binary_data_size
@@ -191,7 +192,7 @@ def _tensors(inputs: list[Input], rest: memoryview) -> Iterator[tuple[str, np.nd
             used += size
     if used != len(rest):
         raise RequestError(
-            400, f"body: {len(rest)} bytes behind the JSON; binary_data_size adds up to {used}"
+            400, f"body: {len(rest)} bytes after the JSON, but binary_data_size adds up to {used}"
         )
 
 
@@ -200,12 +201,12 @@ def _check_type(given: Input, binary: bool) -> None:
     allowed = known if binary else tuple(name for name in known if name not in ("FP16", "BF16"))
     if given.datatype not in allowed:
         how = "in binary" if binary else "in JSON"
-        raise RequestError(422, f"inputs.{given.name}.datatype: {' or '.join(allowed)} {how}")
+        raise RequestError(422, f"inputs.{given.name}.datatype: must be {' or '.join(allowed)} {how}")
     if binary == (given.data is not None):
-        raise RequestError(422, f"inputs.{given.name}: either data or parameters.binary_data_size")
+        raise RequestError(422, f"inputs.{given.name}: give either data or parameters.binary_data_size")
     ranks = RANKS.get(given.name, (1, 2))
     if len(given.shape) not in ranks:
-        raise RequestError(422, f"inputs.{given.name}.shape: {ranks[0]} dimension(s)")
+        raise RequestError(422, f"inputs.{given.name}.shape: expected {ranks[0]} dimension(s)")
 
 
 def _binary_tensor(given: Input, raw: memoryview) -> np.ndarray:
@@ -239,14 +240,12 @@ def _arguments(operation: OperationName, parameters: dict[str, Any]) -> AnyParam
 def _rows(main: np.ndarray, operation: OperationName) -> tuple[int, np.ndarray | None]:
     if operation == "sample":
         if main.shape != (1,) or main[0] < 1:
-            raise RequestError(422, "inputs.n: one positive number, shape [1]")
+            raise RequestError(422, "inputs.n: must be one positive number, shape [1]")
         return int(main[0]), None
     if not len(main):
-        raise RequestError(422, "inputs.activations: at least one row")
+        raise RequestError(422, "inputs.activations: must have at least one row")
     if len(main) > MOST_ROWS:
-        raise RequestError(
-            413, f"rows: {len(main)} asked for, at most {MOST_ROWS} in one request; send several"
-        )
+        raise RequestError(413, f"rows: {len(main)} requested, at most {MOST_ROWS} per request; send several")
     return len(main), main
 
 

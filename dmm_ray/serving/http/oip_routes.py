@@ -1,4 +1,4 @@
-"""``/v2/*``: health, metadata and inference as the Open Inference Protocol (KServe V2) has them."""
+"""``/v2/*``: health, metadata and inference according to the Open Inference Protocol (KServe V2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmm_ray.serving.schemas import ROWS, request_schema
 UNREADY: dict[int | str, dict[str, Any]] = {503: DOCUMENTED[503]}
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: DOCUMENTED[404], **UNREADY}
 VERSION = "1"
-"""The only one: other weights take the place of those before them."""
+"""The only version: new weights replace the old ones."""
 EXAMPLE = {
     "inputs": [{"name": "activations", "shape": [2, 4], "datatype": "FP32", "data": ROWS}],
     "parameters": {"steps": 32, "probes": 2, "seed": 0},
@@ -32,17 +32,17 @@ def install(api: FastAPI, context: Context) -> None:
     """Add the routes to ``api``."""
     routes = _Routes(context)
     router = APIRouter(prefix="/v2")
-    router.get("", summary="What is this server?")(routes.server)
-    router.get("/health/live", summary="Is the HTTP side up?")(routes.live)
-    router.get(
-        "/health/ready", summary="Does every prior (and the language model) answer?", responses=UNREADY
-    )(routes.ready)
+    router.get("", summary="Server metadata")(routes.server)
+    router.get("/health/live", summary="Is the HTTP ingress up?")(routes.live)
+    router.get("/health/ready", summary="Are all priors (and the language model) ready?", responses=UNREADY)(
+        routes.ready
+    )
     for at in ("/models/{model}", "/models/{model}/versions/{version}"):
         router.get(at, summary="The tensors of a model", responses=UNKNOWN)(routes.model)
-        router.get(f"{at}/ready", summary="Does a model answer?", responses=UNKNOWN)(routes.model_ready)
+        router.get(f"{at}/ready", summary="Is a model ready?", responses=UNKNOWN)(routes.model_ready)
         router.post(
             f"{at}/infer",
-            summary="Ask a model: log_prob, denoise, ..., or NAME.log_prob of another prior",
+            summary="Inference with a model: log_prob, denoise, ..., or NAME.log_prob of another prior",
             responses=DOCUMENTED,
             openapi_extra={"requestBody": _documented_body()},
         )(routes.infer)
@@ -62,7 +62,7 @@ class _Routes:
         return {"live": True}
 
     async def ready(self) -> Response:
-        """Readiness of everything."""
+        """Readiness of all priors and the language model."""
         if waiting := await self._context.waiting_for():
             return self._unready(", ".join(waiting))
         return JSONResponse({"ready": True})
@@ -96,16 +96,14 @@ class _Routes:
         return Response(answer, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
     def _find(self, model: str, version: str) -> tuple[str, OperationName]:
-        """The prior and the operation that a model's name means. Raises RequestError 404."""
+        """The prior and the operation denoted by a model's name. Raises RequestError 404."""
         if version != VERSION:
-            raise RequestError(
-                404, f"version: there is version {VERSION} of every model (got {version[:80]!r})"
-            )
+            raise RequestError(404, f"version: every model has version {VERSION} only (got {version[:80]!r})")
         name, _, wanted = model.rpartition(".")
         for operation in OPERATIONS:
             if operation == wanted:
                 return self._context.priors.resolve(name or None), operation
-        raise RequestError(404, f"model: no such model; there are {', '.join(OPERATIONS)}, or NAME.log_prob")
+        raise RequestError(404, f"model: no such model; available: {', '.join(OPERATIONS)}, or NAME.log_prob")
 
     def _unready(self, what: str) -> JSONResponse:
         return failure(503, f"not ready: {what}", self._context.retry_after_s)
@@ -118,8 +116,8 @@ def _documented_body() -> dict[str, Any]:
         "schema": {
             "type": "string",
             "format": "binary",
-            "description": f"The JSON, {LENGTH_HEADER} bytes of it, then the tensors that have a "
-            "binary_data_size, in their order, little-endian.",
+            "description": f"The JSON, whose length is given by {LENGTH_HEADER}, then the tensors that have a "
+            "binary_data_size, in the same order, little-endian.",
         }
     }
     return body

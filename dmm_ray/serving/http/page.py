@@ -1,4 +1,4 @@
-"""The page at ``/``: one HTML file without outside assets, whose own script and style alone may run."""
+"""The page at ``/``: one HTML file without external assets; its policy allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLICY = (
 
 
 def install(api: FastAPI, context: Context) -> None:
-    """Add the page to ``api``. It asks the routes under ``/v1`` what is there, so it is the same with any context."""
+    """Add the page to ``api``. It queries the routes under ``/v1`` and so does not depend on ``context``."""
     html = files("dmm_ray.serving.http").joinpath("page.html").read_text("utf-8")
     headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
 
@@ -30,7 +30,7 @@ def install(api: FastAPI, context: Context) -> None:
 
 
 def policy(html: str) -> str:
-    """The Content-Security-Policy under which ``html`` runs its own script and style, and no other."""
+    """A Content-Security-Policy that allows the script and style of ``html`` and no others."""
     return POLICY.format(script=_hash(html, "script"), style=_hash(html, "style"))
 
 

@@ -1,4 +1,4 @@
-"""The text routes: texts scored token by token, steered generation, activations as tokens."""
+"""The text routes: token-by-token scores of texts, steered generation, and the nearest tokens of activations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NO_SUBJECT = (
 
 
 def install(api: FastAPI, context: Context) -> None:
-    """Add the text routes to ``api``; without a subject they answer 404 and say how to attach one."""
+    """Add the text routes to ``api``; without a subject they answer 404 and explain how to attach one."""
     routes = TextRoutes(context)
     posts: list[tuple[Route, type[BaseModel], type[BaseModel]]] = [
         (routes.score_text, ScoreTextBody, ScoreTextAnswer),
@@ -58,8 +58,8 @@ def install(api: FastAPI, context: Context) -> None:
             openapi_extra={"requestBody": request_schema(body)},
         )(route)
     gets: list[tuple[Route, str, type[BaseModel]]] = [
-        (routes.directions, "Which directions can be steered along by name?", DirectionsAnswer),
-        (routes.models, "Which priors and which language model are here?", ModelsAnswer),
+        (routes.directions, "List the directions available for steering.", DirectionsAnswer),
+        (routes.models, "List the priors and the language model.", ModelsAnswer),
     ]
     for route, summary, answer in gets:
         api.get(f"/v1/{route.__name__}", summary=summary, responses={200: {"model": answer}, **DOCUMENTED})(
@@ -68,7 +68,7 @@ def install(api: FastAPI, context: Context) -> None:
 
 
 class TextRoutes:
-    """What the text routes do."""
+    """Handlers of the text routes."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -91,7 +91,7 @@ class TextRoutes:
         return _json(ScoreTextAnswer(tokens=tokens))
 
     async def generate(self, request: Request) -> Response:
-        """New tokens, at once or as server-sent events."""
+        """New tokens, all at once or as server-sent events."""
         subject = self._subject()
         body = await self._context.read_json(request, GenerateBody)
         self._check_generation(body)
@@ -102,7 +102,7 @@ class TextRoutes:
                 found = [item async for item in items]
             request.state.rows = len(found) - 1
             return _json(_total(found))
-        first = await anext(items)  # a refusal is a plain answer as long as nothing was sent
+        first = await anext(items)  # until something is sent, a refusal can still be a plain error answer
         return StreamingResponse(
             _events(request, first, items),
             media_type="text/event-stream",
@@ -110,7 +110,7 @@ class TextRoutes:
         )
 
     async def nearest_tokens(self, request: Request) -> Response:
-        """Tokens near given activations, or near samples of the prior."""
+        """Nearest tokens of given activations or of samples of the prior."""
         subject = self._subject()
         body = await self._context.read_json(request, NearestTokensBody)
         rows = await self._drawn(body, body.n) if body.n else _matrix(body.activations or [])
@@ -152,12 +152,12 @@ class TextRoutes:
             ("max_tokens x steps x 2", body.max_tokens * body.steps * 2, limits.max_work),
         ):
             if count > most:
-                raise RequestError(413, f"{field}: {count} asked for, at most {most} in one request")
+                raise RequestError(413, f"{field}: {count} requested, at most {most} per request")
 
     async def _log_prob(
         self, name: str, body: ScoreTextBody, read: TextRows
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Nats and percentile of a text's rows, named (0, position)."""
+        """Nats and percentiles of a text's rows, whose ids are (0, position)."""
         n = len(read.activations)
         ids = np.stack([np.zeros(n, np.int64), np.arange(1, n + 1)], axis=1)
         told = body.model_dump(include=set(LogProbParameters.model_fields)) | {"layer": read.layer}
@@ -183,9 +183,9 @@ class TextRoutes:
 async def _events(
     request: Request, first: TokenEvent | Ended, items: AsyncGenerator[Any, None]
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a generation: ``token`` each, then ``done`` with the whole answer, or ``error``.
+    """Server-sent events of a generation: one ``token`` each, then ``done`` with the full answer, or ``error``.
 
-    It is closed when the client has gone, which ends the generation.
+    It is closed when the client disconnects, which ends the generation.
     """
     found: list[TokenEvent | Ended] = [first]
     async with contextlib.aclosing(items):
@@ -206,7 +206,7 @@ def _event(kind: str, value: Any) -> bytes:
 
 
 def _total(found: list[TokenEvent | Ended]) -> GenerateAnswer:
-    """A generation's answer from its items, of which :class:`Ended` is the last."""
+    """The answer of a generation, from its items; the last one is :class:`Ended`."""
     ended = found[-1]
     assert isinstance(ended, Ended)
     tokens = [item for item in found if isinstance(item, TokenEvent)]
@@ -216,9 +216,9 @@ def _total(found: list[TokenEvent | Ended]) -> GenerateAnswer:
 
 
 def _matrix(activations: list[list[float]]) -> np.ndarray:
-    """Given rows as float32 (n, any). Raises RequestError 422 for rows of unlike lengths or too large numbers."""
+    """Given rows as float32 (n, any). Raises RequestError 422 if their lengths differ or numbers are too large."""
     if len({len(row) for row in activations}) != 1:
-        raise RequestError(422, "activations: rows of equal length are needed")
+        raise RequestError(422, "activations: rows must have equal length")
     with np.errstate(over="ignore"):
         rows = np.asarray(activations, dtype=np.float64).astype(np.float32)
     if not np.isfinite(rows).all():

@@ -95,7 +95,7 @@ def test_a_calibrated_prior_colours_by_percentile(tab: Tab, url: str) -> None:
     page.get_by_label("Prior", exact=True).select_option("pair")
     score(page, TEXT)
     expect(page.locator("#score-status")).to_have_text("Scored.")
-    expect(page.locator("#legend")).to_contain_text("Per cent of natural states")
+    expect(page.locator("#legend")).to_contain_text("Percentage of natural activations")
     body = {"text": TEXT, "model": "pair", "layer": 1}
     asked = httpx.post(f"{url}/v1/score_text", json=body, timeout=60).json()["tokens"]
     for i, token in enumerate(asked[1:], start=1):
