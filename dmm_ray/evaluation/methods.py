@@ -17,7 +17,7 @@ from dmm_ray.prior.flow import posterior_mean
 
 logger = logging.getLogger(__name__)
 KEYS = ("prior", "gaussian", "pca", "mixture", "sae", "untrained")
-"""The methods of the report. The autoencoder is the better of two, ``sae_plain`` and ``sae_noised``."""
+"""The methods in the report; ``sae`` is the better of ``sae_plain`` and ``sae_noised``."""
 SAE_VARIANTS = ("sae_plain", "sae_noised")
 LATENTS_PER_DIM = 16
 METHOD_CHUNK = 8192
@@ -34,7 +34,7 @@ class PriorDenoiser:
         self.n_parameters = sum(p.numel() for p in prior.denoiser.parameters())
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """The network's velocity (n, d), by chunks of rows."""
+        """The network's velocity (n, d), computed in chunks of rows."""
         u = torch.as_tensor(u_n, dtype=torch.float32, device=z_nd.device)
         levels = u.split(METHOD_CHUNK) if u.ndim else [u] * -(-len(z_nd) // METHOD_CHUNK)
         parts = [
@@ -50,7 +50,7 @@ class PriorDenoiser:
 
 @dataclass
 class Methods:
-    """Fitted denoisers by name (``KEYS`` with ``SAE_VARIANTS`` in the place of ``sae``), and notes on the fits."""
+    """Fitted denoisers by name (``KEYS`` with ``SAE_VARIANTS`` in place of ``sae``), and information on the fits."""
 
     prior: PriorDenoiser
     untrained: PriorDenoiser
@@ -84,11 +84,11 @@ class Methods:
 
     @property
     def densities(self) -> dict[str, Density]:
-        """The baselines that have a log-probability in d dimensions."""
+        """The baselines with a log-density in d dimensions."""
         return {"gaussian": self.gaussian, "mixture": self.mixture}
 
     def about(self) -> dict[str, dict[str, object]]:
-        """Size and fitting time of each method; the prior's training time is in its own folder."""
+        """Size and fitting time of each method; the prior's training time is in its folder."""
         notes: dict[str, dict[str, object]] = {
             "pca": {"components": self.pca.components},
             "mixture": {
@@ -104,7 +104,7 @@ class Methods:
 
 
 def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
-    """Fit every baseline on the training rows; the mixture's size is chosen on the validation rows."""
+    """Fit every baseline on the training rows, and choose the mixture's size on the validation rows."""
     train, d = inputs.train.z, inputs.prior.d
     start = time.perf_counter()
     gaussian, pca = Gaussian.fit(train), PCA.fit(train)
@@ -135,7 +135,7 @@ def fit(config: EvaluateConfig, inputs: EvaluationInputs) -> Methods:
 
 
 def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
-    """A prior of the same shape and normaliser with random weights."""
+    """A prior with the same shape and normaliser but random weights."""
     statistics = prior.normalizer
     twin = ActivationPrior.untrained(prior.config, statistics.mean.cpu(), statistics.var.cpu(), seed)
     twin.precision = prior.precision
@@ -143,6 +143,6 @@ def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
 
 
 def subset(part: EvaluationRows, n: int) -> EvaluationRows:
-    """``n`` rows of a part, evenly spaced over it, or all."""
+    """``n`` rows evenly spaced over a part, or all of its rows if it has fewer."""
     at = torch.linspace(0, len(part.z) - 1, min(n, len(part.z)), device=part.z.device).round().long()
     return EvaluationRows(part.z[at], part.ids[at])
