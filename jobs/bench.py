@@ -1,9 +1,9 @@
-"""Measurements a user can repeat: ``python jobs/bench.py [NAME ...]``.
+"""Reproducible benchmarks: ``python jobs/bench.py [NAME ...]``.
 
 Names: extract, train, prior, solver, store, generate, serve, ood.
 
-Each times its baseline in the same run, in turns, and prints medians: compare ratios, machines are noisy. Without a
-name all of them run but ``ood``, which wants a finished `dmm demo` (its docs: docs/likelihood.md).
+Each alternates with its baseline in the same run and prints medians: compare ratios, since machines are noisy. Without
+a name, all are run except ``ood``, which requires a finished `dmm demo` (see docs/likelihood.md).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 from dmm_ray.ray_session import quiet
 
-quiet()  # OpenMP reads its settings when torch is imported: what runs in this process gets what `dmm` gives the others
+quiet()  # OpenMP reads its settings when torch is imported, so set them first, to those `dmm` sets for other processes
 
 import torch  # noqa: E402
 from timing import say  # noqa: E402
@@ -28,7 +28,7 @@ BENCHES = {
     "serve": ("bench_serve",),
     "ood": ("bench_ood",),
 }
-"""Modules beside this file, each with ``bench(say)``."""
+"""Modules next to this file, each with ``bench(say)``."""
 ASKED_FOR = {"ood"}
 
 if __name__ == "__main__":
