@@ -191,7 +191,7 @@ def build(
             ) from e
         sys.stdout.write(_flat(model, shown.getvalue()))
         raise
-    return model.model_validate(found.model_dump())
+    return model.model_validate(found.model_dump())  # as a plain `model`, not its subclass Flags
 
 
 def _nested(model: type[Config], arg: str) -> str:
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.write(usage())
         sys.exit(DONE if args else BAD_INPUT)
     quiet()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated command ends as after Ctrl-C
     try:
         verb, config = parse(args[0], args[1:])
         function = getattr(importlib.import_module(verb.module), verb.function)

@@ -78,6 +78,7 @@ def cause_of(error: BaseException, memory_options: str = "") -> str:
     name, text = type(error).__name__, " ".join(str(error).split())
     remedy = f"lower {memory_options} or use " if memory_options else "use "
     if "RayError" in kinds:
+        # Ray also reports an actor as dead if its constructor raised; the message then quotes the actual error.
         if (kinds & PROCESS_GONE and "creation task" not in text) or "OutOfMemoryError" in kinds:
             line = f"a worker process died ({name}), most likely killed because memory ran out; {remedy}"
             return f"{line}machines with more memory"

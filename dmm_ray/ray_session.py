@@ -100,6 +100,7 @@ def check_cluster(address: str) -> None:
     remedy = "start it, or unset RAY_ADDRESS to use this machine"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
+        # A plain connection fails at once, with the reason, if nothing listens there.
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         except OSError as e:

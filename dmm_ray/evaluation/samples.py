@@ -67,7 +67,7 @@ def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int
     if len(np.unique(docs[take[0]])) < FOLDS:
         return None
     y = np.repeat([1, 0], [len(at) for at in take])
-    groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])
+    groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])  # each other row is its own group
     model = HistGradientBoostingClassifier(
         max_iter=60, learning_rate=0.15, early_stopping=False, random_state=seed
     )
