@@ -1,7 +1,7 @@
-# make demo: the main job on a fresh machine.  make test: the tests.  make real: the demo's flow on a real chat model.
+# make demo: run the full pipeline on a fresh machine.  make test: run the tests.  make real: the pipeline on a real chat model.
 # Each builds .venv first.
-# On Linux without a GPU, `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the small CPU build of torch.
-# `make setup CONSTRAINTS=constraints.txt` takes the versions that CI takes, whatever is newest today.
+# On Linux without a GPU, `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu` installs the small CPU build of torch.
+# `make setup CONSTRAINTS=constraints.txt` installs the versions that CI uses instead of the latest.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -29,24 +29,25 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 demo: setup
 	@$(BIN)/dmm demo --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) $(if $(LAYER),--layer $(LAYER)) $(ARGS)
 
-# Two processes, a file at a time in each: most of the time tests wait for Ray's processes to start.
+# Two processes, each running one file at a time: most of the time the tests wait for Ray's processes to start.
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-# Extraction, training and the endpoint stopped, killed and robbed at seeded moments, many times: DMM_CHAOS_TRIALS of them.
+# Extraction, training and the endpoint interrupted, killed, or losing actors, nodes or disk space at seeded moments,
+# DMM_CHAOS_TRIALS times.
 chaos: setup-dev
 	DMM_CHAOS_TRIALS=$(or $(DMM_CHAOS_TRIALS),10) $(BIN)/python -m pytest -m fault --timeout=1800
 
-# The endpoint under mixed load for ten minutes: memory flat, every answer right.
+# The endpoint under mixed load for ten minutes: memory must stay flat and every response be correct.
 soak: setup-dev
 	DMM_SOAK_S=$(or $(DMM_SOAK_S),600) $(BIN)/python -m pytest tests/serving/load_endpoint/test_soak.py --timeout=3600
 
-# Ten thousand odd requests to the endpoint.
+# Ten thousand random requests to the endpoint.
 fuzz: setup-dev
 	DMM_FUZZ_REQUESTS=$(or $(DMM_FUZZ_REQUESTS),10000) $(BIN)/python -m pytest tests/serving/load_endpoint/test_fuzz.py --timeout=3600
 
-# The oldest declared versions and the newest ones, each in an environment of its own: the main job, generation, the
-# page. About 10 minutes; on Linux torch from PyPI brings CUDA (6 GB an environment): see docs/developing.md.
+# A smoke test with the oldest declared versions and with the newest, each in its own environment: the demo, generation,
+# the page. About 10 minutes; on Linux, torch from PyPI includes CUDA (6 GB per environment): see docs/developing.md.
 SMOKE := tests/e2e/test_demo.py tests/interventions tests/subject/test_families.py tests/batch/test_score.py \
          tests/serving/text_endpoint
 versions:

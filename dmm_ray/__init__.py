@@ -1,7 +1,7 @@
 """Diffusion meta-models of language-model activations, on Ray.
 
-``from dmm_ray import ActivationPrior, ActivationStore, SubjectModel``; each is imported when first used, and none of
-them starts or imports Ray.
+``from dmm_ray import ActivationPrior, ActivationStore, SubjectModel``: each is imported on first use, and none of them
+imports or starts Ray.
 """
 
 from __future__ import annotations

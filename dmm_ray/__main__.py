@@ -1,4 +1,4 @@
-"""``python -m dmm_ray``: the same as ``dmm``."""
+"""Entry point for ``python -m dmm_ray``, equivalent to ``dmm``."""
 
 from dmm_ray.cli import main
 

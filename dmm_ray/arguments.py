@@ -1,4 +1,4 @@
-"""Numbers that callers give, as plain ones: integers and floats of numpy and torch are as good as Python's."""
+"""Conversion of numeric arguments to plain Python numbers; numpy and torch scalars are accepted."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dmm_ray.errors import UserError
 
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:
-    """An argument that counts something, as an int.
+    """Convert an integer argument to ``int``.
 
     Args:
-        name: of the argument, for the error.
-        value: an integer of any type; a float is none, not even a whole one.
-        least: the smallest that is allowed.
+        name: name of the argument, for the error message.
+        value: an integer of any type; floats are rejected, even integral ones.
+        least: smallest value allowed.
 
     Raises:
-        UserError: not an integer, or less than ``least``.
+        UserError: ``value`` is not an integer or is less than ``least``.
 
     Example:
         >>> import numpy as np
@@ -27,17 +27,17 @@ def as_integer(name: str, value: Any, least: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError as e:
-        raise UserError(f"{name}: an integer is needed (got {value!r})") from e
+        raise UserError(f"{name}: expected an integer (got {value!r})") from e
     if least is not None and number < least:
         raise UserError(f"{name}: at least {least} is needed (got {number})")
     return number
 
 
 def as_number(name: str, value: Any) -> float:
-    """An argument that measures something, as a float. Raises UserError for what is not one number."""
+    """Convert a numeric argument to ``float``. Raises UserError unless it is a single number."""
     try:
         if isinstance(value, str):
             raise TypeError("text")
         return float(value)
     except (TypeError, ValueError) as e:
-        raise UserError(f"{name}: a number is needed (got {value!r})") from e
+        raise UserError(f"{name}: expected a number (got {value!r})") from e

@@ -1,4 +1,4 @@
-"""``dmm VERB``: every verb is one pydantic model, read from ``--config`` and flags, and one function."""
+"""``dmm VERB``: each verb is a pydantic model, filled from ``--config`` and flags, and a function that takes it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Verb(NamedTuple):
-    """Where a verb lives; imported only when called."""
+    """Where a verb is defined; its module is imported only when the verb is called."""
 
     module: str
     config: str
     function: str
     about: str
     positional: tuple[str, ...] = ()
-    """Fields that may be given in this order, without their names, before the flags."""
+    """Fields that may be given positionally, in this order, before the flags."""
     memory_options: str = ""
-    """Options that lower the need for memory, for the line of a failure."""
+    """Options that reduce memory use, suggested in the error line when memory runs out."""
 
 
 VERBS = {
@@ -67,31 +67,35 @@ VERBS = {
         "compare a prior with baselines",
         memory_options="--max-rows or --train-rows",
     ),
-    "score": Verb("dmm_ray.batch.verbs", "ScoreConfig", "score", "how likely each row of a store or text is"),
-    "denoise": Verb("dmm_ray.batch.verbs", "DenoiseConfig", "denoise", "move a store's rows to natural ones"),
+    "score": Verb(
+        "dmm_ray.batch.verbs", "ScoreConfig", "score", "log-likelihood of each row of a store or text"
+    ),
+    "denoise": Verb(
+        "dmm_ray.batch.verbs", "DenoiseConfig", "denoise", "move a store's rows to nearby natural ones"
+    ),
     "encode": Verb(
-        "dmm_ray.batch.verbs", "EncodeConfig", "encode", "the prior's hidden units on a store's rows"
+        "dmm_ray.batch.verbs", "EncodeConfig", "encode", "the prior's hidden units for a store's rows"
     ),
     "sample": Verb("dmm_ray.batch.verbs", "SampleConfig", "sample", "draw activations from a prior"),
     "import-glp": Verb(
         "dmm_ray.training.published",
         "ImportConfig",
         "import_and_calibrate",
-        "make a published prior ours",
+        "convert a published prior to this package's format",
         ("source", "out"),
     ),
     "export-glp": Verb(
         "dmm_ray.prior.glp_verbs",
         "ExportGlpConfig",
         "export_glp",
-        "write the published format",
+        "convert a prior to the published format",
         ("prior", "out"),
     ),
     "serve": Verb(
         "dmm_ray.serving.serve",
         "ServeConfig",
         "serve",
-        "answer questions about activations and texts over HTTP",
+        "serve a prior for activations and texts over HTTP",
     ),
     "verify": Verb(
         "dmm_ray.extraction.verify",
@@ -100,25 +104,25 @@ VERBS = {
         "check a store against its records",
         ("store",),
     ),
-    "info": Verb("dmm_ray.store.info", "InfoConfig", "info", "say what a store is", ("store",)),
+    "info": Verb("dmm_ray.store.info", "InfoConfig", "info", "describe a store", ("store",)),
 }
 
 
 def usage() -> str:
-    """What ``dmm --help`` prints."""
+    """The text that ``dmm --help`` prints."""
     lines = [f"  {name:<11} {verb.about}" for name, verb in VERBS.items()]
     return (
         "usage: dmm VERB [--config file.yaml] [--field value ...]\n\n"
         + "\n".join(lines)
-        + "\n\ndmm VERB --help shows its fields\n"
+        + "\n\ndmm VERB --help lists the fields of a verb\n"
     )
 
 
 def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
-    """The verb and its configuration from flags, over those of a ``--config`` file.
+    """The verb and its configuration, from a ``--config`` file and from flags, which take precedence.
 
     Raises:
-        UserError: no such verb or field, a wrong value, a missing or damaged file.
+        UserError: unknown verb or field, invalid value, missing or damaged file.
     """
     if name not in VERBS:
         raise UserError(f"{name}: no such verb; one of {', '.join(VERBS)}")
@@ -129,12 +133,12 @@ def parse(name: str, args: list[str]) -> tuple[Verb, Config]:
 
 
 def _one_dash(arg: str) -> str:
-    """``--u`` as ``-u``, the only spelling that the parser knows of a field of one letter."""
+    """``--u`` as ``-u``, the only spelling the parser accepts for a one-letter field."""
     return arg[1:] if re.fullmatch(r"--[a-z](=.*)?", arg, re.DOTALL) else arg
 
 
 def _named(fields: tuple[str, ...], args: list[str]) -> list[str]:
-    """``args`` with leading values given the names of ``fields``."""
+    """``args`` with the leading positional values turned into flags for ``fields``."""
     named: list[str] = []
     for field, value in zip(fields, args, strict=False):
         if value.startswith("-"):
@@ -149,7 +153,7 @@ def build(
     """An instance of ``model`` from command-line flags over ``defaults``; ``--help`` prints its fields and exits.
 
     Raises:
-        UserError: an unknown flag, a wrong value, a required field missing.
+        UserError: unknown flag, invalid value, or missing required field.
     """
 
     class Flags(model, BaseSettings):  # type: ignore[misc, valid-type]
@@ -165,7 +169,7 @@ def build(
         def settings_customise_sources(  # type: ignore[override]
             cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return (init_settings,)  # flags come first by themselves; the environment is not read
+            return (init_settings,)  # flags take precedence anyway; the environment is not read
 
     Flags.__doc__ = model.__doc__
     complaint, shown = io.StringIO(), io.StringIO()
@@ -187,11 +191,11 @@ def build(
             ) from e
         sys.stdout.write(_flat(model, shown.getvalue()))
         raise
-    return model.model_validate(found.model_dump())
+    return model.model_validate(found.model_dump())  # as a plain `model`, not its subclass Flags
 
 
 def _nested(model: type[Config], arg: str) -> str:
-    """``--lr`` as ``--optimizer.lr``, ``--d_model`` as ``--network.d-model``: the spelling that the parser knows."""
+    """``--lr`` as ``--optimizer.lr``, ``--d_model`` as ``--network.d-model``: the spelling that the parser accepts."""
     match = re.fullmatch(r"--(no-)?([a-z][a-z0-9_-]*)(=.*)?", arg, re.DOTALL)
     if match is None:
         return arg
@@ -201,13 +205,13 @@ def _nested(model: type[Config], arg: str) -> str:
 
 
 def _flat(model: type[Config], text: str) -> str:
-    """``--lr`` for ``--optimizer.lr`` in what the parser says."""
+    """The parser's output with ``--lr`` in place of ``--optimizer.lr``."""
     groups = "|".join(model.groups())
     return re.sub(rf"--(no-)?(?:{groups})\.", r"--\1", text) if groups else text
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point: runs a verb, prints its folder as the last line on stdout, exits with the fixed codes."""
+    """Entry point: run a verb, print its output folder as the last line on stdout, exit with a documented code."""
     args = sys.argv[1:] if argv is None else argv
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
@@ -217,7 +221,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.write(usage())
         sys.exit(DONE if args else BAD_INPUT)
     quiet()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated command ends as after Ctrl-C
     try:
         verb, config = parse(args[0], args[1:])
         function = getattr(importlib.import_module(verb.module), verb.function)
@@ -228,7 +232,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(FAILED, args[0], str(e))
     except KeyboardInterrupt:
         _fail(INTERRUPTED, args[0], "interrupted; the same command resumes")
-    except Exception as e:  # noqa: BLE001 - the trace is kept, for those who can use it
+    except Exception as e:  # noqa: BLE001 - the full traceback is kept in a file
         failure = Failure.of(e, VERBS[args[0]].memory_options)
         _fail(FAILED, args[0], f"{failure.cause}; {keep_trace(args[0], failure.trace)}")
     sys.exit(DONE)
@@ -240,11 +244,11 @@ def _fail(code: int, name: str, message: str) -> NoReturn:
 
 
 def _config_file(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take ``--config FILE`` out of the flags and read it."""
+    """Remove ``--config FILE`` from the flags and load the file."""
     for i, arg in enumerate(args):
         if arg == "--config":
             if i + 1 == len(args):
-                raise UserError("--config: a YAML file is needed after it")
+                raise UserError("--config: no value; give the path of a YAML file")
             return args[:i] + args[i + 2 :], load_yaml(args[i + 1])
         if arg.startswith("--config="):
             return args[:i] + args[i + 1 :], load_yaml(arg.removeprefix("--config="))

@@ -1,4 +1,4 @@
-"""One pydantic model per verb: read from YAML and flags, unknown keys refused, errors in one line."""
+"""Base of the configurations, one pydantic model per verb: read from YAML and flags, unknown keys rejected."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dmm_ray.errors import UserError
 from dmm_ray.files import read_bytes
 
 RESUMABLE: dict[str, JsonValue] = {"resumable": True}
-"""Mark of a field, ``Field(json_schema_extra=RESUMABLE)``, that a resumed command may change: it decides no result, or
-it says where something lies whose content is compared by its hash."""
+"""Marks a field, by ``Field(json_schema_extra=RESUMABLE)``, that may change when a command is resumed: it does not
+affect the results, or it is the location of something whose content is compared by hash."""
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, unknown keys refused, docstrings of fields shown in ``--help``."""
+    """Base of every configuration: immutable, unknown keys rejected, field docstrings shown in ``--help``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @classmethod
     def groups(cls) -> dict[str, type[Group]]:
-        """The fields that are groups."""
+        """The fields that are groups, by name."""
         return {
             name: field.annotation
             for name, field in cls.model_fields.items()
@@ -32,12 +32,12 @@ class Config(BaseModel):
 
     @classmethod
     def owners(cls) -> dict[str, str]:
-        """The group of each field that may stand by its own name, such as ``optimizer`` of ``lr``."""
+        """The group of each field that may be given without its group's name: ``lr`` belongs to ``optimizer``."""
         return {name: group for group, kind in cls.groups().items() for name in kind.model_fields}
 
     @classmethod
     def nest(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` with the fields of groups that stand by their own names put into their groups.
+        """``values`` with the fields given without their group's name moved into their groups.
 
         Raises:
             UserError: a field is given both ways.
@@ -55,7 +55,7 @@ class Config(BaseModel):
             if isinstance(given, Group):
                 given = {name: getattr(given, name) for name in given.model_fields_set}
             if not isinstance(given, Mapping):
-                continue  # pydantic says what is wrong with it
+                continue  # pydantic reports the error
             if twice := fields.keys() & given.keys():
                 name = min(twice)
                 raise UserError(f"{name}: given twice, as {name} and as {group}.{name}; give one of them")
@@ -70,11 +70,11 @@ class Config(BaseModel):
         found = cls.nest(values)
         for group in cls.groups():
             if cls.model_fields[group].is_required():
-                found.setdefault(group, {})  # so that its fields are missed, by their own names
+                found.setdefault(group, {})  # so that its missing fields are reported by their own names
         return found
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's; in ``update`` too, fields of groups may stand by their own names."""
+        """Like pydantic's; ``update`` too may name fields of groups without the group's name."""
         changes = self.nest(update or {})
         for group in self.groups().keys() & changes.keys():
             if isinstance(changes[group], Mapping):
@@ -82,7 +82,7 @@ class Config(BaseModel):
         return super().model_copy(update=changes, deep=deep)
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the result, by flag: the fields, as JSON values, that are not marked ``RESUMABLE``."""
+        """Everything that determines the results: the fields not marked ``RESUMABLE``, as JSON values by flag."""
         dumped = self.model_dump(mode="json")
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -101,8 +101,8 @@ class Config(BaseModel):
 class Group(Config):
     """Fields of a configuration that belong together.
 
-    In YAML files, flags and keyword arguments they may stand by their own names, beside the fields of the configuration
-    that has the group: ``--lr 0.001`` is ``--optimizer.lr 0.001``.
+    In YAML files, flags and keyword arguments they may be given without the group's name, alongside the fields of the
+    configuration that contains the group: ``--lr 0.001`` is ``--optimizer.lr 0.001``.
     """
 
 
@@ -110,8 +110,9 @@ def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any
     """The identity of a configuration as an earlier version would have recorded it.
 
     Args:
-        config: what is asked for.
-        saved: the identity in the folder that is resumed. A field that it lacks is left out where it has its default.
+        config: the requested configuration.
+        saved: the identity recorded in the folder being resumed. Fields missing from it are omitted if ``config`` has
+            their default.
     """
     holders = [config, *(getattr(config, group) for group in config.groups())]
     defaults = {
@@ -124,15 +125,15 @@ def identity_as_saved(config: Config, saved: Mapping[str, Any]) -> dict[str, Any
 
 
 def refuse_other(out: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Check that the work begun in a folder is the work that is asked for now.
+    """Check that this command asks for the same work as the one that started the folder.
 
     Args:
         out: the folder.
-        saved: what its results were, or are being, made with (``Config.identity``).
-        asked: the same of this command.
+        saved: the ``Config.identity`` that its results were, or are being, made with.
+        asked: the identity of this command.
 
     Raises:
-        UserError: they differ; one line names every field that does, both values and the remedy.
+        UserError: they differ; a single line names every differing field, both values and the remedy.
 
     Example:
         >>> refuse_other("runs/prior", {"seed": 0, "batch": 256}, {"seed": 1, "batch": 256})
@@ -153,18 +154,18 @@ values to resume
 
 
 def _shown(value: object) -> str:
-    """A value for an error line; hashes cut."""
+    """A value for an error line, with hashes shortened."""
     parts = value if isinstance(value, list) else [value]
     shown = [part[:12] if isinstance(part, str) and len(part) == 64 else str(part) for part in parts]
     return f"[{', '.join(shown)}]" if isinstance(value, list) else shown[0]
 
 
 def one_line(error: ValidationError, model: type[Config] | None = None) -> str:
-    """The first problem of a pydantic error as ``field: what is wrong (got value)``.
+    """The first problem in a pydantic error as ``field: what is wrong (got value)``.
 
     Args:
-        error: what pydantic raised.
-        model: the configuration, whose fields in groups are then named by their own names.
+        error: the error that pydantic raised.
+        model: the configuration; if given, fields of its groups are named without the group's name.
     """
     first = error.errors()[0]
     loc = first["loc"]
@@ -172,7 +173,7 @@ def one_line(error: ValidationError, model: type[Config] | None = None) -> str:
         loc = loc[1:]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and (not loc or (model is not None and loc[0] in model.groups())):
-        return message  # of a check over several fields, which names them
+        return message  # from a check of several fields; it names them itself
     field = ".".join(map(str, loc)) or "configuration"
     if first["type"] == "extra_forbidden":
         message = "no such field; `--help` lists them"
@@ -183,11 +184,11 @@ def one_line(error: ValidationError, model: type[Config] | None = None) -> str:
 
 
 def load_yaml(uri: str) -> dict[str, Any]:
-    """A YAML file's mapping. Raises UserError if it is missing, damaged or not a mapping."""
+    """The mapping in a YAML file. Raises UserError if the file is missing, not valid YAML or not a mapping."""
     try:
         value = yaml.safe_load(read_bytes(uri))
     except yaml.YAMLError as e:
         raise UserError(f"{uri}: not valid YAML ({' '.join(str(e).split())})") from e
     if not isinstance(value, dict):
-        raise UserError(f"{uri}: a configuration file holds one mapping of fields to values")
+        raise UserError(f"{uri}: a configuration file must contain a single mapping of fields to values")
     return value

@@ -1,4 +1,4 @@
-"""The two ways a command fails by itself; of anything else it shows one line too, and keeps the traceback in a file."""
+"""The two expected kinds of failure; any other is also shown in one line, with its traceback kept in a file."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class CheckFailed(Exception):
-    """A check said no, or the work failed for a reason outside the input. Exit code 1."""
+    """A check failed, or the work failed for a reason other than bad input. Exit code 1."""

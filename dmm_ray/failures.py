@@ -1,6 +1,6 @@
-"""A failure as the person who started the command meets it: one line with its cause, and the trace in a file.
+"""How failures are reported to the user: one line with the cause, and the full traceback in a file.
 
-Failures of other processes travel as text: not every exception can be pickled, nor loaded where its module is missing.
+Failures are sent between processes as text: not every exception can be pickled, or unpickled if its module is missing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from dmm_ray.files import join, remove_folder, write_bytes
 
 logger = logging.getLogger(__name__)
 ERRORS = "errors"
-"""Folder inside an output folder that holds the traces of what failed there, until the work is done."""
+"""Subfolder of an output folder for the traces of failures, removed when the work is done."""
 LONGEST = 300
-"""Most characters of a message in the line; the trace has all of it."""
+"""Maximum length of a message in the error line; the trace has the full message."""
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
-"""What torch and CUDA say when memory is short; the types of their exceptions vary."""
+"""Messages of torch and CUDA when out of memory; the exception types vary."""
 PROCESS_GONE = {"WorkerCrashedError", "RayActorError", "NodeDiedError", "LocalRayletDiedError"}
-"""Ray's exceptions about a process that ended by itself or was killed."""
+"""Ray's exceptions for a process that exited or was killed."""
 LAST_LINE = re.compile(r"^(?:[\w<>]+\.)*([A-Z]\w*): (.+)", re.MULTILINE)
-"""How a traceback ends: with the exception's type and message."""
+"""The last line of a traceback: the exception's type and message."""
 
 
 class Failure(NamedTuple):
@@ -39,18 +39,18 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException, memory_options: str = "") -> Failure:
-        """The text of ``error``; arguments as :func:`cause_of`."""
+        """The failure that ``error`` describes; arguments as for :func:`cause_of`."""
         if isinstance(error, WorkerError):
             return error.failure
         return cls(cause_of(error, memory_options), "".join(traceback.format_exception(error)))
 
 
 class WorkerError(Exception):
-    """A :class:`Failure` that is raised in one process and caught in another.
+    """A :class:`Failure` raised in one process and caught in another.
 
     Args:
         cause: one line.
-        trace: of the exception that it stands for.
+        trace: traceback of the original exception.
     """
 
     def __init__(self, cause: str, trace: str) -> None:
@@ -62,11 +62,11 @@ class WorkerError(Exception):
 
 
 def cause_of(error: BaseException, memory_options: str = "") -> str:
-    """One line: what ``error`` is about (:func:`concerning`), its type, its message and, if memory is short, a remedy.
+    """One line: the context of ``error`` (:func:`concerning`), its type, its message and, if memory ran out, a remedy.
 
     Args:
-        error: of this process, or one of Ray's that stands for another process's.
-        memory_options: the options that lower the need for memory.
+        error: an exception of this process, or one of Ray's for an exception in another process.
+        memory_options: the options that reduce memory use.
 
     Example:
         >>> cause_of(KeyError("weight"))
@@ -78,6 +78,7 @@ def cause_of(error: BaseException, memory_options: str = "") -> str:
     name, text = type(error).__name__, " ".join(str(error).split())
     remedy = f"lower {memory_options} or use " if memory_options else "use "
     if "RayError" in kinds:
+        # Ray also reports an actor as dead if its constructor raised; the message then quotes the actual error.
         if (kinds & PROCESS_GONE and "creation task" not in text) or "OutOfMemoryError" in kinds:
             line = f"a worker process died ({name}), most likely killed because memory ran out; {remedy}"
             return f"{line}machines with more memory"
@@ -91,21 +92,21 @@ def cause_of(error: BaseException, memory_options: str = "") -> str:
 
 
 def last_error(text: str) -> str:
-    """The last exception that a text with tracebacks names, in one line; empty if there is none.
+    """The last exception named in a text with tracebacks, in one line; empty if there is none.
 
     Example:
         >>> last_error("Traceback (most recent call last):\\n  File ...\\nmodule.BadError: no such layer\\n")
         'BadError: no such layer'
     """
     found = LAST_LINE.findall(text)
-    # Ray's own, such as ActorDiedError, quote the one that counts before them.
+    # Ray's own exceptions, such as ActorDiedError, come after the original one, which they quote.
     own = [pair for pair in found if not pair[1].startswith("The actor")] or found
     return f"{own[-1][0]}: {own[-1][1].strip()[:LONGEST]}" if own else ""
 
 
 @contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Inside the block an exception is marked as one about ``what``, e.g. "document 5", for :func:`cause_of`."""
+    """Mark exceptions raised in the block as concerning ``what``, e.g. "document 5", for :func:`cause_of`."""
     try:
         yield
     except Exception as e:
@@ -114,13 +115,13 @@ def concerning(what: str) -> Iterator[None]:
 
 
 def keep_trace(name: str, trace: str, out: str | None = None) -> str:
-    """Write a trace to a file, and log it at level DEBUG; the words that tell the user where it is.
+    """Write a trace to a file, log it at level DEBUG, and return a message that tells the user where the file is.
 
     Args:
-        name: of the file, without its suffix.
-        trace: text.
-        out: folder of the work, whose ``errors/`` gets the file; without one, or where it cannot be written, the
-            file goes into the folder for temporary files.
+        name: name of the file, without its suffix.
+        trace: its content.
+        out: output folder, in whose ``errors/`` the file is written; if there is none or it is not writable, the file
+            goes into the system's temporary folder.
     """
     logger.debug("%s", trace)
     data = trace.encode(errors="replace")
@@ -139,5 +140,5 @@ def keep_trace(name: str, trace: str, out: str | None = None) -> str:
 
 
 def remove_traces(out: str) -> None:
-    """Delete what :func:`keep_trace` wrote into the folder: its work is done."""
+    """Delete the traces that :func:`keep_trace` wrote into the folder, once its work is done."""
     remove_folder(join(out, ERRORS))

@@ -1,4 +1,4 @@
-"""Files by local path or fsspec URI: whole reads, atomic writes, hashes, one error style."""
+"""Files by local path or fsspec URI: reading, atomic writing, listing and hashing, with uniform errors."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from dmm_ray.errors import UserError
 
 CHUNK_BYTES = 8 << 20
 MAGIC = "*?["
-"""What a pattern of files has at least one of."""
+"""Characters that make a path a glob pattern."""
 WRITE_REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EACCES: "no permission to write here; choose another --out or change its owner",
     errno.EPERM: "no permission to write here; choose another --out or change its owner",
-    errno.EROFS: "it cannot be written to; choose another --out",
+    errno.EROFS: "the file system is read-only; choose another --out",
 }
-"""What to do about a local file that cannot be written, by error number."""
+"""Remedies for a local file that cannot be written, by error number."""
 OBJECT_STORES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": None, "abfss": None, "az": None}
-"""Protocols without real folders and with a cache of listings, and the extra of this package that brings them."""
+"""Protocols without real folders and with cached listings, and the extra of this package that installs each."""
 CLIENT_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
     ("aiohttp", "ClientError"),
 )
-"""What clients of stores raise that is no OSError."""
+"""Exceptions of object store clients that are not OSErrors."""
 REMEDY = (
     "check the address, the credentials and the endpoint "
     "(for S3: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
@@ -46,8 +46,8 @@ REMEDY = (
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of ``uri`` (a local path or an fsspec URI) and the path on it.
 
-    A local path is a path, whatever characters it has: only a URI can be a chain of file systems (``zip://a::s3://b``).
-    Object stores are listed anew each time: a cached listing hides what other processes have written.
+    A local path is taken literally, whatever characters it contains: only a URI can be a chain of filesystems
+    (``zip://a::s3://b``). Object stores are listed without a cache, which would hide what other processes have written.
     """
     if not _protocol(uri):
         return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(str(uri)))
@@ -63,9 +63,9 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
-    """Make what a store elsewhere raises (credentials, permission, bucket, network) a UserError that names ``uri``.
+    """Turn errors of remote storage (credentials, permission, bucket, network) into a UserError that names ``uri``.
 
-    Errors of this machine's own file system pass unchanged.
+    Errors of the local filesystem propagate unchanged.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def plain_errors(uri: str) -> Iterator[None]:
 
 
 def _store_errors() -> tuple[type[Exception], ...]:
-    """OSError and those of CLIENT_ERRORS whose module is loaded."""
+    """OSError and the CLIENT_ERRORS whose module is loaded."""
     loaded = [(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules]
     return (OSError, *(getattr(module, name) for module, name in loaded))
 
@@ -87,13 +87,13 @@ def _protocol(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether ``uri`` is on this machine's own file system."""
+    """Whether ``uri`` is on the local filesystem."""
     protocol = filesystem(uri)[0].protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def absolute(uri: str | Path) -> str:
-    """``uri`` as another process sees it: local paths made absolute, other URIs unchanged."""
+    """``uri`` in a form that is valid in any process: local paths made absolute, other URIs unchanged."""
     text = str(uri)
     return text if "://" in text else str(Path(text).expanduser().absolute())
 
@@ -104,7 +104,7 @@ def join(uri: str | Path, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is at ``uri``."""
+    """Whether a file or folder exists at ``uri``."""
     fs, path = filesystem(uri)
     with plain_errors(uri):
         return bool(fs.exists(path))
@@ -119,20 +119,20 @@ def remove_folder(uri: str) -> None:
         if is_local(uri) or not any(c in path for c in MAGIC):
             fs.rm(path, recursive=True)
             return
-        for file in fs.find(path):  # rm would take the path for a pattern
+        for file in fs.find(path):  # rm would treat the path as a pattern
             fs.rm_file(file)
 
 
 class Listing(NamedTuple):
-    """What is below a folder, sorted by path."""
+    """The contents of a folder and its subfolders, sorted by path."""
 
     files: list[str]
     broken: list[str]
-    """Symbolic links that lead nowhere."""
+    """Broken symbolic links."""
 
 
 def list_with_broken_links(uri: str) -> Listing:
-    """As :func:`list_files`, and the links that lead nowhere, which only local folders have."""
+    """Like :func:`list_files`, but also lists broken symbolic links, which only local folders have."""
     fs, path = filesystem(uri)
     with plain_errors(uri):
         if fs.isfile(path):
@@ -146,9 +146,9 @@ def list_with_broken_links(uri: str) -> Listing:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Every file below the folder ``uri``, or ``uri`` itself when it is a file, sorted by path; none if it is neither.
+    """Every file below the folder ``uri``, or ``uri`` itself if it is a file, sorted by path; empty if it is neither.
 
-    Symbolic links are followed; one that leads nowhere is no file.
+    Symbolic links are followed; broken ones are omitted.
     """
     return [file for file in list_with_broken_links(uri).files if file.endswith(suffixes)]
 
@@ -164,7 +164,7 @@ def match_files(pattern: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Every name below a local folder but folders, broken links too; linked folders are entered, each once."""
+    """Every path below a local folder except folders, broken links included; linked folders are visited once each."""
     seen: set[str] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(here)) in seen:
@@ -175,7 +175,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file. Raises UserError if it is missing."""
+    """The content of a file. Raises UserError if it is missing."""
     fs, path = filesystem(uri)
     with plain_errors(uri):
         try:
@@ -185,11 +185,11 @@ def read_bytes(uri: str) -> bytes:
 
 
 TEMPORARY = ".tmp-"
-"""In the name of a file that is not whole yet."""
+"""Marks the name of a file that is still being written."""
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name then renamed (local), or by one put."""
+    """Write a file atomically: under a temporary name and then renamed (local), or by a single put."""
     fs, path = filesystem(uri)
     if not is_local(uri):
         with plain_errors(uri):
@@ -206,7 +206,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextmanager
 def whole(path: str) -> Iterator[BinaryIO]:
-    """A local file that appears under its name, on the disk, only when the block ends well."""
+    """Open a local file that appears under its name, synced to disk, only if the block succeeds."""
     make_folder(os.path.dirname(path) or ".")
     temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
     try:
@@ -221,10 +221,10 @@ def whole(path: str) -> Iterator[BinaryIO]:
 
 
 def make_folder(uri: str) -> None:
-    """Create a folder and its parents; on an object store nothing, where only buckets could be created.
+    """Create a folder and its parents; does nothing on an object store, where only buckets could be created.
 
     Raises:
-        UserError: that is not permitted, or a file is in the way.
+        UserError: permission is denied, or a file is in the way.
     """
     fs, path = filesystem(uri)
     if _protocol(uri) in OBJECT_STORES:
@@ -248,16 +248,18 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{uri}: not valid JSON ({e}); the file is damaged or not one of ours") from e
+        raise UserError(
+            f"{uri}: not valid JSON ({e}); the file is damaged or was not written by dmm-ray"
+        ) from e
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinities are refused."""
+    """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN and Inf."""
     write_bytes(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def iter_chunks(uri: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from ``start`` to ``stop`` in chunks of at most 8 MiB."""
+    """Yield the bytes of a file from ``start`` to ``stop`` in chunks of at most 8 MiB."""
     fs, path = filesystem(uri)
     left = float("inf") if stop is None else stop - start
     with plain_errors(uri), fs.open(path, "rb") as f:

@@ -1,4 +1,4 @@
-"""Many small files on far storage: a few threads, results in order."""
+"""Ordered parallel map in threads, for many small files on remote storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def in_order(function: Callable[[T], R], items: Iterator[T], ahead: int = 4 * THREADS) -> Iterator[R]:
-    """``map`` by ``THREADS`` threads, at most ``ahead`` results ahead of what has been taken."""
+    """``map`` with ``THREADS`` threads, at most ``ahead`` results ahead of the consumer."""
     with ThreadPoolExecutor(THREADS) as pool:
         while chunk := list(islice(items, ahead)):
             yield from pool.map(function, chunk)

@@ -1,8 +1,8 @@
-"""Number formats of matrix products: which there are, and which of them a device is fast in.
+"""Number formats of matrix products, and which of them a device computes fast.
 
 On a CPU without bfloat16 instructions a bfloat16 product is more than a hundred times slower than a float32 one; on a
-GPU, or a CPU with such instructions, it is several times faster. ``auto`` therefore asks the device, once, and what was
-chosen is written down with the results.
+GPU, or a CPU with such instructions, it is several times faster. ``auto`` therefore queries the device, once, and the
+choice is recorded with the results.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["float32", "bfloat16"]
-"""``float32``: as the weights are held. ``bfloat16``: products in bfloat16; states, sums and sinusoids in float32."""
+"""``float32``: like the weights. ``bfloat16``: products in bfloat16; states, sums and sinusoids in float32."""
 PrecisionOption = Literal["auto", "float32", "bfloat16"]
-"""``auto``: bfloat16 where the device is fast in it, float32 elsewhere."""
+"""``auto``: bfloat16 on devices with fast bfloat16, float32 elsewhere."""
 
 
 def choose_precision(option: str, fast_bfloat16: bool) -> Precision:
-    """What ``option`` stands for on a device.
+    """Resolve ``option`` to a number format.
 
     Args:
         option: one of :data:`PrecisionOption`.
-        fast_bfloat16: what :func:`has_fast_bfloat16` says of the device.
+        fast_bfloat16: the device's :func:`has_fast_bfloat16`.
 
     Raises:
-        UserError: another option.
+        UserError: unknown option.
 
     Example:
         >>> choose_precision("auto", fast_bfloat16=False)
@@ -42,30 +42,31 @@ def choose_precision(option: str, fast_bfloat16: bool) -> Precision:
         "bfloat16": "bfloat16",
     }
     if option not in known:
-        raise UserError(f"precision: auto, float32 or bfloat16 is needed (got {option!r})")
+        raise UserError(f"precision: expected auto, float32 or bfloat16 (got {option!r})")
     return known[option]
 
 
 def precision_on(option: str, device: str | torch.device) -> Precision:
-    """What ``option`` stands for on ``device``. Raises UserError as :func:`choose_precision`."""
+    """Resolve ``option`` to a number format on ``device``. Raises UserError like :func:`choose_precision`."""
     return choose_precision(option, option == "auto" and has_fast_bfloat16(device))
 
 
 def affordable_precision(recorded: Precision, device: str | torch.device) -> Precision:
-    """The number format that results were made in, or float32 where ``device`` is slow in it.
+    """The number format in which results were computed, or float32 if it is slow on ``device``.
 
-    For computing rows once more that are compared to a tolerance, as ``dmm verify`` and ``dmm evaluate`` do.
+    For recomputing rows that are compared within a tolerance, as ``dmm verify`` and ``dmm evaluate`` do.
     """
     return recorded if recorded == "float32" or has_fast_bfloat16(device) else "float32"
 
 
 def has_fast_bfloat16(device: str | torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones, by what it says of itself.
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones, by its reported capabilities.
 
-    CUDA from compute capability 8.0 (Ampere) and ROCm devices that torch reports; CPUs with AMX, AVX512-BF16 or Arm's
-    BF16 instructions, unless oneDNN is kept from using them (``ONEDNN_MAX_CPU_ISA``). Nothing is timed.
+    True for CUDA from compute capability 8.0 (Ampere), ROCm devices for which torch reports support, and CPUs with AMX,
+    AVX512-BF16 or Arm's BF16 instructions, unless oneDNN is kept from using them (``ONEDNN_MAX_CPU_ISA``). Nothing is
+    timed.
     """
-    # Here and not above: configurations name these types in processes that do without torch.
+    # Imported here because configurations use these types in processes that do not load torch.
     import torch
 
     kind = torch.device(device).type
@@ -75,18 +76,18 @@ def has_fast_bfloat16(device: str | torch.device) -> bool:
 
 
 def cpu_has_fast_bfloat16(machine: str, flags: Mapping[str, object], onednn: bool) -> bool:
-    """As :func:`has_fast_bfloat16`, for a CPU.
+    """:func:`has_fast_bfloat16` for a CPU.
 
     Args:
-        machine: its architecture, as ``platform.machine()`` names it.
-        flags: its instruction sets, as ``torch.cpu.get_capabilities()`` names them.
-        onednn: whether oneDNN, torch's library for such products, takes bfloat16 ones on it.
+        machine: its architecture, as named by ``platform.machine()``.
+        flags: its instruction sets, as named by ``torch.cpu.get_capabilities()``.
+        onednn: whether oneDNN, torch's library for such products, supports bfloat16 products on it.
     """
     if not onednn:
         return False
     if machine.lower() in ("aarch64", "arm64"):
-        return True  # there oneDNN takes them only where the CPU has the instructions
-    # With AVX512 alone oneDNN takes them too, but widens them to float32: slower than float32.
+        return True  # on Arm, oneDNN supports them only if the CPU has the instructions
+    # With AVX512 alone oneDNN also supports them, but widens them to float32, which is slower than float32.
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile"))
 
 

@@ -1,4 +1,4 @@
-"""``summary.json``: the results of a command, and where they come from: inputs, versions, seconds."""
+"""``summary.json``: the results of a command and their provenance: inputs, versions, seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("dmm-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "pyda
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that affect the results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -28,9 +28,9 @@ def with_provenance(results: Mapping[str, Any], inputs: Mapping[str, Any], secon
     """The content of ``summary.json``: the results by name, and ``inputs``, ``versions`` and ``seconds``.
 
     Args:
-        results: what came out; by convention under ``figures`` where they are but a few numbers.
-        inputs: what it was made from: the command's configuration, hashes.
-        seconds: how long that took.
+        results: the results; by convention, a few numbers go under ``figures``.
+        inputs: what they were made from: the command's configuration, hashes.
+        seconds: how long the command took.
 
     Example:
         >>> sorted(with_provenance({"figures": {"loss": 0.5}}, {"seed": 0}, 1.5))
@@ -40,9 +40,9 @@ def with_provenance(results: Mapping[str, Any], inputs: Mapping[str, Any], secon
 
 
 def write_summary(out: str, results: Mapping[str, Any], inputs: Mapping[str, Any], seconds: float) -> None:
-    """Write ``summary.json`` into the folder ``out``, as :func:`with_provenance` makes it.
+    """Write ``summary.json`` into the folder ``out``, with the content of :func:`with_provenance`.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON cannot hold; give None where there is no value.
+        ValueError: a number is NaN or Inf, which JSON cannot represent; use None for missing values.
     """
     write_json(join(out, SUMMARY), with_provenance(results, inputs, seconds))

@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster that is there, or a quiet local one."""
+"""Connecting to Ray: an existing cluster, or a local one with little output."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ QUIET = {
     "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DEDUP_LOGS": "0",  # it would hold messages back until the end, after the last line on stdout
+    "RAY_DEDUP_LOGS": "0",  # deduplication would delay messages until after the last line on stdout
     "GOMP_SPINCOUNT": "10000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, which most commands never use
+    "RAY_prestart_worker_first_driver": "0",  # it would start a process per CPU, most of which are never used
 }
 OBJECT_STORE_BYTES = 512 << 20
 ANSWER_S = 12.0
-"""How long a cluster may take to answer before it is taken for gone: Ray itself asks again for minutes."""
+"""Time limit for a cluster to answer before it is considered gone; Ray itself keeps retrying for minutes."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 def quiet() -> None:
-    """Set Ray's environment for calm output; what the user has set stays. Call before Ray is imported."""
+    """Set Ray's environment variables for little output, except those already set. Call before Ray is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
 
 def cluster_address() -> str | None:
-    """The cluster that ``RAY_ADDRESS`` names; None where Ray is to run on this machine alone."""
+    """The cluster that ``RAY_ADDRESS`` names; None if Ray is to run on this machine only."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
     return None if address in ("", "local") else address
 
 
 def ensure_ray(num_cpus: int | None = None) -> None:
-    """Connect to Ray unless this process already is.
+    """Connect to Ray unless this process is connected already.
 
     Inside a Ray job, or with ``RAY_ADDRESS`` set, that cluster is used; otherwise a local one is started with
-    ``num_cpus`` CPUs (default: this machine's). It ends with this process. A SIGTERM handler of ours stays.
+    ``num_cpus`` CPUs (default: this machine's), which ends with this process. This process's SIGTERM handler is kept.
 
     Raises:
-        UserError: no cluster answers there, or Ray cannot run on this machine.
+        UserError: no cluster answers at that address, or Ray cannot start on this machine.
     """
     quiet()
     import ray
@@ -63,7 +63,7 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     address = cluster_address()
     if address is not None:
         check_cluster(address)
-    # It says at every start that a local cluster has token authentication, which is as it should be.
+    # At every start this logger reports that a local cluster uses token authentication, which is expected.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         if address is not None:
@@ -81,14 +81,14 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         raise UserError(_why(e, address)) from e
     if callable(on_terminate) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init installs its own
 
 
 def check_cluster(address: str) -> None:
-    """Ask a cluster whether it is there, from a process of its own that can be ended.
+    """Check that a cluster answers, from a separate process that can be killed.
 
     Raises:
-        UserError: none answers within ``ANSWER_S`` seconds, or it refuses.
+        UserError: no cluster answers within ``ANSWER_S`` seconds, or it refuses the connection.
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return  # this process is that cluster's own job
@@ -100,6 +100,7 @@ def check_cluster(address: str) -> None:
     remedy = "start it, or unset RAY_ADDRESS to use this machine"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
+        # A plain connection fails at once, with the reason, if nothing listens there.
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         except OSError as e:
@@ -119,28 +120,28 @@ def check_cluster(address: str) -> None:
 
 
 def _why(error: Exception, address: str | None) -> str:
-    """One line on why Ray did not start."""
+    """One line that explains why Ray did not start."""
     reason = " ".join(str(error).split())[:300]
     if address is not None:
         return f"RAY_ADDRESS: {address}: {reason}"
     if "AF_UNIX path" in reason:
         name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(n)), "RAY_TMPDIR")
-        return f"{name}: too long a path for the sockets that Ray makes in it; set RAY_TMPDIR to a short one, as /tmp"
+        return f"{name}: too long a path for the sockets that Ray makes in it; set RAY_TMPDIR to a short one, e.g. /tmp"
     return f"Ray cannot start on this machine: {reason}"
 
 
 class _RayMessages:
-    """Stands in for stdout: what Ray's listening thread prints there is logged, what others print passes."""
+    """Replacement for stdout: messages printed by Ray's listener thread are logged, other output passes through."""
 
     def __init__(self, stdout: TextIO) -> None:
         self.stdout = stdout
 
     def write(self, text: str) -> int:
-        """Log a message of Ray's: a lost process in one line, the rest at level DEBUG."""
+        """Log a message from Ray: a lost process in one line, everything in full at level DEBUG."""
         if threading.current_thread().name != "ray_listen_error_messages":
             return self.stdout.write(text)
         if "worker died" in text:
-            logger.warning("a worker process has died; what it was doing is begun again")
+            logger.warning("a worker process died; its work is started again")
         if text.strip():
             logger.debug("%s", text)
         return len(text)
@@ -151,7 +152,7 @@ class _RayMessages:
 
 @contextlib.contextmanager
 def ray_messages_logged() -> Iterator[None]:
-    """Inside the block Ray's messages about failed processes are logged: it prints them to stdout, page by page."""
+    """Within the block, log Ray's lengthy messages about failed processes instead of printing them to stdout."""
     with contextlib.redirect_stdout(cast(TextIO, _RayMessages(sys.stdout))):
         yield
 
@@ -162,7 +163,7 @@ def call_on_workers(
     """Call ``function`` on the cluster in ``workers`` parallel processes, each with the resources of a worker.
 
     Raises:
-        Exception: what the first of them raises that raises something.
+        Exception: the first exception that one of them raises.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -178,8 +179,8 @@ def workers_have_fast_bfloat16(cpus: float, gpus: float) -> bool:
     """:func:`~dmm_ray.precision.has_fast_bfloat16` of the machines that will do the work.
 
     Args:
-        cpus: of each worker.
-        gpus: of each worker; with any, its GPU is asked.
+        cpus: CPUs per worker.
+        gpus: GPUs per worker; if not 0, the GPU is queried instead of the CPU.
     """
     device = "cuda" if gpus else "cpu"
     if cluster_address() is None:  # workers run on this machine

@@ -1,4 +1,4 @@
-"""Seeds: any integer is one, of whatever type and sign."""
+"""Seeds and random number generators; any integer is a valid seed, whatever its type and sign."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASK64 = (1 << 64) - 1
 
 
 def as_seed(seed: SupportsIndex) -> int:
-    """A seed as a plain integer. Raises UserError for what is not an integer.
+    """Convert a seed to a plain ``int``. Raises UserError if it is not an integer.
 
     Example:
         >>> as_seed(np.int32(-3))
@@ -25,7 +25,7 @@ def as_seed(seed: SupportsIndex) -> int:
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A step of SplitMix64 (Steele, Lea and Flood 2014): spreads every bit of 64-bit integers over all of theirs.
+    """One step of SplitMix64 (Steele, Lea and Flood 2014): mixes every bit of each 64-bit integer into all its bits.
 
     Args:
         x: uint64, any shape.
@@ -38,18 +38,18 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def numpy_rng(seed: SupportsIndex, *more: SupportsIndex) -> np.random.Generator:
-    """numpy's generator; for one seed from 0 to 2^64 - 1 that of ``default_rng(seed)``. Raises as :func:`as_seed`.
+    """A numpy generator; equal to ``default_rng(seed)`` for a single seed in [0, 2^64). Raises like :func:`as_seed`.
 
     Args:
-        seed: of the generator.
-        more: with the seed they name a generator of their own, e.g. that of a row.
+        seed: the seed.
+        more: further integers that, with the seed, key a separate generator, e.g. for a row.
     """
     seeds = [as_seed(one) & MASK64 for one in (seed, *more)]
     return np.random.default_rng(seeds if more else seeds[0])
 
 
 def torch_rng(seed: SupportsIndex) -> torch.Generator:
-    """torch's generator, on the CPU. Raises as :func:`as_seed`."""
+    """A torch generator on the CPU. Raises like :func:`as_seed`."""
     import torch
 
     return torch.Generator().manual_seed(as_seed(seed) & MASK64)

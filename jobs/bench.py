@@ -1,9 +1,9 @@
-"""Measurements a user can repeat: ``python jobs/bench.py [NAME ...]``.
+"""Reproducible benchmarks: ``python jobs/bench.py [NAME ...]``.
 
 Names: extract, train, prior, solver, store, generate, serve, ood, baselines.
 
-Each times its baseline in the same run, in turns, and prints medians: compare ratios, machines are noisy. Without a
-name all of them run but ``ood`` and ``baselines``, which need a finished `dmm demo` (docs/likelihood.md,
+Each alternates with its baseline in the same run and prints medians: compare ratios, since machines are noisy. Without
+a name, all are run except ``ood`` and ``baselines``, which require a finished `dmm demo` (docs/likelihood.md,
 docs/benchmarks.md).
 """
 
@@ -14,7 +14,7 @@ import sys
 
 from dmm_ray.ray_session import quiet
 
-quiet()  # OpenMP reads its settings when torch is imported: what runs in this process gets what `dmm` gives the others
+quiet()  # OpenMP reads its settings when torch is imported, so set them first, to those `dmm` sets for other processes
 
 import torch  # noqa: E402
 from timing import say  # noqa: E402
@@ -30,7 +30,7 @@ BENCHES = {
     "ood": ("bench_ood",),
     "baselines": ("bench_baselines",),
 }
-"""Modules beside this file, each with ``bench(say)``."""
+"""Modules next to this file, each with ``bench(say)``."""
 ASKED_FOR = {"ood", "baselines"}
 
 if __name__ == "__main__":

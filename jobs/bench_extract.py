@@ -1,7 +1,7 @@
-"""Extraction measured: ours against the bare engine without Ray and a plain loop; the writer by itself.
+"""Benchmark of extraction: ours against the bare engine without Ray and a plain loop; and of the writer alone.
 
-Run by ``python jobs/bench.py extract``. The model is a random Llama of 16 blocks, sized for a CPU, whose head has the
-share of the weights that Llama-3.2-1B's has; documents have log-normal lengths from 16 to 2048 tokens.
+Run with ``python jobs/bench.py extract``. The model is a random Llama of 16 blocks, sized for a CPU, whose head has the
+same share of the weights as in Llama-3.2-1B; documents have log-normal lengths from 16 to 2048 tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if CUDA:  # the blocks of Llama-3.2-1B
 
 
 def make_model(folder: Path) -> str:
-    """A random Llama in bfloat16 whose tokenizer makes a token of each word and puts a BOS before them."""
+    """A random Llama in bfloat16 whose tokenizer maps each word to a token and prepends a BOS."""
     vocabulary = {"<s>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -71,7 +71,7 @@ def make_model(folder: Path) -> str:
 
 
 def make_text(path: Path, documents: int) -> str:
-    """Documents of log-normal lengths, median 256, from 16 to 2048 tokens with their BOS."""
+    """Documents of log-normal lengths, median 256, from 16 to 2048 tokens including BOS."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(256), 1.0, documents), 16, WINDOW).astype(int) - 1
     with open(path, "w") as f:
@@ -103,7 +103,7 @@ def plain_loop(model: str, text: str, documents: int, dtype: torch.dtype) -> flo
 
 
 def store_rate(out: str) -> float:
-    """Tokens per second of a store between the ends of its first and its last unit: starting up is left out."""
+    """Tokens per second of a store between the ends of its first and last units, which excludes startup."""
     manifest = read_manifest(out)
     ends = sorted(
         (os.stat(f"{out}/shards/{unit:06d}.json").st_mtime, read_record(out, unit).tokens)
@@ -113,7 +113,7 @@ def store_rate(out: str) -> float:
 
 
 def bare_engine(store: str, out: str, text: str, threads: int) -> float:
-    """The extraction of ``store`` once more by one engine in this process, without Ray."""
+    """Tokens per second of the same extraction as ``store``, by one engine in this process without Ray."""
     manifest = read_manifest(store)
     corpus = Corpus.scan([text])
     task = ExtractionTask(
@@ -128,7 +128,7 @@ def bare_engine(store: str, out: str, text: str, threads: int) -> float:
 
 
 def compare(say: Callable[[str], None], documents: int = 6000 if CUDA else 1000, rounds: int = 3) -> None:
-    """Tokens per second of each way, in turns; medians."""
+    """Tokens per second of each method, in turns; medians."""
     threads = 1 if CUDA else torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         model, text = make_model(Path(folder, "model")), make_text(Path(folder, "text.jsonl"), documents)
@@ -156,8 +156,8 @@ def compare(say: Callable[[str], None], documents: int = 6000 if CUDA else 1000,
 
 
 def writer(say: Callable[[str], None], rows: int = 65536, d: int = 2048) -> None:
-    """Bytes per second of one process that writes, hashes and syncs shards, and of the disk: the same bytes written
-    and synced, nothing else."""
+    """Bytes per second of one process that writes, hashes and syncs shards, and of the disk, which only writes and
+    syncs the same bytes."""
     x = torch.randn(rows, d).bfloat16()
     doc = np.repeat(np.arange(rows // 128), 128)
     position = np.tile(np.arange(128, dtype=np.int32), rows // 128)
@@ -179,6 +179,6 @@ def writer(say: Callable[[str], None], rows: int = 65536, d: int = 2048) -> None
 
 
 def bench(say: Callable[[str], None]) -> None:
-    """The writer, then the extraction against a plain loop."""
+    """Benchmark the writer, then extraction against a plain loop."""
     writer(say)
     compare(say)

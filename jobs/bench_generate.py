@@ -1,5 +1,5 @@
-"""Speed of generation in batches, ``python jobs/bench.py generate``: continuations per second of the demo's language
-model, written one at a time and together, with and without an intervention that changes nothing."""
+"""Benchmark of batched generation, ``python jobs/bench.py generate``: continuations per second of the demo's language
+model, one at a time and in batches, with and without an intervention that changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEEP = Intervention(Site(2), lambda x, _ids: x, prompt=False)
 
 
 def bench(say: Say, small: bool = False) -> None:
-    """Batches of 1, 32 and 128 prompts of different lengths, 20 tokens each. ``small`` only shows that it runs."""
+    """Batches of 1, 32 and 128 prompts of different lengths, 20 tokens each; ``small`` only checks that it runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SubjectModel.from_pretrained(
         str(Path(dmm_ray.__file__).parent / "demo" / "subject"), device=device, head=True

@@ -1,7 +1,7 @@
-"""The training loader measured from the page cache: ours, row groups alone, one row at a time from a memory map.
+"""Benchmark of the training loader from the page cache: ours, row groups alone, row by row from a memory map.
 
-Run by ``python jobs/bench.py train``. All read the same bfloat16 rows. Ours draws batches as ``dmm train``
-does with one worker, the first window included; nothing is done with them.
+Run with ``python jobs/bench.py train``. All read the same bfloat16 rows. Ours draws batches as ``dmm train``
+does with one worker, including loading the first window; the batches are discarded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EPOCHS = 4
 
 
 def make_store(folder: str, rows: int, d: int) -> tuple[ActivationStore, Tensor]:
-    """A store of one layer without a subject, and the same rows mapped into memory from one flat file."""
+    """A single-layer store without a subject, and the same rows memory-mapped from a flat file."""
     x = torch.randn(UNIT_ROWS, d).bfloat16()
     documents, units = UNIT_ROWS // DOCUMENT_ROWS, max(1, rows // UNIT_ROWS)
     position = np.tile(np.arange(DOCUMENT_ROWS, dtype=np.int32), documents)
@@ -58,7 +58,7 @@ def make_store(folder: str, rows: int, d: int) -> tuple[ActivationStore, Tensor]
 
 
 def make_manifest(d: int, documents: int, units: int) -> Manifest:
-    """Of a store whose rows come from no text."""
+    """The manifest of a store whose rows do not come from text."""
     subject: dict[str, Any] = {"id": "none", "revision": None, "weights_hash": "", "files": {}}
     corpus: dict[str, Any] = {"uris": ("none",), "hash": "", "text_field": "text", "separator": None}
     return Manifest(
@@ -70,7 +70,7 @@ def make_manifest(d: int, documents: int, units: int) -> Manifest:
 
 
 def rate(pieces: Iterable[Tensor]) -> float:
-    """MB/s of what passes by."""
+    """MB/s at which the tensors of an iterable arrive."""
     started, read = time.perf_counter(), 0
     for piece in pieces:
         read += piece.nbytes
@@ -78,7 +78,7 @@ def rate(pieces: Iterable[Tensor]) -> float:
 
 
 def ours(store: ActivationStore) -> float:
-    """``EPOCHS`` epochs of batches, the first window's loading included."""
+    """MB/s of ``EPOCHS`` epochs of batches, including loading the first window."""
     loader = Loader(store, 0, Split(), WINDOW_ROWS, seed=0)
     batches = loader.batches(0, BATCH, slice(0, BATCH))
     with closing(batches):
@@ -86,18 +86,18 @@ def ours(store: ActivationStore) -> float:
 
 
 def row_groups(store: ActivationStore) -> float:
-    """Every row group in storage order by as many threads as ours has, nothing done with the rows."""
+    """MB/s of reading every row group in storage order with as many threads as ours, discarding the rows."""
     with ThreadPoolExecutor(READERS) as readers:
         return rate(readers.map(lambda group: store.read(0, group).activation, store.row_groups(0)))
 
 
 def per_row(rows: Tensor) -> float:
-    """PyTorch's own loader: shuffled rows fetched one at a time and stacked."""
+    """MB/s of PyTorch's DataLoader: shuffled rows fetched one at a time and stacked."""
     return rate(islice(DataLoader(rows, BATCH, shuffle=True), PLAIN_BATCHES))
 
 
 def bench(say: Callable[[str], None], rows: int = 11 * UNIT_ROWS, d: int = 2048, rounds: int = 5) -> None:
-    """MB/s of each way in turns, medians; about ``2 * rows * d * 2`` bytes in a temporary folder."""
+    """MB/s of each method in turns, medians; uses about ``2 * rows * d * 2`` bytes in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         store, mapped = make_store(folder, rows, d)
         ways = {

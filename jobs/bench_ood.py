@@ -1,8 +1,8 @@
 """AUC of every score of a prior against unnatural rows, by token and over 32 tokens, and how uniform percentiles are.
 
-Run by ``python jobs/bench.py ood``. ``DMM_BENCH_RUN`` names a folder with ``prior`` and ``activations``, as `dmm demo`
-leaves one (default runs/demo); ``DMM_BENCH_TEXTS`` files of other text, comma-separated, beside the docstrings of
-Python's standard library; ``DMM_BENCH_DOCUMENTS`` how many test documents (64).
+Run with ``python jobs/bench.py ood``. Environment variables: ``DMM_BENCH_RUN``, a folder with ``prior`` and
+``activations``, as written by `dmm demo` (default runs/demo); ``DMM_BENCH_TEXTS``, comma-separated files of other text
+in addition to the docstrings of Python's standard library; ``DMM_BENCH_DOCUMENTS``, the number of test documents (64).
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class Setup:
     layer: int
     split: Split
     texts: dict[int, str]
-    """Test documents' texts by number."""
+    """Texts of the test documents, by number."""
     runs: list[shifts.TokenRun]
 
     def activations(self, runs: list[shifts.TokenRun]) -> Tensor:
-        """Rows of the runs as the store would hold them, float32."""
+        """Rows of the runs in float32, rounded to the store's dtype."""
         found = shifts.activations(self.subject, runs, self.layer, WIDTH)
         return found.to(self.store.manifest.torch_dtype).float()
 
     def scores(self, x: Tensor, runs: list[shifts.TokenRun]) -> dict[str, np.ndarray]:
-        """Every score of rows of the runs."""
+        """Every score of the runs' rows."""
         return ood.row_scores(self.prior, x, shifts.row_ids(runs, WIDTH), self.layer)
 
 
 def set_up(folder: str, documents: int) -> Setup:
-    """Read everything."""
+    """Load the prior, the store, the model and the test documents of a run."""
     prior = ActivationPrior.from_pretrained(join(folder, "prior"))
     store = ActivationStore.open(join(folder, "activations"))
     manifest, layer = store.manifest, prior.layers[0]
@@ -90,14 +90,14 @@ def docstrings() -> Iterator[str]:
 
 
 def other_texts() -> dict[str, list[str]]:
-    """Texts of other domains by name."""
+    """Texts from other domains, by name."""
     files = [path for path in os.environ.get("DMM_BENCH_TEXTS", "").split(",") if path]
     given = {Path(path).stem: [d.text for d in Corpus.scan([path]).read() if d.text] for path in files}
     return {"standard library docstrings": list(docstrings())} | given
 
 
 def text_shifts(setup: Setup) -> dict[str, tuple[Tensor, list[shifts.TokenRun]]]:
-    """Rows of shuffled and foreign text at the positions of the natural ones."""
+    """Rows of shuffled text and of other domains, at the positions of the natural ones."""
     runs, window = setup.runs, setup.store.manifest.window
     mixed = [shifts.shuffled_words(setup.texts[run.doc], SEED + run.doc) for run in runs]
     found = {"tokens shuffled": shifts.shuffled_tokens(runs, SEED)}
@@ -115,7 +115,7 @@ def text_shifts(setup: Setup) -> dict[str, tuple[Tensor, list[shifts.TokenRun]]]
 
 
 def table(say: Say, setup: Setup, natural: dict[str, np.ndarray], x: Tensor) -> None:
-    """AUCs by shift and score, for single tokens and for means over 32."""
+    """AUC by shift and score, for single tokens and for means over 32."""
     sample = setup.store.select(setup.layer, setup.split, TRAIN, MOMENT_ROWS, SEED).activation.float()
     mean, covariance = mean_and_covariance(sample)
     edits = shifts.edited(x, mean, covariance, SEED)
@@ -132,7 +132,7 @@ def table(say: Say, setup: Setup, natural: dict[str, np.ndarray], x: Tensor) -> 
 def one_auc(
     a: np.ndarray, a_runs: list[shifts.TokenRun], b: np.ndarray, b_runs: list[shifts.TokenRun], width: int
 ) -> ood.Auc:
-    """The AUC of one score, single rows or means over a run."""
+    """The AUC of one score, for single rows or means over a run."""
     sides = []
     for values, runs in ((a, a_runs), (b, b_runs)):
         docs = np.repeat([run.doc for run in runs], WIDTH // width)
@@ -141,7 +141,7 @@ def one_auc(
 
 
 def percentiles(say: Say, setup: Setup, x: Tensor) -> None:
-    """Uniformity on test rows by how many rows the prior was calibrated on."""
+    """Uniformity of percentiles on test rows, by number of calibration rows."""
     own, docs = setup.prior.calibration, np.repeat([run.doc for run in setup.runs], WIDTH)
     for rows in ROWS:
         setup.prior.calibration = calibration_of(setup.prior, setup.store, rows, SEED)
@@ -154,7 +154,7 @@ def percentiles(say: Say, setup: Setup, x: Tensor) -> None:
 
 
 def settings(say: Say, setup: Setup, x: Tensor, natural: dict[str, np.ndarray]) -> None:
-    """How far percentiles move when log_prob runs with other settings than the calibration."""
+    """How far percentiles move when log_prob runs with settings other than the calibration's."""
     ids = shifts.row_ids(setup.runs, WIDTH)
     for steps, probes in SETTINGS:
         found = ood.row_scores(setup.prior, x, ids, setup.layer, steps=steps, probes=probes)
@@ -164,7 +164,7 @@ def settings(say: Say, setup: Setup, x: Tensor, natural: dict[str, np.ndarray]) 
 
 
 def bench(say: Say) -> None:
-    """All of it."""
+    """Run all parts: percentiles, settings, and the table of AUCs."""
     setup = set_up(
         os.environ.get("DMM_BENCH_RUN", "runs/demo"), int(os.environ.get("DMM_BENCH_DOCUMENTS", "64"))
     )

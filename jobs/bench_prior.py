@@ -1,5 +1,5 @@
-"""Speed of a prior's operations, ``python jobs/bench.py prior``: rows and network evaluations per second, and the share
-of the machine's matrix products that they reach, in float32 and bfloat16, compiled and not."""
+"""Benchmark of a prior's operations, ``python jobs/bench.py prior``: rows and network evaluations per second, and the
+share of the machine's matrix product rate that they reach, in float32 and bfloat16, compiled and not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS, PAIRS = 4, 8
 
 
 class Case(NamedTuple):
-    """A prior's shape and the rows of a call."""
+    """A prior's shape and the number of rows per call."""
 
     d: int
     d_model: int
@@ -34,7 +34,7 @@ SMALL = (Case(16, 32, 64, 1, 32),)
 
 
 def bench(say: Say, small: bool = False) -> None:
-    """Every operation at three widths; on a CPU the wide networks are shallow. ``small`` only shows that it runs."""
+    """Every operation at three widths; on a CPU the wide networks are shallow. ``small`` only checks that it runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peaks = {
         name: peak(device, getattr(torch, name), 256 if small else 4096 if device == "cuda" else 1024)
@@ -55,7 +55,7 @@ def bench(say: Say, small: bool = False) -> None:
 
 
 def untrained(case: Case, device: str) -> ActivationPrior:
-    """A prior with random weights: its cost is that of a trained one."""
+    """A prior with random weights, which costs the same as a trained one."""
     config = PriorConfig(
         d=case.d,
         layers=(0,),
@@ -69,7 +69,7 @@ def untrained(case: Case, device: str) -> ActivationPrior:
 
 
 def measure(say: Say, case: Case, prior: ActivationPrior, how: str, peaks: dict[Precision, float]) -> None:
-    """One line an operation and number format."""
+    """Print one line per operation and number format."""
     x = torch.randn(case.rows, case.d, device=prior.device)
     work = flops(prior)
     for precision in precisions(prior.device.type):
@@ -86,7 +86,7 @@ def measure(say: Say, case: Case, prior: ActivationPrior, how: str, peaks: dict[
 def operations(
     prior: ActivationPrior, x: Tensor, precision: Precision
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """Each operation as a call that waits for its result, and its network passes a row (a tangent counts as one)."""
+    """Each operation as a call that waits for its result, and its network passes per row (a tangent counts as one)."""
 
     def timed(call: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: call().sum().item()
@@ -100,17 +100,17 @@ def operations(
             lambda: prior.encode(x, block=prior.config.n_blocks - 1, precision=precision)
         ),
     }
-    # A midpoint step takes two passes; with a trace, the second has two tangents more.
+    # A midpoint step takes two passes; with a trace, the second also has two tangents.
     passes = dict(zip(calls, (4 * STEPS, PAIRS, 2 * STEPS, 2 * STEPS, 1), strict=True))
     return calls, passes
 
 
 def flops(prior: ActivationPrior) -> float:
-    """FLOPs of one row through the network, its time path (once for all rows) left out."""
+    """FLOPs of one row through the network, excluding the time path, which runs once for all rows."""
     return 2.0 * sum(p.numel() for name, p in prior.denoiser.named_parameters() if "time_" not in name)
 
 
 def peak(device: str, dtype: torch.dtype, n: int) -> float:
-    """FLOPs per second of a square product of size n, in float32 without TF32."""
+    """FLOPs per second of a square matrix product of size n; float32 is without TF32."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2.0 * n**3 / medians({"": lambda: (a @ b)[0, 0].item()}, rounds=9)[""]

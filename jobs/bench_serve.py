@@ -1,7 +1,8 @@
-"""The endpoint against the same calls in process: rows a second at saturation, latency at low load, texts by token.
+"""Benchmark of the endpoint against the same calls in process: rows per second at saturation, latency at low load, and
+time per token of texts.
 
-The process that computes has one thread on both sides, so the second core of a small machine is left for HTTP: the
-client's and the rest's shares of the CPU time say how much of it they take.
+The computing process has one thread in both cases, which leaves the second core of a small machine for HTTP; the
+client's share of the CPU time is reported.
 """
 
 from __future__ import annotations
@@ -40,26 +41,26 @@ OPERATIONS: tuple[tuple[str, int, dict], ...] = (
     ("denoise", 2, {}),
     ("encode", 1, {"block": 0}),
 )
-"""Name, by what the number of rows is divided, arguments."""
+"""Name, divisor of the number of rows, arguments."""
 Say = Callable[[str], None]
 Calls = dict[str, Callable[[], object]]
 
 
 def small_prior() -> ActivationPrior:
-    """An untrained prior of the demo's size: its cost is that of a trained one."""
+    """An untrained prior of the demo's size, which costs the same as a trained one."""
     config = PriorConfig(d=D, layers=(LAYER,), d_model=256, d_mlp=512, n_blocks=6, variance_floor=1e-6)
     prior = ActivationPrior.untrained(config, torch.zeros(D), torch.ones(D))
     return prior.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Cpu:
-    """CPU seconds of this process and of all that it started, Ray's included."""
+    """CPU seconds of this process and of all its descendants, including Ray's."""
 
     def __init__(self) -> None:
         self.own = self.others = 0.0
 
     def counted(self, call: Callable[[], object]) -> Callable[[], object]:
-        """``call`` with its CPU time added here."""
+        """Wrap ``call`` so that its CPU time is added to this object."""
 
         def run() -> object:
             before = self._now()
@@ -72,7 +73,7 @@ class Cpu:
 
     @property
     def share(self) -> float:
-        """This process's part of all."""
+        """This process's share of the total."""
         return self.own / (self.own + self.others)
 
     def _now(self) -> tuple[float, float]:
@@ -81,13 +82,13 @@ class Cpu:
 
 
 def bench(say: Say, rows: int = 8192, rounds: int = 3, tokens: int = 64) -> None:
-    """All of it, behind each of the two proxies.
+    """Run all parts behind each of the two proxies.
 
     Args:
-        say: takes a line of results.
-        rows: of a saturated call of the cheapest operation; others take fewer.
-        rounds: of the medians; latencies take six times as many.
-        tokens: of the text and the generation.
+        say: receives each line of results.
+        rows: rows of a saturated call of the cheapest operation; the others get fewer.
+        rounds: rounds that medians are taken over; six times as many for latencies.
+        tokens: tokens to generate.
     """
     prior = small_prior()
     threads = torch.get_num_threads()
@@ -109,7 +110,7 @@ def bench(say: Say, rows: int = 8192, rounds: int = 3, tokens: int = 64) -> None
 
 @contextmanager
 def endpoint(prior: str, proxy: str) -> Iterator[str]:
-    """`dmm serve` in a process of its own, with the demo's language model; its URL once it is ready."""
+    """Run `dmm serve` in a separate process with the demo's language model; yields its URL once it is ready."""
     subject = str(importlib.resources.files("dmm_ray.demo") / "subject")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -132,8 +133,8 @@ def endpoint(prior: str, proxy: str) -> Iterator[str]:
     try:
         assert process.stderr
         if not any("ready: " in line for line in process.stderr):
-            raise RuntimeError(f"`dmm serve --proxy {proxy}` did not start; run it by hand to see why")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+            raise RuntimeError(f"`dmm serve --proxy {proxy}` did not start; run it manually to see why")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would block it
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -143,7 +144,7 @@ def endpoint(prior: str, proxy: str) -> Iterator[str]:
 def saturation(
     say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rows: int, rounds: int
 ) -> None:
-    """Rows a second of each operation: in process, binary, JSON."""
+    """Rows per second of each operation: in process, binary, JSON."""
     for name, part, arguments in OPERATIONS:
         x = torch.randn(rows // part, D)
         cpu = {"binary": Cpu(), "JSON": Cpu()}
@@ -169,7 +170,7 @@ def saturation(
 
 
 def latency(say: Say, prior: ActivationPrior, client: Client, http: httpx.Client, rounds: int) -> None:
-    """Median time of one small request at a time, and what HTTP adds."""
+    """Median time of one small request at a time, and the overhead of HTTP."""
     for n in (1, SMALL):
         x = torch.randn(n, D)
 
@@ -189,7 +190,7 @@ def latency(say: Say, prior: ActivationPrior, client: Client, http: httpx.Client
 
 
 def texts(say: Say, client: Client, tokens: int, rounds: int) -> None:
-    """Milliseconds a token of scoring a text, and of generating one plain, steered, and projected."""
+    """Milliseconds per token of scoring a text, and of generating one plain, steered, and projected."""
     text = TEXT * 8
     along = list(range(D))
     calls: Calls = {
@@ -202,11 +203,11 @@ def texts(say: Say, client: Client, tokens: int, rounds: int) -> None:
     }
     counts = {name: len(call().tokens) for name, call in calls.items()}  # type: ignore[attr-defined]
     for name, seconds in medians(calls, rounds).items():
-        say(f"serve {name:20} {1e3 * seconds / counts[name]:8.2f} ms a token of {counts[name]}")
+        say(f"serve {name:20} {1e3 * seconds / counts[name]:8.2f} ms/token over {counts[name]} tokens")
 
 
 def _json_rows(http: httpx.Client, operation: str, x: torch.Tensor, arguments: dict) -> None:
-    """The rows through the JSON route, in parts and at a time as the client's."""
+    """Send the rows through the JSON route, with the client's chunk size and concurrency."""
 
     def post(start: int) -> None:
         ids = list(range(start, min(start + CHUNK, len(x))))

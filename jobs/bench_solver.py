@@ -1,9 +1,9 @@
-"""How wrong the solver and the trace estimate are, ``python jobs/bench.py solver``.
+"""Errors of the solver and of the trace estimate, ``python jobs/bench.py solver``.
 
-Errors of every rule and grid against their evaluations, on Gaussians of known covariance, a mixture with its exact
-score, and trained priors against a fine reference; the spread of the trace estimate by probes; the cost of bfloat16;
-samples at 20 evaluations beside Euler's at 100. ``DMM_BENCH_PRIORS=folder=store,..`` takes your own single-layer priors
-(and the test rows of their stores) instead of two trained here.
+Errors of every method and grid by number of evaluations, on Gaussians of known covariance, a mixture with its exact
+score, and trained priors against a fine reference; the spread of the trace estimate by number of probes; the error due
+to bfloat16; samples at 20 evaluations next to Euler's at 100. ``DMM_BENCH_PRIORS=folder=store,..`` uses your own
+single-layer priors (and the test rows of their stores) instead of two trained here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXACT_TRACE_D = 128
 
 
 class Known(NamedTuple):
-    """A prior with rows of its distribution: (n, d) raw."""
+    """A prior and rows from its data distribution, (n, d) raw."""
 
     name: str
     prior: ActivationPrior
@@ -45,7 +45,7 @@ class Known(NamedTuple):
 
 
 def bench(say: Say, small: bool = False) -> None:
-    """All of it; ``small`` sizes only show that it runs."""
+    """Run all parts; ``small`` only checks that it runs."""
     for d in (64,) if small else (64, 1024, 4096):
         data = gaussian(d)
         closed_form(say, f"Gaussian d={d}", data, data.sample(8 if small else 128))
@@ -61,16 +61,16 @@ def bench(say: Say, small: bool = False) -> None:
 
 
 def closed_form(say: Say, name: str, data: Mixture, z: Tensor) -> None:
-    """Every solver against the exact density, traces exact."""
+    """Every solver against the exact density, with exact traces."""
     exact = data.log_prob(z)
     say(
-        f"solver {name}: natural spread {spread(exact):.1f} nats; error spread (bias a dimension) at evaluations"
+        f"solver {name}: natural spread {spread(exact):.1f} nats; error spread (bias per dimension) by evaluations"
     )
     _table(say, name, data.velocity, data.velocity_and_trace, z, exact)
 
 
 def solver_errors(say: Say, known: Known, rows: int, fine: int) -> None:
-    """Every solver against RK4 with ``fine`` steps; the same held probes in both where the trace is not exact."""
+    """Every solver against RK4 with ``fine`` steps; if the trace is not exact, both use the same held probes."""
     prior = known.prior
     z = prior.normalizer.normalize(known.rows[:rows])
     field = prior.velocities.field(prior.denoiser, 0)
@@ -95,7 +95,7 @@ def _table(say: Say, name: str, velocity: Velocity, traced: Traced, z: Tensor, e
 
 
 def log_density(velocity: Velocity, traced: Traced, z: Tensor, solver: Solver, steps: int) -> Tensor:
-    """``log p(z)`` (n,) up to a constant that all solvers share; float64."""
+    """``log p(z)``, (n,) float64, in normalised space."""
     z_1, divergence, _ = solver.integrate_with_trace(velocity, traced, z, solver.points(0.0, 1.0, steps))
     constant = 0.5 * z.shape[1] * float(np.log(2 * np.pi))
     return divergence - 0.5 * z_1.double().square().sum(1) - constant
@@ -106,7 +106,8 @@ def with_tangents(
     drawn: Callable[[int], Tensor],
     exact: bool = False,
 ) -> Traced:
-    """A trace from ``drawn`` vectors (K, n, d) at each evaluation: their mean form, or the sum if they are a basis."""
+    """A trace from ``drawn`` vectors (K, n, d) at each evaluation: the mean of their quadratic forms, or, for a basis
+    (``exact``), the sum."""
 
     def traced(z: Tensor, u: float, number: int) -> tuple[Tensor, Tensor, Tensor]:
         t_KND = drawn(number)
@@ -125,7 +126,7 @@ def probes(z: Tensor, count: int, number: int = 0, seed: int = 0) -> Tensor:
 
 
 def probe_spread(say: Say, known: Known, rows: int, seeds: int) -> None:
-    """The estimate's standard deviation over seeds: probes fresh, held, and fresh in the basis of the covariance."""
+    """The estimate's standard deviation over seeds: probes fresh, held, and fresh in the covariance's eigenbasis."""
     prior = known.prior
     z = prior.normalizer.normalize(known.rows[:rows])
     basis = torch.linalg.eigh(torch.cov(prior.normalizer.normalize(known.rows).T))[1].T
@@ -147,7 +148,7 @@ def probe_spread(say: Say, known: Known, rows: int, seeds: int) -> None:
 
 
 def estimates(prior: ActivationPrior, z: Tensor, draw: Draw, seeds: int) -> Tensor:
-    """log p (seeds, n) by the default solver with probes of ``draw`` (seed, number of the evaluation)."""
+    """log p (seeds, n) by the default solver, with probes from ``draw(seed, number of the evaluation)``."""
     field, found = prior.velocities.field(prior.denoiser, 0), []
     for seed in range(seeds):
         traced = with_tangents(field.tangents, functools.partial(draw, seed))
@@ -156,7 +157,7 @@ def estimates(prior: ActivationPrior, z: Tensor, draw: Draw, seeds: int) -> Tens
 
 
 def half_precision(say: Say, known: Known, rows: int) -> None:
-    """What bfloat16 products do to the same estimate."""
+    """The effect of bfloat16 products on the same estimate."""
     full = known.prior.log_prob(known.rows[:rows], probes=1)
     half = known.prior.log_prob(known.rows[:rows], probes=1, precision="bfloat16")
     error = half.nats - full.nats
@@ -167,9 +168,9 @@ def half_precision(say: Say, known: Known, rows: int) -> None:
 
 
 def denoise_curves(say: Say, known: Known, rows: int) -> None:
-    """How far denoising moves natural rows, and how far it moves again what it has moved, by level.
+    """How far denoising moves natural rows, and how far denoising the result moves it again, by level.
 
-    Median over rows of the distance, in normalised space, over the row's distance from the mean.
+    Median over rows of the distance moved in normalised space, relative to the row's distance from the mean.
     """
     prior, x = known.prior, known.rows[:rows]
 
@@ -187,7 +188,7 @@ def denoise_curves(say: Say, known: Known, rows: int) -> None:
 
 
 def sample_quality(say: Say, known: Known, n: int) -> None:
-    """Frechet distance (normalised space) and two-sample AUC of samples by solver, beside real rows against real."""
+    """Frechet distance (normalised space) and two-sample AUC of samples by solver, and of real rows against others."""
     prior = known.prior
     real = prior.normalizer.normalize(known.rows)
     half = len(real) // 2
@@ -207,7 +208,7 @@ def sample_quality(say: Say, known: Known, n: int) -> None:
 
 
 def priors(small: bool) -> list[Known]:
-    """Those of DMM_BENCH_PRIORS, or two trained here."""
+    """The priors of DMM_BENCH_PRIORS, or two trained here."""
     if named := os.environ.get("DMM_BENCH_PRIORS"):
         return [_opened(*item.split("=", 1)) for item in named.split(",")]
     made = [("trained d=64", mixture(64, 64), (256, 512, 3), 20 if small else 600)]

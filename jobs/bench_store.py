@@ -1,7 +1,7 @@
-"""Scoring a store through Ray against a bare loop over the same rows; run by ``python jobs/bench.py store``.
+"""Benchmark of scoring a store through Ray against a bare loop over the same rows, ``python jobs/bench.py store``.
 
-A long job less a short one gives the rate without the start of Ray and its actor. The loop reads row groups and asks
-the prior, in a process of its own with as many threads, and writes nothing.
+The time of a long job minus that of a short one gives the rate without the startup of Ray and its actor. The loop reads
+row groups and evaluates the prior, in a separate process with the same number of threads, and writes nothing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Say = Callable[[str], None]
 
 
 def make_prior(d: int) -> ActivationPrior:
-    """An untrained prior of the size that `dmm train` gives d = 64: its cost is that of a trained one."""
+    """An untrained prior of the size that `dmm train` chooses for d = 64, which costs the same as a trained one."""
     shape = {"d_model": max(2 * d, 256), "d_mlp": max(4 * d, 512), "n_blocks": 6}
     config = PriorConfig(d=d, layers=(LAYER,), variance_floor=1e-6, **shape)
     return ActivationPrior.untrained(config, torch.zeros(d), torch.ones(d))
 
 
 def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, asked: dict[str, Any]) -> float:
-    """Of a whole `dmm score` with one actor on all CPUs, or a GPU where there is one; checks left out."""
+    """Seconds of a complete `dmm score` with one actor on all CPUs, or on a GPU if there is one, without its checks."""
     out = tempfile.mkdtemp(dir=folder)
     config = ScoreConfig(
         prior=f"{folder}/prior", activations=store.uri, out=out, actors=1,
@@ -60,7 +60,7 @@ def job_seconds(folder: str, prior: ActivationPrior, store: ActivationStore, ask
 
 
 def loop_seconds(prior: str, store: ActivationStore, asked: dict[str, Any]) -> float:
-    """Of reading every row group and asking the prior."""
+    """Seconds of reading every row group and evaluating the prior."""
     loaded = ActivationPrior.from_pretrained(prior, device="cuda" if torch.cuda.is_available() else "cpu")
     operation = ScoreOperation(ScoreConfig(prior="", activations="", out="", **asked), LAYER)
     started = time.monotonic()
@@ -72,7 +72,7 @@ def loop_seconds(prior: str, store: ActivationStore, asked: dict[str, Any]) -> f
 
 
 def bench(say: Say, times: int = 3, d: int = 64, rounds: int = 3, steps: int = 4) -> None:
-    """Rows per second of ``(times - 1) * SHORT`` rows, each way in turns, medians: likelihood, then cheap score."""
+    """Rows per second over ``(times - 1) * SHORT`` rows, both ways in turns, medians: likelihood, then cheap score."""
     ensure_ray()
     prior = make_prior(d)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as apart:
@@ -81,7 +81,9 @@ def bench(say: Say, times: int = 3, d: int = 64, rounds: int = 3, steps: int = 4
         for name, n in (("short", SHORT), ("long", times * SHORT)):
             Path(folder, name).mkdir()
             stores.append(make_store(f"{folder}/{name}", n, d)[0])
-        job_seconds(folder, prior, stores[0], {"proxy": True})  # the first one starts more of Ray
+        job_seconds(
+            folder, prior, stores[0], {"proxy": True}
+        )  # warm-up: the first job also starts parts of Ray
         for label, asked in (("log_prob", {"steps": steps}), ("velocity error", {"proxy": True})):
             job, loop = [], []
             for _ in range(rounds):

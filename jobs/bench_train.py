@@ -1,5 +1,5 @@
-"""The training step measured, ``python jobs/bench.py train``: ours, compiled and not, against the plain step with a
-loader that takes one row at a time; FLOPs and the parts of a step."""
+"""Benchmark of the training step, ``python jobs/bench.py train``: ours, compiled and not, against a plain step with a
+loader that fetches one row at a time; FLOPs and the parts of a step."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ CUDA = (Case(64, preset_shape("auto", 64), 16384, 1_000_000), Case(2048, (4096, 
 
 
 class OurStep:
-    """The training step as `dmm train` takes it, on rows that a loader has put in order.
+    """The training step of `dmm train`, on rows that a loader has put in order.
 
     Attributes:
-        apart: wait for the device after each part of a step and note its time, in ``parts``.
+        apart: whether to wait for the device after each part of a step and record its time in ``parts``.
     """
 
     def __init__(self, case: Case, rows: Tensor, precision: Precision, compiled: bool, device: str) -> None:
@@ -54,7 +54,7 @@ class OurStep:
         self.parts: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self) -> None:
-        """One step."""
+        """Take one step."""
         at, batch = time.perf_counter(), self.config.schedule.batch
 
         def part(name: str) -> None:
@@ -87,14 +87,14 @@ class OurStep:
 
 
 def wait(device: str) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def plain_step(case: Case, path: Path, bf16: bool, device: str) -> Callable[[], object]:
-    """The same function written plainly: a noise level and a time path for every row, AdamW, an average by loop, and
-    a loader that takes row by row, in random order, from a memory-mapped file."""
+    """The same step written plainly: a noise level and a time path for every row, unfused AdamW, an average by loop,
+    and a loader that fetches row by row, in random order, from a memory-mapped file."""
     denoiser = Denoiser(case.d, *case.shape).to(device)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
     average = [p.detach().clone() for p in denoiser.parameters()]
@@ -120,21 +120,21 @@ def plain_step(case: Case, path: Path, bf16: bool, device: str) -> Callable[[], 
 
 
 def flops(denoiser: Denoiser, levels: int, batch: int) -> tuple[float, float]:
-    """FLOPs of a sample's step: nominal, 6 for each parameter, and really done, the time path once for each level."""
+    """FLOPs per sample of a step: nominal, 6 per parameter, and actual, with the time path run once per level."""
     total = sum(p.numel() for p in denoiser.parameters())
     time_path = sum(p.numel() for name, p in denoiser.named_parameters() if "time_" in name)
     return 6.0 * total, 6.0 * (total - time_path + time_path * levels / batch)
 
 
 def peak(precision: Precision, device: str) -> float:
-    """FLOPs per second of a large product on this machine."""
+    """FLOPs per second of a large matrix product on this machine."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, dtype=getattr(torch, precision), device=device) for _ in range(2))
     return 2 * n**3 / medians({"": lambda: (a @ b)[0, 0].item()}, rounds=9)[""]
 
 
 def bench(say: Callable[[str], None]) -> None:
-    """Samples per second, FLOPs and parts at two widths, in each precision that this machine is fast in."""
+    """Samples per second, FLOPs and parts of a step at two widths, in each precision that is fast on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceilings = {precision: peak(precision, device) for precision in precisions(device)}
     for precision, ceiling in ceilings.items():
@@ -147,7 +147,7 @@ def bench(say: Callable[[str], None]) -> None:
 def compare(
     say: Callable[[str], None], case: Case, precision: Precision, ceiling: float, device: str
 ) -> None:
-    """Ours, compiled and not, against the plain step, in turns; then the parts of ours, one after the other."""
+    """Time ours, compiled and not, and the plain step, in turns; then the parts of ours."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         np.random.default_rng(0).standard_normal((case.rows, case.d), dtype=np.float32).tofile(path)

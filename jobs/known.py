@@ -1,5 +1,5 @@
-"""Distributions whose density and flow are known in closed form, and small priors trained on them: what the solver's
-and the estimator's errors are measured on."""
+"""Distributions with density and flow in closed form, and small priors trained on them, for measuring the errors of the
+solver and the estimator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int, int, int]
 
 
 class Mixture:
-    """Equal parts of diagonal Gaussians; of a single one at 0, a Gaussian of known covariance.
+    """An equally weighted mixture of diagonal Gaussians; with a single component, a Gaussian of known covariance.
 
     Args:
         means: (K, d).
@@ -47,10 +47,10 @@ class Mixture:
         return self.velocity_and_trace(z, u)[0]
 
     def velocity_and_trace(self, z: Tensor, u: float, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The velocity, its exact divergence (n,), and zero, as the solver takes them.
+        """The velocity, its exact divergence (n,), and zeros, as the solver expects them.
 
-        With v_k = a_k (z - (1 - u) m_k) - m_k of component k and r_k its posterior share, ``v = sum r_k v_k`` and
-        ``div v = sum r_k (tr a_k + (g_k - sum r_j g_j) v_k)`` with g_k the gradient of component k's log-density.
+        With v_k = a_k (z - (1 - u) m_k) - m_k for component k and r_k its posterior probability, ``v = sum r_k v_k``
+        and ``div v = sum r_k (tr a_k + (g_k - sum r_j g_j) v_k)``, where g_k is the gradient of its log-density.
         """
         spread = (1 - u) ** 2 * self.variances + u**2
         slope = (u - (1 - u) * self.variances) / spread
@@ -68,7 +68,7 @@ class Mixture:
 
 
 def power_law(d: int) -> Tensor:
-    """Variances (d,) that fall with their rank, of mean 1."""
+    """Variances (d,) that decay as a power law, with mean 1."""
     values = torch.arange(1, d + 1, dtype=torch.float64) ** -1.0
     return values * d / values.sum()
 
@@ -79,7 +79,7 @@ def gaussian(d: int) -> Mixture:
 
 
 def mixture(d: int, components: int, seed: int = 0) -> Mixture:
-    """Components with power-law spreads round means of such a spread, 80 % of the variance between them."""
+    """Components with power-law variances, whose means have one too; 80 % of the variance is between components."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(components, d, generator=generator, dtype=torch.float64) * (0.8 * power_law(d)).sqrt()
     order = torch.stack([torch.randperm(d, generator=generator) for _ in range(components)])
@@ -87,7 +87,7 @@ def mixture(d: int, components: int, seed: int = 0) -> Mixture:
 
 
 def trained(data: Mixture, shape: Shape, batches: int, batch: int = 512) -> tuple[ActivationPrior, Tensor]:
-    """A prior trained shortly on rows of ``data``, turned by a random rotation; and 4,000 such rows it has not seen."""
+    """A prior trained briefly on randomly rotated rows of ``data``, and 4,000 such rows not used for training."""
     d = data.d
     turn = torch.linalg.qr(
         torch.randn(d, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -122,5 +122,5 @@ def _train(prior: ActivationPrior, z: Tensor, batches: int, batch: int) -> None:
 
 
 def spread(values: Tensor) -> float:
-    """Standard deviation of (n,)."""
+    """Standard deviation of ``values`` (n,)."""
     return float(values.double().std())

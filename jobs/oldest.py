@@ -12,10 +12,10 @@ LOWER_BOUND = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9a-
 
 
 def oldest(pyproject: Path = PYPROJECT) -> list[str]:
-    """``name==version`` of every runtime dependency and of every extra that users install.
+    """``name==version`` for every runtime dependency and those of every extra that users install.
 
     Raises:
-        ValueError: a dependency without a lower bound.
+        ValueError: a dependency has no lower bound.
     """
     project = tomllib.loads(pyproject.read_text())["project"]
     extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}

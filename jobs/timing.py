@@ -1,4 +1,4 @@
-"""What the benchmarks share: printing, and medians of calls in turns."""
+"""Shared by the benchmarks: printing, and medians of calls in turns."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dmm_ray.precision import Precision, has_fast_bfloat16
 
 
 def say(line: str) -> None:
-    """One line of results."""
+    """Print one line of results."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each call, run in turns after one warm-up each."""
+    """Median seconds of each call; the calls are run in turns after one warm-up each."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -30,5 +30,5 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str
 
 
 def precisions(device: str = "cpu") -> tuple[Precision, ...]:
-    """Those worth measuring: where a device is slow in bfloat16, it is slower by a hundred times."""
+    """The precisions worth measuring; a device without fast bfloat16 is about a hundred times slower in it."""
     return ("float32", "bfloat16") if has_fast_bfloat16(device) else ("float32",)

@@ -2,8 +2,8 @@
 
     python jobs/train_subject.py --out dmm_ray/demo/subject
 
-Writes a Hugging Face model folder with a fast byte-level BPE tokenizer and a model card of measured figures.
-Every story is seen once; the stories of training, of the held-out loss and of the demo have different seeds.
+Writes a Hugging Face model folder with a fast byte-level BPE tokenizer and a model card with measured metrics.
+Every story is seen once; the stories for training, for the held-out loss and for the demo have different seeds.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ pipeline_tag: text-generation
 
 A Llama-architecture language model of the short English stories that `dmm_ray.demo.stories` generates:
 {parameters:,} parameters, {blocks} blocks, d = {d}, {heads} heads, context {context}, byte-level BPE of
-{vocabulary} tokens. BOS `<s>` is put before every text; EOS `</s>` ends a story. It exists so that the
+{vocabulary} tokens. BOS `<s>` precedes every text; EOS `</s>` ends a story. It exists so that the
 demo and the tests have a real language model without a model hub; it knows nothing but its stories.
 
 The stories carry labels (sentiment, the hero's gender and number, tense, place, weather, animal, harm),
-character spans and facts, drawn independently of each other. The 64 residents of a fixed world live, own
-and work as the same in every story, for the model to learn by heart.
+character spans and facts, drawn independently of each other. The 64 residents of a fixed world have the same
+home, possession and job in every story, for the model to memorise.
 
 ## Training
 `{command}`: {minutes:.0f} minutes on {threads} CPU thread(s) of a busy machine, {when}, torch {torch},
 transformers {transformers}. {stories:,} stories of seed {stories_seed}, each seen once
 ({training_tokens:,} tokens); AdamW, learning rate {learning_rate}, 2 % warm-up and cosine, {batch}
-stories a step, float32, seed {seed}.
+stories per step, float32, seed {seed}.
 
 ## Measured
-| what | figure |
+| metric | value |
 |---|---|
 | loss on 1,000 new stories, nats/token | {held_out_loss:.3f} |
 | the unigram's loss on them, nats/token | {unigram_loss:.3f} |
@@ -65,8 +65,8 @@ stories a step, float32, seed {seed}.
 | world facts ranked first where a story first tells them | {world_fact_recall:.1%} |
 | a story's own facts (home, animal's name) ranked first where it repeats them | {story_fact_recall:.1%} |
 
-Rows are the positions after BOS of the demo's 3,000 stories (seed {demo_seed}): those of the last 5 %
-whose whole prefix also begins one of the first 90 %.
+Rows are the positions after BOS in the demo's 3,000 stories (seed {demo_seed}); seen are those of the last 5 %
+of the stories whose whole prefix also begins one of the first 90 %.
 
 Activations of those stories, the last 5 % held out: mean excess kurtosis along whitened principal axes (0
 for a Gaussian), and negative log-likelihood in nats/dim of standardised rows under a full-covariance
@@ -78,7 +78,7 @@ Gaussian and under 256 diagonal components.
 
 ## Limits
 Trained on generated text only, and briefly: where the recall of a story's own facts is low, the model does not
-carry names along, and the stories it samples change their people midway. About 15 % of stories tell of a
+keep track of names, and the characters of the stories it samples change midway. About 15 % of stories tell of a
 theft, a poisoning, a fire or a threat, mildly worded, for experiments with safety interventions.
 """
 
@@ -94,13 +94,13 @@ class SubjectConfig(Config):
     seed: int = 0
     """Seed of the weights and of the order of stories."""
     stories_seed: int = 1000
-    """Seed of the training stories; the held-out ones have the next."""
+    """Seed of the training stories; the held-out stories use the next one."""
     demo_seed: int = 1
-    """Seed of the demo's stories, on which the figures on activations are measured."""
+    """Seed of the demo's stories, on which the metrics of activations are measured."""
     stories: int = 50_000
     """Training stories, each seen once."""
     vocabulary: int = 2048
-    """Tokens of the byte-level BPE."""
+    """Vocabulary size of the byte-level BPE."""
     d: int = 64
     """Hidden size."""
     mlp: int = 192
@@ -110,7 +110,7 @@ class SubjectConfig(Config):
     heads: int = 4
     """Attention heads."""
     context: int = 256
-    """Tokens of context; longer stories are cut."""
+    """Context window in tokens; longer stories are truncated."""
     batch: int = 16
     """Stories per step."""
     initializer_range: float = 0.1
@@ -124,7 +124,7 @@ class SubjectConfig(Config):
 
 
 def build_tokenizer(texts: Sequence[str], config: SubjectConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``texts`` that puts BOS before every text."""
+    """A byte-level BPE trained on ``texts`` that prepends BOS to every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -169,13 +169,13 @@ def build_model(config: SubjectConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], context: int) -> list[list[int]]:
-    """Token ids of each text with BOS and, where it fits the context, EOS."""
+    """Token ids of each text with BOS and, if it fits into the context window, EOS."""
     eos = tokenizer.eos_token_id
     return [ids[:context] for ids in ([*ids, eos] for ids in tokenizer(list(texts))["input_ids"])]
 
 
 def pad(documents: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """(b, t) int64, padded on the right with ``fill``."""
+    """The documents as (b, t) int64, padded on the right with ``fill``."""
     width = max(map(len, documents))
     return torch.tensor([[*ids, *[fill] * (width - len(ids))] for ids in documents])
 
@@ -191,7 +191,7 @@ def batches(documents: Sequence[Sequence[int]], size: int, seed: int) -> Iterato
 
 
 def token_losses(model: LlamaForCausalLM, ids_BT: Tensor) -> Tensor:
-    """Nats of every token after the first of each document, (m,)."""
+    """Loss in nats of every token after the first of each document, (m,)."""
     known = ids_BT != IGNORED
     logits = model(input_ids=ids_BT.where(known, torch.zeros_like(ids_BT))).logits[:, :-1]
     targets = ids_BT[:, 1:]
@@ -201,9 +201,9 @@ def token_losses(model: LlamaForCausalLM, ids_BT: Tensor) -> Tensor:
 
 
 def fit(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], config: SubjectConfig) -> None:
-    """Train on every document once: AdamW, warm-up and cosine, clipped gradients.
+    """Train on every document once with AdamW, warm-up and cosine decay, and gradient clipping.
 
-    In float32: at this size bf16 autocast is no faster on CPU, and its attention is slower.
+    Training is in float32: at this size bf16 autocast is no faster on a CPU, and its attention is slower.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -247,7 +247,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -
 def unigram_loss(
     training: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocabulary: int
 ) -> float:
-    """Nats per token of the training frequencies (plus one) on the held-out documents."""
+    """Nats per token of the training frequencies (add-one smoothed) on the held-out documents."""
     counts = np.bincount(np.concatenate([ids[1:] for ids in training]), minlength=vocabulary) + 1
     nats = -np.log(counts / counts.sum())
     return float(nats[np.concatenate([ids[1:] for ids in held_out])].mean())
@@ -265,7 +265,7 @@ def seen_prefix_share(documents: Sequence[Sequence[int]]) -> float:
 def fact_recall(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: Sequence[Story]
 ) -> dict[str, float]:
-    """Share of facts all of whose tokens rank first: the world's when first told, a story's when repeated."""
+    """Share of facts all of whose tokens rank first: world facts when first told, a story's own facts when repeated."""
     right: dict[str, list[bool]] = {"world": [], "story": []}
     for story in stories:
         encoded = tokenizer(story.text, return_offsets_mapping=True)
@@ -285,7 +285,7 @@ def fact_recall(
 
 
 def layer_rows(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], layer: int) -> np.ndarray:
-    """(rows, d) outputs of block ``layer`` at every position but the first and the last (EOS is no input)."""
+    """Outputs of block ``layer``, (rows, d), at every position but the first and the last (EOS is not an input)."""
     rows = []
     with torch.no_grad():
         for ids_BT in batches([ids[:-1] for ids in documents], 32, 0):
@@ -298,7 +298,7 @@ def layer_rows(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], laye
 
 
 def shape_figures(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-    """How far rows are from Gaussian: kurtosis along whitened axes, NLL in nats/dim of standardised rows."""
+    """How non-Gaussian rows are: kurtosis along whitened axes, NLL in nats/dim of standardised rows."""
     mean, std = train.mean(0), train.std(0)
     train, test = (train - mean) / std, (test - mean) / std
     values, axes = np.linalg.eigh(np.cov(train.T))
@@ -322,7 +322,7 @@ def measure(
     training: list[list[int]],
     config: SubjectConfig,
 ) -> dict[str, Any]:
-    """Every figure of the model card."""
+    """Every metric of the model card."""
     fresh = list(generate(1000, config.stories_seed + 1))
     held_out = encode(tokenizer, [story.text for story in fresh], config.context)
     demo = encode(tokenizer, [story.text for story in generate(3000, config.demo_seed)], config.context)
@@ -346,7 +346,7 @@ def measure(
 
 
 def card(figures: dict[str, Any], config: SubjectConfig, seconds: float) -> str:
-    """The model card, as Markdown."""
+    """The model card in Markdown."""
     rows = "\n".join(
         f"| {layer} | {f['excess_kurtosis']:.2f} | {f['gaussian_nll']:.3f} | {f['mixture_nll']:.3f} |"
         for layer, f in figures["shape"].items()
@@ -368,7 +368,7 @@ def card(figures: dict[str, Any], config: SubjectConfig, seconds: float) -> str:
 
 
 def train_subject(config: SubjectConfig) -> str:
-    """Generate, train, measure and write the model folder; return it."""
+    """Generate the stories, train, measure, and write the model folder; return its path."""
     torch.set_num_threads(config.threads)
     started = time.monotonic()
     texts = [story.text for story in generate(config.stories, config.stories_seed)]

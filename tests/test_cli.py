@@ -158,7 +158,7 @@ def test_a_field_of_one_letter_is_a_flag_like_others():
         ),
         (["train", *TRAIN, "--min-workers", "3"], "^min_workers: must not be more than workers"),
         (["extract", "--text", "t", "--out", "o", "--layers", "[1]"], "^model: required; give --model"),
-        (["train", "--config"], "--config: a YAML file is needed"),
+        (["train", "--config"], "--config: no value; give the path of a YAML file"),
         (["train", "--config", "/nothing.yaml"], "/nothing.yaml: no such file"),
         (["extract", "--model", "m", "--text", "t", "--out", "o", "--layers", "[1,1]"], "layers: .*distinct"),
     ],

@@ -42,7 +42,7 @@ def test_auto_is_what_the_device_is_fast_in_and_words_are_kept() -> None:
     assert choose_precision("auto", fast_bfloat16=False) == "float32"
     assert choose_precision("bfloat16", fast_bfloat16=False) == "bfloat16"
     assert choose_precision("float32", fast_bfloat16=True) == "float32"
-    with pytest.raises(UserError, match=r"^precision: auto, float32 or bfloat16 is needed \(got 'float16'\)"):
+    with pytest.raises(UserError, match=r"^precision: expected auto, float32 or bfloat16 \(got 'float16'\)"):
         choose_precision("float16", fast_bfloat16=True)
 
 

@@ -31,7 +31,7 @@ def test_negative_and_large_seeds_and_what_is_none() -> None:
     assert torch.equal(small, prior.sample(2, steps=1, seed=np.uint64(2**64 - 3)))
     assert torch.equal(small, prior.sample(2, steps=1, seed=torch.tensor(-3)))
     for seed in (3.0, None, "3", np.float32(3)):
-        with pytest.raises(UserError, match=r"^seed: an integer is needed"):
+        with pytest.raises(UserError, match=r"^seed: expected an integer"):
             prior.sample(2, steps=1, seed=seed)
 
 
@@ -41,7 +41,7 @@ def test_the_generators_are_those_of_the_libraries_and_take_every_integer() -> N
     assert torch_rng(-1).initial_seed() == torch_rng(np.uint64(2**64 - 1)).initial_seed()
     assert numpy_rng(-1).integers(1 << 60) == numpy_rng(2**64 - 1).integers(1 << 60)
     for make in (numpy_rng, torch_rng):
-        with pytest.raises(UserError, match=r"^seed: an integer is needed"):
+        with pytest.raises(UserError, match=r"^seed: expected an integer"):
             make(0.5)
 
 

@@ -1,1 +1,1 @@
-"""The demo: a generator of labelled stories, a small language model of them, and the whole job on both."""
+"""The demo: a generator of labelled stories, a small language model trained on them, and the full pipeline on both."""

@@ -1,8 +1,8 @@
 """English morphology for the demo stories: verb forms, pronouns, articles, and the template notation.
 
 A template is plain text with ``{slot}`` for a phrase and ``[verb]`` for a verb in the story's tense that
-agrees with the hero; ``[verb.s]`` and ``[verb.p]`` agree with another singular or plural subject. ``1:`` or
-``2:`` in front restricts a template to one hero or a pair.
+agrees with the hero; ``[verb.s]`` and ``[verb.p]`` agree with another singular or plural subject. A prefix
+``1:`` or ``2:`` restricts a template to a single hero or a pair.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ PRONOUNS = {
     ("female", True): {"he": "they", "him": "them", "his": "their", "himself": "themselves"},
     ("male", True): {"he": "they", "him": "them", "his": "their", "himself": "themselves"},
 }
-# what the hero says of himself or themselves
+# first-person pronouns for a single hero (False) or a pair (True)
 FIRST_PERSON = {
     False: {"I": "I", "me": "me", "my": "my", "am": "am", "was": "was", "myself": "myself"},
     True: {"I": "we", "me": "us", "my": "our", "am": "are", "was": "were", "myself": "ourselves"},
@@ -94,7 +94,7 @@ FIRST_PERSON = {
 
 
 class SentencePart(NamedTuple):
-    """One piece of a template: ``kind`` is text, slot or verb; ``option`` stands behind the dot."""
+    """One piece of a template: ``kind`` is text, slot or verb; ``option`` is what follows the dot."""
 
     kind: str
     value: str
@@ -114,7 +114,7 @@ _PIECE = re.compile(r"(\{[^}]+\}|\[[^\]]+\])")
 
 @functools.cache
 def parse(template: str) -> Template:
-    """The parts of ``template``, in the notation of this module."""
+    """Parse ``template``, in the notation described in this module's docstring."""
     number = {"1:": "singular", "2:": "plural"}.get(template[:2], "")
     parts = []
     for piece in _PIECE.split(template[2:] if number else template):

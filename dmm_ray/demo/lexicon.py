@@ -11,7 +11,7 @@ def _words(block: str) -> tuple[str, ...]:
 
 
 def _phrases(block: str) -> tuple[str, ...]:
-    """The phrases of ``block``, which stand between bars."""
+    """The phrases of ``block``, separated by bars."""
     return tuple(" ".join(phrase.split()) for phrase in block.split("|"))
 
 
@@ -161,7 +161,7 @@ COATS = _words(
     """
 )
 
-# objects of one kind, and the adjectives that go with them
+# groups of objects, and the adjectives that go with them
 _GOODS = (
     (
         "key bell compass whistle coin trumpet lantern medal spoon thimble",
@@ -186,7 +186,7 @@ _GOODS = (
 )
 OBJECTS = {noun: _words(adjectives) for nouns, adjectives in _GOODS for noun in _words(nouns)}
 
-# slot of a template -> what may stand there
+# slot of a template -> the words that may fill it
 WORDS = {
     "trait": _words(
         """
@@ -321,7 +321,7 @@ WORDS = {
     ),
 }
 
-# how a villain is named first, and afterwards
+# how a villain is introduced, and referred to afterwards
 VILLAINS = (
     ("a stranger", "the stranger"),
     ("a man in a grey coat", "the man"),
@@ -379,7 +379,7 @@ _RESIDENTS = _words(
 
 @dataclass(frozen=True)
 class Resident:
-    """One of the 64 fixed people of the world; what is said of them is the same in every story.
+    """One of the 64 residents of the fixed world; the facts about them are the same in every story.
 
     ``lives_in``, ``owns`` and ``works_as`` are the objects of those relations (``owns`` without its article).
     """

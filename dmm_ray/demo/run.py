@@ -1,4 +1,4 @@
-"""``dmm demo``: the whole flow on one machine, text -> activations -> prior -> report -> endpoint."""
+"""``dmm demo``: the full pipeline on one machine, text -> activations -> prior -> report -> endpoint."""
 
 from __future__ import annotations
 
@@ -38,49 +38,49 @@ SUBJECT = Path(__file__).parent / "subject"
 SHOWN_TOKENS = 120
 MINUTES = 5.25
 LEAST_SHARE = 0.3
-"""Of the time, that the training gets at least."""
+"""Minimum share of the total time that training gets."""
 TRAIN_OVERHEAD_S = 35.0
-"""What training takes beside its steps: the trial, Ray Train's start and end, the calibration."""
+"""Seconds that training takes in addition to its steps: the trial, Ray Train's start and end, the calibration."""
 CALIBRATION_ROWS = 2048
 EVALUATION: dict[str, object] = {"quick": True}
-"""Fields of `dmm evaluate`, whose searches for the baselines' sizes would take minutes."""
+"""Fields of `dmm evaluate`; searching for the baselines' sizes would take minutes."""
 
 
 class DemoConfig(Config):
-    """Run everything once: text, activations, prior, comparison with baselines, a moment of serving, an HTML report."""
+    """Run the full pipeline: text, activations, prior, comparison with baselines, briefly serving, an HTML report."""
 
     out: str = "runs/demo"
-    """Folder for all that is written; finished steps in it are kept when the command runs again."""
+    """Output folder; finished steps in it are kept when the command is run again."""
     model: str | None = None
-    """Language model: a folder, a .gguf file or a hub id; default the small one inside the package."""
+    """Language model: a folder, a .gguf file or a hub id; defaults to the small one inside the package."""
     text: str | list[str] | None = None
-    """Text files, folders or URIs; default stories from the package's generator."""
+    """Text files, folders or URIs; defaults to stories from the package's generator."""
     layer: int | None = Field(default=None, ge=0)
-    """Layer to model; default the middle one."""
+    """Layer to model; defaults to the middle one."""
     documents: int = Field(default=3000, ge=100)
-    """Stories to generate where no text is given."""
+    """Stories to generate if no text is given."""
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Time for everything, about: the training gets what the other steps leave. Default 5.25; a run that is resumed
-    keeps its number of samples."""
+    """Approximate total time; training gets what the other steps leave. Defaults to 5.25; a resumed run keeps its
+    number of samples."""
     samples: int | None = Field(default=None, ge=1)
     """Training samples, instead of a time."""
     batch: int = Field(default=1024, ge=1)
-    """Samples in a training batch."""
+    """Samples per training batch."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; default from the network's width."""
+    """Peak learning rate; defaults to one chosen for the network's width."""
     window: int | None = Field(default=None, ge=2)
-    """Tokens of a document that are used; default the model's context, at most 2048."""
+    """Tokens to use per document; defaults to the model's context window, at most 2048."""
     evaluation: dict[str, object] = Field(default={})
     """Fields of `dmm evaluate` to override."""
     seed: int = 0
-    """Of the stories, the training and the evaluation."""
+    """Seed of the stories, the training and the evaluation."""
 
 
 def demo(config: DemoConfig) -> str:
-    """Run the flow; gives the path of the HTML report.
+    """Run the pipeline and return the path of the HTML report.
 
     Raises:
-        UserError: bad input of any step, named.
+        UserError: bad input to any step; the message names it.
     """
     started = time.perf_counter()
     if config.samples is not None and config.minutes is not None:
@@ -100,7 +100,7 @@ def demo(config: DemoConfig) -> str:
 
 
 def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> tuple[str, dict[str, Any]]:
-    """Every step; the report's path and the summary."""
+    """Run every step and return the report's path and the summary."""
     steps.begin("extract")
     store = extract(
         ExtractConfig(
@@ -142,7 +142,7 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
 
 
 def _training_minutes(config: DemoConfig, steps: Steps, prior: str) -> float | None:
-    """The time that training gets; that of the run in its folder where there is one. None with a number of samples."""
+    """The time for training, taken from the run in its folder if there is one; None if ``samples`` is given."""
     if config.samples is not None:
         return None
     saved = saved_run(prior)
@@ -153,14 +153,14 @@ def _training_minutes(config: DemoConfig, steps: Steps, prior: str) -> float | N
 
 
 def _layer(config: DemoConfig, model: str) -> int:
-    """The layer asked for, or the middle one (7 of 16 blocks, 15 of 32: as published)."""
+    """The requested layer, or the middle one (7 of 16 blocks, 15 of 32, as published)."""
     if config.layer is not None:
         return config.layer
     return (SubjectSource.resolve(model).check([0]) - 1) // 2
 
 
 def _stories(config: DemoConfig, out: str) -> str:
-    """The generated text, written once."""
+    """The path of the generated text, which is written if missing."""
     path = join(out, f"stories-{config.documents}-{config.seed + 1}.jsonl")
     if not exists(path):
         write_corpus(path, config.documents, seed=config.seed + 1)
@@ -168,7 +168,7 @@ def _stories(config: DemoConfig, out: str) -> str:
 
 
 def _score(config: DemoConfig, prior: str, store_uri: str, model: str, layer: int) -> list[ScoredText]:
-    """Two texts' tokens scored through the endpoint over HTTP: a test document, and the same with its words mixed."""
+    """Two texts scored token by token over HTTP: a test document, and the same document with its words shuffled."""
     subject = SubjectModel.from_pretrained(model, layers=[layer])
     text = _test_text(store_uri, prior)
     words = text.split()
@@ -178,7 +178,7 @@ def _score(config: DemoConfig, prior: str, store_uri: str, model: str, layer: in
             ScoredText(title, _score_text(subject, one, layer, url))
             for title, one in (
                 ("A test document", text),
-                ("The same words, mixed", " ".join(words[i] for i in order)),
+                ("The same words, shuffled", " ".join(words[i] for i in order)),
             )
         ]
 
@@ -195,12 +195,12 @@ def _test_text(store_uri: str, prior: str) -> str:
             if len(longest.split()) >= 30:
                 return longest
     if not longest.strip():
-        raise UserError(f"{store_uri}: no test document holds text; give more --text")
+        raise UserError(f"{store_uri}: no test document contains text; give more text with --text")
     return longest
 
 
 def _score_text(subject: SubjectModel, text: str, layer: int, url: str) -> list[ScoredToken]:
-    """Every token of a text with the log-probability of its activation, asked of the endpoint at ``url``."""
+    """Every token of a text with the log-probability of its activation, from the endpoint at ``url``."""
     ids = subject.tokenize([text], SHOWN_TOKENS)
     with torch.inference_mode():
         states = subject.capture(*subject.pad(ids), [layer])[layer][0, 1:]

@@ -121,7 +121,7 @@ SETTINGS = (
     "1:{S} [have] {count} cousins but no one to play {game} with.",
 )
 
-# relation -> sentences that state it of the neighbour
+# relation -> sentences that state it about the neighbour
 WORLD_FACTS = {
     "lives_in": (
         "{Nn} [live.s] in {n.town}.",

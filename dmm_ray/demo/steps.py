@@ -1,4 +1,4 @@
-"""Where a flow of several steps stands: which of how many, and about how much time is left."""
+"""Progress of the demo: which step of how many is running, and about how much time is left."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Self
 
 logger = logging.getLogger(__name__)
 STEPS = {"extract": 25.0, "train": 190.0, "evaluate": 90.0, "serve": 25.0}
-"""The demo's steps and about how many seconds each takes on two slow cores; training takes what is left of the time."""
+"""The demo's steps and their approximate seconds on two slow cores; training gets whatever time is left."""
 STATUS_EVERY_S = 15.0
 
 
 class Steps:
-    """Logs progress at each step and at intervals within it. A context manager.
+    """Context manager that logs the progress of the pipeline at the start of each step and periodically during it.
 
     Args:
-        minutes: for all steps; None where nobody has said how long they may take.
+        minutes: total time for all steps; None if no time was given.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -37,18 +37,18 @@ class Steps:
         self._thread.join()
 
     def begin(self, step: str) -> None:
-        """Go on to the next step."""
+        """Start the next step."""
         self.step, self.step_started = step, time.monotonic()
         logger.info("%s", self.line())
 
     def left_for(self, step: str) -> float:
-        """Seconds that the steps after ``step`` leave to it of the time for all."""
+        """Seconds of the total time left for ``step``, reserving those of the steps after it."""
         names = list(STEPS)
         after = sum(STEPS[name] for name in names[names.index(step) + 1 :])
         return self.total_s - (time.monotonic() - self.started) - after
 
     def left(self) -> float:
-        """Seconds until the end, about: what the steps usually take, or what is left of the time if that is more."""
+        """Approximate seconds until the end, from what the steps usually take and, for training, the total time."""
         names, spent = list(STEPS), time.monotonic() - self.step_started
         after = sum(STEPS[name] for name in names[names.index(self.step) + 1 :])
         usual = self.left_for(self.step) if self.step == "train" else STEPS[self.step] - spent

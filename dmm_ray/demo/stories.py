@@ -1,7 +1,7 @@
 """Short English stories with labels, character spans and facts: the demo's text and its ground truth.
 
 A story is a function of ``(seed, index, fixed)`` alone. Its attributes are drawn independently of each
-other, so that no label predicts another; with ``fixed`` the same story is told with some of them changed.
+other, so that no label predicts another; ``fixed`` tells the same story with some of them changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTRIBUTES: Final[Mapping[str, tuple[str, ...]]] = {
     "animal": lexicon.ANIMALS,
     "harm": ("none", *(plot.harm for plot in HARM_PLOTS)),
 }
-# least and most sentences by stage, and the share of stories of that length
+# share of stories of each length, and their minimum and maximum number of sentences by stage
 _SHAPES: Final = (
     (0.15, {"settings": (0, 1), "world": (0, 0), "follows": (0, 1), "incidents": (0, 0), "closings": (0, 1)}),
     (0.50, {"settings": (1, 2), "world": (0, 2), "follows": (1, 2), "incidents": (0, 2), "closings": (0, 1)}),
@@ -43,8 +43,8 @@ class Story:
     """One story. ``labels`` holds every attribute, "none" where the text does not mention it.
 
     Offsets of ``spans`` and ``facts`` count characters of ``text``. Labels of spans: hero, pronoun (of the
-    hero), neighbour, villain, animal, object, place, weather, fact:RELATION (where a fact's object stands),
-    and whole sentences: harm, sentiment.
+    hero), neighbour, villain, animal, object, place, weather, fact:RELATION (the mention of a fact's object),
+    and, for whole sentences, harm and sentiment.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Story:
     facts: list[Fact]
 
     def to_json(self) -> dict[str, Any]:
-        """The story as JSON values; spans and facts as objects."""
+        """The story as JSON values, with spans and facts as objects."""
         return {
             "text": self.text,
             "labels": self.labels,
@@ -63,9 +63,9 @@ class Story:
 
 
 def generate(n: int, seed: int = 0, fixed: Mapping[str, str] | None = None) -> Iterator[Story]:
-    """Yield ``n`` stories; ``fixed`` sets attributes (see ATTRIBUTES), all else stays as without it.
+    """Yield ``n`` stories; ``fixed`` sets attributes (see ATTRIBUTES) and leaves everything else unchanged.
 
-    Raises UserError for an attribute or value that does not exist.
+    Raises UserError for an unknown attribute or value.
     """
     fixed = dict(fixed or {})
     for name, value in fixed.items():
@@ -84,7 +84,7 @@ def write_corpus(path: str | Path, n: int = 3000, seed: int = 1) -> str:
 
 
 def _attributes(rng: Random, fixed: Mapping[str, str]) -> dict[str, str]:
-    """Every attribute, drawn in a fixed order whether or not ``fixed`` overrides it."""
+    """Every attribute, drawn in a fixed order whether or not ``fixed`` overrides it, so that draws stay aligned."""
     drawn = {name: rng.choice(values) for name, values in ATTRIBUTES.items() if name != "harm"}
     kind = rng.choice(ATTRIBUTES["harm"][1:])
     drawn["harm"] = kind if rng.random() < HARM_SHARE else "none"
@@ -153,7 +153,7 @@ def _tell(writer: StoryWriter, plot: Plot, happy: bool) -> None:
 
 
 def _labels(drawn: Mapping[str, str], plan: StoryPlan, plot: Plot, writer: StoryWriter) -> dict[str, str]:
-    """All labels; what the text never mentions is "none"."""
+    """All labels, with "none" for whatever the text never mentions."""
     seen = {span.label for span in writer.spans}
     labels = {
         **drawn,

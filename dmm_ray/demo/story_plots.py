@@ -1,6 +1,6 @@
 """The plots of the demo stories: how trouble begins, what is done about it, and how it ends well or badly.
 
-Every template works for any object, animal, place and weather, so that these stay independent of the plot.
+Every template works with any object, animal, place and weather, so that these stay independent of the plot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Plot(NamedTuple):
     """One plot: sentence templates by stage; ``harm`` is "none" or the kind of harm ``begins`` describes.
 
-    ``missing`` ("obj", "pet" or "") is out of reach in the middle and after a bad end.
+    ``missing`` ("obj", "pet" or "") must not be mentioned in the middle and after a bad end.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Writes one demo story sentence by sentence, recording the exact character span of everything labelled."""
+"""Writes a demo story sentence by sentence, recording the exact character span of everything labelled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dmm_ray.demo.grammar import FIRST_PERSON, PRONOUNS, conjugate, parse, with_
 
 PRONOUN_SHARE = 0.7
 NOUN_SHARE = {False: 0.1, True: 0.4}
-# how often a word of a list gets a word of another list before it
+# word list -> the list that qualifies its words, and how often
 QUALIFIED = {"food": ("taste", 0.3), "colour": ("shade", 0.25)}
 MEANWHILE_SHARE = 0.2
 _SUBJECTS = ("{S}", "{N}", "{Nn} ", "{the.pet}", "{V}")
 
 
 class Span(NamedTuple):
-    """Characters ``start`` up to ``end`` of a story's text, and what they are."""
+    """Characters ``start`` to ``end`` (exclusive) of a story's text, and their label."""
 
     start: int
     end: int
@@ -27,9 +27,9 @@ class Span(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """``subject`` ``relation`` ``object``, ``start`` and ``end`` are where the object stands.
+    """``subject`` ``relation`` ``object``; ``start`` and ``end`` delimit the mention of the object.
 
-    ``world`` tells the fixed facts of the world, the same in every story, from those of this story alone.
+    ``world`` distinguishes the fixed facts of the world, the same in every story, from those of this story alone.
     """
 
     subject: str
@@ -71,7 +71,7 @@ class StoryPlan:
 
 @dataclass
 class StoryWriter:
-    """The text written so far with its spans and facts, and what the reader has been told already."""
+    """The text written so far with its spans and facts, and what the reader already knows."""
 
     plan: StoryPlan
     rng: Random
@@ -93,9 +93,9 @@ class StoryWriter:
     def sentence(
         self, templates: Sequence[str], label: str = "", without: str = "", linked: bool = False
     ) -> None:
-        """Write one fitting template that was not used yet and does not speak of ``without`` ("obj", "pet").
+        """Write a fitting template that was not used yet and does not mention ``without`` ("obj", "pet").
 
-        ``label`` names a span over the whole sentence; ``linked`` allows a few words that lead over to it.
+        ``label`` names a span over the whole sentence; ``linked`` allows a linking phrase before it.
         """
         fitting = [t for t in templates if t not in self._used and self._fits(t, without)]
         if not fitting:
@@ -131,7 +131,7 @@ class StoryWriter:
                 self._slot(part.value)
 
     def _put(self, words: str, label: str = "") -> int:
-        """Append ``words`` (its first letter capital at a sentence's start) and return where they begin."""
+        """Append ``words``, capitalised at the start of a sentence, and return the offset where they begin."""
         if self._capital and (at := next((i for i, c in enumerate(words) if c.isalpha()), None)) is not None:
             words, self._capital = words[:at] + words[at].upper() + words[at + 1 :], False
         start = len(self.text)
@@ -158,7 +158,7 @@ class StoryWriter:
             self._named(slot)
 
     def _named(self, slot: str) -> None:
-        """The slots that have a rule of their own."""
+        """Write a slot that has its own rule."""
         plan = self.plan
         match slot:
             case "H":
@@ -196,7 +196,7 @@ class StoryWriter:
         self._put(self._pick(slot))
 
     def _pick(self, slot: str) -> str:
-        """A word of a list, not yet used in this story while any is left."""
+        """A random word of a list, preferring words not yet used in this story."""
         words = lexicon.WORDS[slot]
         fresh = [w for w in words if w not in self._used] or words
         word = self.rng.choice(fresh)
@@ -210,7 +210,7 @@ class StoryWriter:
         self._known.add("hero")
 
     def _subject(self) -> None:
-        """The hero as the reader can follow it: a pronoun where it is clear, else the name or a noun."""
+        """Write the hero as the subject: by a pronoun only where it is unambiguous, else by name or a noun."""
         draw = self.rng.random()
         others = {"neighbour", "villain"} & self._before
         clear = "hero" in self._known and (not others or (self.plan.plural and "hero" in self._before))

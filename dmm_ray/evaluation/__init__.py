@@ -1,1 +1,1 @@
-"""Measuring a prior against classical baselines on held-out documents, and the report of it."""
+"""Comparing a prior with classical baselines on held-out documents, and the report."""

@@ -41,13 +41,13 @@ class EvaluateConfig(Config):
     prior: str
     """Prior folder or hub id."""
     activations: str
-    """Activation store that the baselines are fitted on and test rows come from; the prior's own, as a rule."""
+    """Activation store for fitting the baselines and for the test rows; usually the one the prior was trained on."""
     out: str
-    """Folder for summary.json, report.html and plots; results there are replaced."""
+    """Folder for summary.json, report.html and plots; existing results in it are replaced."""
     text: str | list[str] | None = None
-    """Text of the store, if it has moved; default the places in the store's manifest."""
+    """Text of the store, if it has moved; defaults to the paths in the store's manifest."""
     layer: int | None = None
-    """Which layer; needed for a prior of several."""
+    """Layer to evaluate; required if the prior models several."""
     quick: bool = False
     """Skip the searches for sizes and options of the baselines, and take fewer samples and documents: about a minute
     on the demo's store. Fields that are given keep their values."""
@@ -78,33 +78,33 @@ class EvaluateConfig(Config):
     pretrained_sae: str | None = None
     """Folder or URI of a trained sparse autoencoder of this layer (cfg.json and safetensors), compared as well."""
     lm_documents: int = Field(default=100, ge=0)
-    """Test documents for the delta LM loss; 0 leaves it out."""
+    """Test documents for the delta LM loss; 0 skips it."""
     lm_levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.5, 0.7)
-    """Noise levels for the delta LM loss of posterior means; 0.5, the headline's, is always there, with samples too."""
+    """Noise levels of the delta LM loss of posterior means; the headline's 0.5 is always included, with samples too."""
     nll_rows: int = Field(default=512, ge=0)
-    """Test rows for the likelihood; 0 leaves it out."""
+    """Test rows for the likelihood; 0 skips it."""
     nll_steps: int = Field(default=32, ge=1)
-    """Midpoint intervals of the prior's likelihood, two evaluations each."""
+    """Midpoint intervals for the prior's likelihood, two evaluations each."""
     nll_probes: int = Field(default=2, ge=0)
-    """Rademacher probes of its trace; 0 is exact."""
+    """Rademacher probes for its trace; 0 computes it exactly."""
     samples: int = Field(default=5_000, ge=0)
-    """Rows drawn from each method for the Frechet distance and the two-sample test; 0 leaves them out."""
+    """Rows drawn from each method for the Frechet distance and the two-sample test; 0 skips both."""
     sample_steps: int = Field(default=20, ge=1)
-    """Midpoint intervals of the prior's samples, two evaluations each."""
+    """Midpoint intervals for the prior's samples, two evaluations each."""
     two_sample_rows: int = Field(default=2_000, ge=10)
-    """Rows a side for the two-sample test."""
+    """Rows per side of the two-sample test."""
     unseen_prefix: bool = True
-    """Report on rows with unseen prefixes too; reads and tokenizes all the training text."""
+    """Also report on rows with unseen prefixes; requires reading and tokenizing all the training text."""
     seed: int = 0
-    """Of noise, draws and fits."""
+    """Seed of noise, draws and fits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto uses a GPU if there is one."""
     precision: PrecisionOption = "auto"
-    """Of the prior's matrix products; states and sums are float32, as are the baselines. auto is bfloat16 where the
-    device is fast in it, else float32."""
+    """Number format of the prior's matrix products; states and sums are float32, as are the baselines. auto is bfloat16
+    on devices with fast bfloat16, else float32."""
     compute_dtype: PrecisionOption = "auto"
-    """Number format of the language model's computation. auto is what the store was computed in, or float32 where the
-    device is slow in that."""
+    """Number format of the language model's computation. auto is that of the store, or float32 if that is slow on the
+    device."""
     subject: ModelSource = ModelSource()
     """The language model, if it has moved."""
 

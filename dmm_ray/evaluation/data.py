@@ -1,4 +1,4 @@
-"""What an evaluation reads: the prior, the store's rows by part, the test documents' tokens; all checked first."""
+"""Loading and checking the inputs of an evaluation: the prior, the store's rows by part, the test documents' tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENIZE_DOCUMENTS = 512
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """Rows of one part of the documents in the prior's normalised space."""
+    """Rows of one part of the document split, in the prior's normalised space."""
 
     z: Tensor
     """(n, d) float32."""
@@ -51,28 +51,28 @@ class EvaluationInputs:
     store: ActivationStore
     subject: SubjectModel
     compute_dtype: Precision
-    """Of the subject."""
+    """Number format of the subject's computation."""
     train: EvaluationRows
     validation: EvaluationRows
     test: EvaluationRows
     tokens: dict[int, list[int]]
     """Token ids of the test documents, position 0 included, by document number."""
     unseen: dict[int, np.ndarray] | None
-    """Whether each position's prefix is in no training document, by document number."""
+    """Whether no training document starts with each position's prefix, by document number."""
 
     def is_unseen(self, ids: Tensor) -> np.ndarray | None:
-        """Whether the prefix of each of the rows ``ids`` (n, 2) is in no training document; None if not asked for."""
+        """Whether no training document starts with the prefix of each row of ``ids`` (n, 2); None if not requested."""
         if self.unseen is None:
             return None
         return np.array([self.unseen[doc][position] for doc, position in ids.tolist()], dtype=bool)
 
 
 def load(config: EvaluateConfig) -> EvaluationInputs:
-    """Open and check everything.
+    """Open and check all inputs.
 
     Raises:
-        UserError: a prior, store, model and text that do not belong together, a part without documents, or a value
-            that is not finite.
+        UserError: the prior, store, model and text do not belong together, a part has no documents, or a row contains
+            NaN or Inf.
     """
     device = pick_device(config.device)
     prior = ActivationPrior.from_pretrained(config.prior, device=device, precision=config.precision)
@@ -101,7 +101,7 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
     if changed := changed_part(subject.source, manifest):
         raise UserError(
             f"model: {model}: {changed} is not what {store.uri} was extracted with ({manifest.subject.id}); "
-            "give --model that one"
+            "give that model with --model"
         )
     warn_of_versions(manifest.subject, store.uri)
     corpus = open_corpus(config, store)
@@ -110,7 +110,7 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
     parts = {
         part: read_part(store, prior, layer, split, part, rows, config.seed) for part, rows in limits.items()
     }
-    # What the extraction was allowed to skip (--max-failed-documents) has no rows, and fails again where it is read.
+    # Documents that the extraction was allowed to skip (--max-failed-documents) have no rows and would fail again.
     failed = frozenset(doc for record in store.records for doc, _ in record.failed)
     tokens = test_tokens(corpus, subject, manifest.window, parts[TEST])
     unseen = None
@@ -131,21 +131,21 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
 
 
 def pick_device(device: str) -> str:
-    """``device`` with auto resolved. Raises UserError for cuda where there is none."""
+    """``device`` with auto resolved. Raises UserError for cuda if no GPU is available."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU is available; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:
-    """The text that the store was extracted from. Raises UserError if it is missing or another."""
+    """The text that the store was extracted from. Raises UserError if it is missing or differs."""
     entry = store.manifest.text
     uris = [config.text] if isinstance(config.text, str) else config.text or list(entry.uris)
     corpus = Corpus.scan(uris, entry.text_field, entry.separator)
     if corpus.hash != entry.hash:
         raise UserError(
             f"text: {', '.join(uris)} is not the text that {store.uri} was extracted from; "
-            "give --text the same files"
+            "give the same files with --text"
         )
     return corpus
 
@@ -159,10 +159,10 @@ def read_part(
     max_rows: int,
     seed: int,
 ) -> EvaluationRows:
-    """Normalised rows of a part, without position 0 and what split documents have beyond their first window.
+    """Normalised rows of a part, without position 0 and without positions beyond the first window of a document.
 
     Raises:
-        UserError: there are no rows, or one contains NaN or Inf.
+        UserError: there are none, or one contains NaN or Inf.
     """
     rows = store.select(layer, split, part, max_rows, seed)
     check_finite(store, layer, rows)
@@ -170,7 +170,7 @@ def read_part(
     if not later.any():
         raise UserError(
             f"activations: {store.uri} has no {PARTS[part]} documents; extract more text (about 1 document in "
-            f"{1 / max(getattr(split, PARTS[part]), 1e-9):.0f} goes there)"
+            f"{1 / max(getattr(split, PARTS[part]), 1e-9):.0f} is assigned to that part)"
         )
     ids = torch.from_numpy(np.stack([rows.doc, rows.position.astype(np.int64)], axis=1)[later])
     x = rows.activation[torch.from_numpy(later)].to(prior.device)
@@ -187,7 +187,7 @@ def test_tokens(
 def training_tokens(
     corpus: Corpus, subject: SubjectModel, split: Split, window: int, failed: Container[int] = ()
 ) -> Iterator[list[int]]:
-    """Token ids of every training document but those that ``failed`` when they were extracted, streamed."""
+    """Yield the token ids of every training document except those that ``failed`` during extraction."""
     for first in range(0, corpus.n_documents, TOKENIZE_DOCUMENTS):
         docs = np.arange(first, min(first + TOKENIZE_DOCUMENTS, corpus.n_documents))
         kept = set(docs[split.of(docs) == TRAIN].tolist())
@@ -199,7 +199,7 @@ def training_tokens(
 def _tokenized(
     corpus: Corpus, subject: SubjectModel, window: int, docs: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Document number and token ids of each of ``docs`` that has text."""
+    """Yield the number and token ids of each document of ``docs`` that has text."""
     for doc in docs:
         (document,) = corpus.read(doc, doc + 1)
         if ids := subject.tokenize([document.content], window)[0]:

@@ -1,4 +1,4 @@
-"""``dmm evaluate``: one prior against classical baselines on the test documents."""
+"""``dmm evaluate``: compare a prior with classical baselines on the test documents."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig) -> str:
-    """Fit the baselines, measure everything on test documents, write plots, ``report.html`` and ``summary.json``.
+    """Fit the baselines, measure all methods on test documents, write plots, ``report.html`` and ``summary.json``.
 
     Returns the output folder.
 
     Raises:
-        UserError: inputs that do not belong together or are damaged; an output folder that holds something else.
+        UserError: the inputs do not belong together or are damaged, or the output folder holds a store or a prior.
     """
     start = time.perf_counter()
     out = absolute(config.out)

@@ -1,4 +1,4 @@
-"""The flow-matching loss: every method predicts the same velocities of the same noised rows."""
+"""The flow-matching loss: every method predicts the velocities of the same noised rows."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from dmm_ray.seeds import numpy_rng
 
 NOISED_CHUNK = 16384
 STREAM = 16
-"""First noise stream used here, apart from those of the prior's own methods; a row's r-th use has stream 16 + r."""
+"""First noise stream used here, distinct from those of the prior's methods; a row's r-th use has stream 16 + r."""
 
 
 @dataclass(frozen=True)
 class NoisedRows:
-    """m (row, level, noise) triples; every level occurs equally often. Sorted by level."""
+    """m (row, level, noise) triples, sorted by level; every level occurs equally often."""
 
     row: Tensor
     """(m,) index of the clean row."""
     use: Tensor
-    """(m,) how often the row was used before."""
+    """(m,) number of earlier uses of the row."""
     level: Tensor
     """(m,) 1..NOISE_LEVELS; u = level / NOISE_LEVELS."""
 
     @property
     def decile(self) -> np.ndarray:
-        """Which tenth of [0, 1] each level is in, (m,)."""
+        """The tenth of [0, 1] that each level is in, (m,)."""
         return (self.level.numpy(force=True) - 1) * DECILES // NOISE_LEVELS
 
     @classmethod
     def assign(cls, n: int, seed: int) -> NoisedRows:
-        """Use n rows in turn until every level has as many, n / LEVELS rounded up; which gets which is drawn."""
+        """Assign n rows to levels at random, reusing some, so that each level gets n / NOISE_LEVELS rounded up."""
         m = -(-n // NOISE_LEVELS) * NOISE_LEVELS
         level = torch.arange(m) // (m // NOISE_LEVELS) + 1
         place = torch.from_numpy(numpy_rng(seed).permutation(m))
@@ -85,10 +85,10 @@ def summarize(
     """The loss over all levels, and by decile of u.
 
     Args:
-        errors: (m,) of :func:`squared_errors`.
+        errors: (m,) from :func:`squared_errors`.
         noised: the triples they belong to.
-        docs: (n,) document of every clean row.
-        mask: (n,) which clean rows count; None takes all.
+        docs: (n,) document of each clean row.
+        mask: (n,) which clean rows to include; None includes all.
     """
     row = noised.row.numpy(force=True)
     kept = np.ones(len(row), dtype=bool) if mask is None else mask[row]

@@ -12,9 +12,9 @@ from dmm_ray.evaluation.methods import Methods
 def nll(
     config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods, part: EvaluationRows
 ) -> dict[str, np.ndarray]:
-    """``-log p(x) / d`` of raw activations (n,) float64 for the prior and every baseline that has a density.
+    """``-log p(x) / d`` of raw activations, (n,) float64, for the prior and every baseline with a density.
 
-    Adding :func:`log_determinant_per_dim` gives that of normalised rows.
+    Add :func:`log_determinant_per_dim` to obtain the value for normalised rows.
     """
     row = inputs.prior.layer_index(inputs.layer)
     prior = inputs.prior.log_prob(
@@ -33,5 +33,5 @@ def nll(
 
 
 def log_determinant_per_dim(inputs: EvaluationInputs) -> float:
-    """The normaliser's ``log |dz/dx| / d``: the log-density per dimension that a row gains from z to x."""
+    """The normaliser's ``log |dz/dx| / d``: ``log p(x) / d`` minus ``log p(z) / d``."""
     return inputs.prior.normalizer.log_determinant(inputs.prior.layer_index(inputs.layer)) / inputs.prior.d

@@ -1,4 +1,4 @@
-"""The delta LM loss: how much worse the language model predicts once a layer was noised and restored."""
+"""The delta LM loss: how much worse the language model predicts after a layer is noised and restored."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LM_BATCH_TOKENS = 4096
 
 
 class Documents:
-    """Some documents under a subject: rows of a layer, and the loss of the token after each.
+    """Documents run through a subject: the rows of a layer, and the loss of the token after each.
 
-    Rows are positions 1 on, document after document; the last one of a document has no next token (NaN).
+    Rows are the positions from 1 on, document by document; a document's last row has no next token, so its loss is NaN.
     """
 
     def __init__(self, subject: SubjectModel, layer: int, tokens: Mapping[int, Sequence[int]]) -> None:
@@ -44,7 +44,7 @@ class Documents:
         return rows
 
     def losses(self, rows: Tensor | None = None) -> np.ndarray:
-        """Nats of the token after each row (n,), with the layer's rows replaced by ``rows`` (n, d) where given."""
+        """Loss of the token after each row in nats, (n,); the layer's rows are replaced by ``rows`` (n, d) if given."""
         found = np.full(len(self.ids), np.nan)
         for docs, input_ids, mask in self._batches():
             edits = [] if rows is None else [self._replacing(docs, rows)]
@@ -55,7 +55,7 @@ class Documents:
         return found
 
     def _replacing(self, docs: Sequence[int], rows: Tensor) -> Intervention:
-        """Has the layer's activations in a batch of documents replaced by ``rows``."""
+        """An intervention that replaces the layer's activations in a batch of documents by ``rows``."""
         start = torch.tensor([self._start[doc] - 1 for doc in docs])  # a document's rows begin at position 1
 
         def edit(x: Tensor, ids: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Documents:
         return slice(start, start + len(self.tokens[doc]) - 1)
 
     def _batches(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Documents of like lengths with their padded tokens and mask."""
+        """Yield batches of documents of similar length with their padded tokens and mask."""
         batch: list[int] = []
         for doc in sorted(self.tokens, key=lambda doc: -len(self.tokens[doc])):
             if batch and (len(batch) + 1) * len(self.tokens[batch[0]]) > LM_BATCH_TOKENS:
@@ -81,7 +81,7 @@ class Documents:
 
 
 def draw(tokens: Mapping[int, Sequence[int]], n: int, seed: int) -> dict[int, Sequence[int]]:
-    """``n`` of the documents, drawn by ``seed``, in order of their numbers."""
+    """``n`` documents drawn at random with ``seed``, ordered by number."""
     docs = numpy_rng(seed).permutation(sorted(tokens))[:n]
     return {int(doc): tokens[int(doc)] for doc in sorted(docs)}
 
@@ -89,9 +89,9 @@ def draw(tokens: Mapping[int, Sequence[int]], n: int, seed: int) -> dict[int, Se
 def restorations(
     inputs: EvaluationInputs, methods: Methods, rows: Tensor, ids: Tensor, u: float, seed: int
 ) -> Iterator:
-    """(name, restored raw rows (n, d)) of every method from the same rows noised to level u.
+    """Yield (name, restored raw rows (n, d)) for every method, from the same rows noised to level u.
 
-    Each gives its posterior mean, the prior under the name ``prior_mean``.
+    Each method restores by its posterior mean; the prior's is named ``prior_mean``.
     """
     prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
@@ -102,12 +102,12 @@ def restorations(
 
 
 def sampled(inputs: EvaluationInputs, rows: Tensor, ids: Tensor, u: float, seed: int) -> Tensor:
-    """Raw rows (n, d) restored by the prior's default ``denoise``, which adds the noise of :func:`restorations`."""
+    """Raw rows (n, d) restored by the prior's default ``denoise``, with the same noise as in :func:`restorations`."""
     return inputs.prior.denoise(rows, u=u, layer=inputs.layer, ids=ids, seed=seed).cpu()
 
 
 def plain(inputs: EvaluationInputs, methods: Methods, rows: Tensor) -> Iterator:
-    """(name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
+    """Yield (name, rows (n, d)) of the published protocol: the baselines' reconstructions of rows without noise."""
     prior, row = inputs.prior, inputs.prior.layer_index(inputs.layer)
     z = prior.normalizer.normalize(rows.to(prior.device), row)
     found: dict[str, PCA | SAE] = {"pca": methods.pca, "sae": methods.sae_plain.sae}

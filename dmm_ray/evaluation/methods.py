@@ -51,7 +51,7 @@ class PriorDenoiser:
         self.flops_per_row = 2 * network + (base.flops_per_row if base is not None else 0)
 
     def velocity(self, z_nd: Tensor, u_n: Tensor | float) -> Tensor:
-        """The network's velocity (n, d), by chunks of rows."""
+        """The network's velocity (n, d), computed in chunks of rows."""
         u = torch.as_tensor(u_n, dtype=torch.float32, device=z_nd.device)
         levels = u.split(METHOD_CHUNK) if u.ndim else [u] * -(-len(z_nd) // METHOD_CHUNK)
         parts = [
@@ -121,7 +121,7 @@ class Methods:
 
     @property
     def densities(self) -> dict[str, Density]:
-        """The baselines that have a log-probability in d dimensions."""
+        """The baselines with a log-density in d dimensions."""
         return {"gaussian": self.gaussian, **self.mixtures}
 
     @property
@@ -220,7 +220,7 @@ def _fit_sae(config: EvaluateConfig, inputs: EvaluationInputs, noised: bool) -> 
 
 
 def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
-    """A prior of the same shape and normaliser with random weights, without a base."""
+    """A prior with the same shape and normaliser but random weights and no base."""
     statistics = prior.normalizer
     alone = prior.config.model_copy(update={"base": "none"})
     twin = ActivationPrior.untrained(alone, statistics.mean.cpu(), statistics.var.cpu(), seed)
@@ -229,6 +229,6 @@ def untrained_twin(prior: ActivationPrior, seed: int) -> ActivationPrior:
 
 
 def subset(part: EvaluationRows, n: int) -> EvaluationRows:
-    """``n`` rows of a part, evenly spaced over it, or all."""
+    """``n`` rows evenly spaced over a part, or all of its rows if it has fewer."""
     at = torch.linspace(0, len(part.z) - 1, min(n, len(part.z)), device=part.z.device).round().long()
     return EvaluationRows(part.z[at], part.ids[at])

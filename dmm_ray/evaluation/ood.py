@@ -1,4 +1,4 @@
-"""How well each score of a prior tells unnatural rows from natural ones, and whether its percentiles are uniform."""
+"""How well each score of a prior separates unnatural from natural rows, and whether its percentiles are uniform."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ GRID = np.linspace(0.01, 0.99, 99)
 
 
 class Auc(NamedTuple):
-    """The chance that a score puts an unnatural row below a natural one, ties counted half; 0.5 is blind."""
+    """The probability that a score ranks an unnatural row below a natural one, ties counted half; 0.5 is chance."""
 
     auc: float
     stderr: float
-    """By resampling documents."""
+    """Standard error, by resampling documents."""
 
 
 class Uniformity(NamedTuple):
     """How far percentiles of natural rows are from uniform."""
 
     distance: float
-    """Largest difference between their distribution and the uniform one (Kolmogorov and Smirnov)."""
+    """Largest difference between their distribution and the uniform one (Kolmogorov-Smirnov distance)."""
     p_value: float
-    """Share of centred document resamples whose distance is at least as large; a small value means not uniform.
+    """Share of centred resamples of documents with a distance at least as large; a small value means not uniform.
 
-    What the calibration's own rows leave uncertain is not in it.
+    The uncertainty from the calibration's own rows is not included.
     """
 
 
@@ -46,29 +46,31 @@ def row_scores(
     probes: int = 2,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Every score of ``SCORES``, (n,) float64, the smaller the less natural, by position from 0 to 1.
+    """Every score of ``SCORES``, (n,) float64 in [0, 1], calibrated by position; lower is less natural.
 
     ``log_p``: percentile of log p. ``typicality``: the same, two-sided. ``latent``: two-sided percentile of the latent
-    norm. ``norm``: that of the normalised row's norm. ``proxy``: percentile of the velocity error. ``combined``: as
-    ``log_prob`` gives it. Not calibrated again, ways of combining that are not used: ``pair``, the lesser of ``log_p``
-    and ``latent``, and ``product`` of the two.
+    norm. ``norm``: two-sided percentile of the normalised row's norm. ``proxy``: percentile of the velocity error.
+    ``combined``: as returned by ``log_prob``. Two combinations are for comparison only and not recalibrated: ``pair``,
+    the lesser of ``log_p`` and ``latent``, and ``product``, their product.
 
     Args:
-        prior: a calibrated one.
+        prior: a calibrated prior.
         x: (n, d) raw activations.
         ids: (n, 2) document and position.
-        layer: which block's output they are.
-        steps: of ``log_prob``.
-        probes: of ``log_prob``.
-        seed: of ``log_prob`` and the velocity error.
+        layer: the block whose output they are.
+        steps: steps of ``log_prob``.
+        probes: probes of ``log_prob``.
+        seed: seed of ``log_prob`` and the velocity error.
 
     Raises:
-        UserError: as ``log_prob``; a prior that is not calibrated for the layer.
+        UserError: as for ``log_prob``; or the prior is not calibrated for the layer.
     """
     row = prior.layer_index(layer)
     number, position = prior.layers[row], ids[:, 1]
     if prior.calibration is None:
-        raise UserError("prior: not calibrated; `dmm train` does that, others need a store of natural rows")
+        raise UserError(
+            "prior: not calibrated; `dmm train` calibrates a prior, others require a store of natural rows"
+        )
     found = prior.log_prob(x, layer=number, steps=steps, probes=probes, ids=ids, seed=seed)
     error = prior.velocity_error(x, layer=number, ids=ids, seed=seed)
     norm = squared_norm(prior, x, row)
@@ -88,7 +90,7 @@ def row_scores(
 def auc(
     natural: np.ndarray, natural_docs: np.ndarray, other: np.ndarray, other_docs: np.ndarray, seed: int = 0
 ) -> Auc:
-    """The AUC of a score of natural rows (n,) against other rows (m,), documents (n,) and (m,) being the units."""
+    """The AUC of a score for natural rows (n,) against other rows (m,), with documents as the units of resampling."""
     rng = numpy_rng(seed)
     below = _wins(natural, other)
     by_document = [_grouped(docs) for docs in (natural_docs, other_docs)]
@@ -102,7 +104,7 @@ def auc(
 
 
 def uniformity(percentile: np.ndarray, docs: np.ndarray, seed: int = 0) -> Uniformity:
-    """Test percentiles (n,), 0 to 1, of natural rows for a uniform distribution, resampling their documents (n,)."""
+    """Test whether percentiles (n,) of natural rows, in [0, 1], are uniform, by resampling their documents (n,)."""
     rng = numpy_rng(seed)
     _, which = np.unique(docs, return_inverse=True)
     counts = np.bincount(which)

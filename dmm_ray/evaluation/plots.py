@@ -1,4 +1,4 @@
-"""The report's pictures, drawn off screen and saved as PNG files beside it."""
+"""The report's plots, rendered off screen and saved as PNG files next to it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ NAMES = {
 }
 PICTURES = {
     "loss_by_level": "Flow-matching loss by noise level (lower is better; u = 0 is data, u = 1 noise)",
-    "delta_lm": "What restoring rows noised to u = 0.5 costs the language model (lower is better)",
-    "samples": "Real test rows and samples, on the two main directions of the real rows",
+    "delta_lm": "Delta LM loss of restoring rows noised to u = 0.5 (lower is better)",
+    "samples": "Real test rows and samples, projected on the first two principal directions of the real rows",
     "training": "Training of the prior",
 }
 SCATTER_ROWS = 1500
@@ -53,7 +53,7 @@ def save_all(
     drawn: Mapping[str, Tensor],
     curve: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write every picture that there are figures for into the folder ``out``."""
+    """Write every plot that there is data for into the folder ``out``."""
     save(out, "loss_by_level", loss_by_level(summary["by_level"]))
     if any(v is not None for v in summary["fidelity"]["delta_lm_loss"].values()):
         save(out, "delta_lm", delta_lm(summary["fidelity"]["delta_lm_loss"]))
@@ -71,7 +71,7 @@ def save(out: str, name: str, figure: Figure) -> None:
 
 
 def loss_by_level(table: Mapping[str, Sequence[float | None]]) -> Figure:
-    """One line a method; those that leave the range of the prior and the Gaussian are cut off."""
+    """One line per method; lines are cut off beyond the range of the prior and the Gaussian."""
     figure, axes = _figure()
     u = (np.arange(DECILES) + 0.5) / DECILES
     lines = {k: np.array([np.nan if v is None else v for v in table[k]]) for k in NAMES if k in table}
@@ -93,7 +93,7 @@ def loss_by_level(table: Mapping[str, Sequence[float | None]]) -> Figure:
 
 
 def delta_lm(table: Mapping[str, float | None]) -> Figure:
-    """One bar a method, in nats a token."""
+    """One bar per method, in nats per token."""
     figure, axes = _figure()
     bars = {k: v for k in NAMES if (v := table.get(k)) is not None}
     found = axes.bar([NAMES[k] for k in bars], list(bars.values()), color=[COLORS[k] for k in bars])
@@ -105,7 +105,7 @@ def delta_lm(table: Mapping[str, float | None]) -> Figure:
 
 
 def scatter(test_nd: Tensor, drawn: Mapping[str, Tensor]) -> Figure:
-    """Real rows and each method's samples, projected on the test rows' first two principal directions."""
+    """Real rows and each method's samples, projected on the first two principal directions of the test rows."""
     mean, covariance = mean_and_covariance(test_nd)
     plane = torch.linalg.eigh(covariance).eigenvectors[:, -2:].flip(1)
 
@@ -135,7 +135,7 @@ def scatter(test_nd: Tensor, drawn: Mapping[str, Tensor]) -> Figure:
 
 
 def training(curve: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and validation loss over samples."""
+    """Training and validation loss against samples seen."""
     figure, axes = _figure()
     for key, label, style in (
         ("loss", "training", "-"),

@@ -1,6 +1,6 @@
-"""Which test rows have a whole token prefix that no training document starts with.
+"""Which test rows have an unseen prefix: a full token prefix that no training document starts with.
 
-A causal language model gives identical activations for identical prefixes, so the other rows have been trained on.
+A causal language model gives identical activations for identical prefixes, so the prior was trained on the other rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dmm_ray.store.split import hash_documents
 
 
 def prefix_hashes(tokens: Sequence[int]) -> np.ndarray:
-    """A 64-bit hash of every prefix ``tokens[: p + 1]``, uint64 (t,): sums of a random word per (position, token)."""
+    """A 64-bit hash of every prefix ``tokens[: p + 1]``, uint64 (t,): sums of one random word per (position, token)."""
     ids = np.asarray(tokens, dtype=np.uint64)
     with np.errstate(over="ignore"):
         return np.cumsum(
@@ -24,9 +24,9 @@ def prefix_hashes(tokens: Sequence[int]) -> np.ndarray:
 def unseen_prefixes(
     test: Mapping[int, Sequence[int]], training: Iterable[Sequence[int]]
 ) -> dict[int, np.ndarray]:
-    """For each test document, whether each position's prefix is new: bool (t,) by document number.
+    """For each test document, whether each position's prefix is unseen: bool (t,) by document number.
 
-    Memory is that of the test documents; the training documents are streamed.
+    Only the test documents are held in memory; the training documents are streamed.
 
     Args:
         test: token ids by document number, position 0 included.

@@ -1,4 +1,4 @@
-"""The self-contained HTML report: plain words first, then tables with every method, better or worse."""
+"""The self-contained HTML report: a summary in plain words, then tables with every method, better or worse."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ REPORT_COLUMNS = {
 
 
 class ScoredToken(NamedTuple):
-    """A token of a text and how surprising its activation is."""
+    """A token of a text and the log-probability of its activation."""
 
     text: str
     nats_per_dim: float | None
-    """Log-probability in nats a dimension, higher is more natural; None where there is none (position 0)."""
+    """Log-probability in nats per dimension, higher is more natural; None if not scored (position 0)."""
     percentile: float | None = None
-    """Share of natural activations less likely, in percent."""
+    """Percentage of natural activations that are less likely."""
 
 
 class ScoredText(NamedTuple):
-    """A text of which every token was scored."""
+    """A text with its scored tokens."""
 
     title: str
     tokens: Sequence[ScoredToken]
 
 
 def write_report(out: str, summary: Mapping[str, Any], scored: Sequence[ScoredText] = ()) -> str:
-    """Write ``report.html`` into ``out`` with the pictures that are there, and return its path.
+    """Write ``report.html`` into ``out`` with the plots found there, and return its path.
 
-    It needs nothing else to be read: no network, no other file. It may be written again, with ``scored`` texts.
+    The page is self-contained: it needs neither network nor other files. It may be rewritten, with ``scored`` texts.
     """
     template = Template(
         package_files("dmm_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8")
@@ -70,12 +70,12 @@ def _opening(summary: Mapping[str, Any]) -> str:
     flow, delta = (_compared(relative[k]) for k in _HEADLINES)
     return (
         f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, "
-        "mixtures of many Gaussians and of factor analysers, sparse autoencoders and an untrained network of its own "
+        "mixtures of many Gaussians and of factor analysers, sparse autoencoders and an untrained network of the same "
         "shape, all fitted on "
         f"{rows['train']:,} rows of training documents. On {rows['test']:,} rows of {rows['test_documents']:,} test "
         f"documents its flow-matching loss is {flow} the full-covariance Gaussian's and "
-        f"{_best_mixture(summary, 'flow_matching_loss')}; what it costs the language model to "
-        f"have the layer noised half-way and restored is {delta} the best of Gaussian, PCA and SAE and "
+        f"{_best_mixture(summary, 'flow_matching_loss')}; its delta LM loss, the language model's added loss when the "
+        f"layer is noised to u = 0.5 and restored, is {delta} the best of Gaussian, PCA and SAE and "
         f"{_best_mixture(summary, 'delta_lm_loss')}.</p>{_training(summary)}"
     )
 
@@ -88,7 +88,7 @@ def _best_mixture(summary: Mapping[str, Any], figure: str) -> str:
 
 
 def _training(summary: Mapping[str, Any]) -> str:
-    """How long the prior was trained, and what the second half of that brought; empty where that is not known."""
+    """How long the prior was trained and how much the second half of the training helped; empty if unknown."""
     trained = summary.get("training")
     if not trained:
         return ""
@@ -102,8 +102,8 @@ def _training(summary: Mapping[str, Any]) -> str:
     if trained["half"] and trained["end"]:
         line += (
             f" The second half of them lowered its validation loss from {trained['half']:.3f} to "
-            f"{trained['end']:.3f}, the falling learning rate included; <code>--samples</code> or "
-            "<code>--minutes</code> of <code>dmm train</code> and <code>dmm demo</code> give it more."
+            f"{trained['end']:.3f}, partly through the decaying learning rate; train longer with "
+            "<code>--samples</code> or <code>--minutes</code> of <code>dmm train</code> and <code>dmm demo</code>."
         )
     return f'<p class="soft">{line}</p>'
 
@@ -147,7 +147,7 @@ def _tables(summary: Mapping[str, Any]) -> str:
     if summary["delta_lm"]:
         found = summary["delta_lm"]["published_protocol"]
         parts.append(
-            '<p class="soft">Delta LM loss by the published protocol, in which only the prior has noise to remove '
+            '<p class="soft">Delta LM loss under the published protocol, in which only the prior has noise to remove '
             f"(u = 0.5) and the baselines reconstruct clean rows: prior {_number(found.get('prior'))}, PCA "
             f"{_number(found.get('pca'))}, SAE {_number(found.get('sae'))}.</p>"
         )
@@ -204,7 +204,7 @@ def _middle(deciles: Sequence[float | None]) -> float | None:
 
 
 def _about(methods: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A method's size and seconds; of the autoencoders, one's size and both's seconds."""
+    """A method's size and seconds; for the autoencoders, the size of one and the total seconds of both."""
     if name != "sae":
         return methods.get(name, {})
     plain, noised = methods["sae_plain"], methods["sae_noised"]
@@ -236,8 +236,8 @@ def _scored(texts: Sequence[ScoredText]) -> str:
         spans = "".join(_span(token, values) for token in text.tokens)
         parts.append(f'<h3>{escape(text.title)}{mean}</h3><p class="tokens">{spans}</p>')
     parts.append(
-        '<p class="soft">The redder a token, the less natural the prior finds its activation, ranked among all '
-        "tokens shown; point at one for its log-probability.</p>"
+        '<p class="soft">The redder a token, the less natural its activation under the prior, ranked among all tokens '
+        "shown; hover over a token for its log-probability.</p>"
     )
     return "".join(parts)
 
@@ -269,7 +269,7 @@ def _inputs(summary: Mapping[str, Any]) -> str:
 
 def _compared(value: float | None) -> str:
     if value is None:
-        return "not known beside"
+        return "not known relative to"
     return f"{abs(100 * value):.0f} % {'below' if value < 0 else 'above'}"
 
 

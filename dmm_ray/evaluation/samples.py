@@ -20,7 +20,7 @@ FOLDS = 2
 
 
 def draw(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> dict[str, Tensor]:
-    """``config.samples`` normalised rows (n, d) of every method that has samples, and as ``floor`` training rows."""
+    """``config.samples`` normalised rows (n, d) from every method that can sample, and training rows as ``floor``."""
     n, seed, row = config.samples, config.seed, inputs.prior.layer_index(inputs.layer)
     found = {
         name: method.prior.normalizer.normalize(
@@ -35,7 +35,7 @@ def draw(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> 
 
 
 def frechet_distance(a_nd: Tensor, b_nd: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to two sets of rows (Dowson and Landau 1982).
+    """Frechet distance between Gaussians fitted to two sets of rows (Dowson and Landau 1982).
 
     ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)``
     """
@@ -47,16 +47,16 @@ def frechet_distance(a_nd: Tensor, b_nd: Tensor) -> float:
 
 
 def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int, seed: int) -> float | None:
-    """Cross-validated AUC of gradient-boosted trees telling real rows from others; 0.5 is indistinguishable.
+    """Cross-validated AUC of gradient-boosted trees that classify real rows against others; 0.5 is indistinguishable.
 
-    Rows of one document stay in one fold; None with fewer documents than folds.
+    Rows of a document stay in the same fold; None with fewer documents than folds.
 
     Args:
         real_nd: test rows (n, d).
         docs: their documents (n,).
-        fake_nd: rows to tell from them.
-        rows: used of each side.
-        seed: of the draw of rows and the folds.
+        fake_nd: rows to distinguish from them.
+        rows: maximum rows to use per side.
+        seed: seed of the draw of rows and of the folds.
     """
     rng = numpy_rng(seed)
     take = [rng.permutation(len(x))[:rows] for x in (real_nd, fake_nd)]
@@ -66,11 +66,13 @@ def two_sample_auc(real_nd: Tensor, docs: np.ndarray, fake_nd: Tensor, rows: int
     if len(np.unique(docs[take[0]])) < FOLDS:
         return None
     y = np.repeat([1, 0], [len(at) for at in take])
-    groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])
+    groups = np.concatenate([docs[take[0]], -1 - np.arange(len(take[1]))])  # each other row is its own group
     model = HistGradientBoostingClassifier(
         max_iter=60, learning_rate=0.15, early_stopping=False, random_state=seed
     )
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    with threadpool_limits(limits=1, user_api="openmp"):  # on so few rows threads only wait for one another
+    with threadpool_limits(
+        limits=1, user_api="openmp"
+    ):  # with so few rows, threads only wait for one another
         scores = cross_val_predict(model, x, y, groups=groups, cv=folds, method="predict_proba")[:, 1]
     return float(roc_auc_score(y, scores))

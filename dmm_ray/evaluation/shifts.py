@@ -1,4 +1,4 @@
-"""Rows that are not natural, in known ways: edited activations, shuffled and foreign text, at the same positions."""
+"""Rows that are unnatural in known ways: edited activations, shuffled text and other domains, at the same positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALES = (0.5, 0.8, 1.2)
 
 
 class TokenRun(NamedTuple):
-    """Consecutive tokens of a document: its number, their first position, and all tokens of the document."""
+    """Consecutive tokens of a document: its number, their first position, and all of the document's tokens."""
 
     doc: int
     start: int
@@ -23,7 +23,7 @@ class TokenRun(NamedTuple):
 
 
 def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) -> list[TokenRun]:
-    """At most ``runs`` runs of ``width`` tokens, one of a document, at seeded places after position 0."""
+    """At most ``runs`` runs of ``width`` tokens, one per document, starting at random positions after 0."""
     rng = numpy_rng(seed)
     long_enough = [doc for doc in tokens if len(tokens[doc]) > width]
     chosen = rng.permutation(long_enough)[:runs].tolist()
@@ -31,7 +31,7 @@ def draw_runs(tokens: dict[int, list[int]], width: int, runs: int, seed: int) ->
 
 
 def matched(runs: Sequence[TokenRun], others: Iterator[list[int]], width: int) -> list[TokenRun]:
-    """Runs at the same positions in other documents, each the next that is long enough, numbered after the first."""
+    """Runs at the same positions in ``others``, each the next long enough one, with the original document numbers."""
     found = []
     for run in runs:
         long_enough = (ids for ids in others if len(ids) >= run.start + width)
@@ -42,18 +42,18 @@ def matched(runs: Sequence[TokenRun], others: Iterator[list[int]], width: int) -
 
 
 def shuffled_tokens(runs: Sequence[TokenRun], seed: int) -> list[TokenRun]:
-    """The same documents with all tokens after the first in random order."""
+    """The same documents with the order of all tokens after the first randomised."""
     rng = numpy_rng(seed)
     return [run._replace(tokens=[run.tokens[0], *rng.permutation(run.tokens[1:]).tolist()]) for run in runs]
 
 
 def shuffled_words(text: str, seed: int) -> str:
-    """The text's words, split at blanks, in random order."""
+    """The words of the text, split at whitespace, in random order."""
     return " ".join(numpy_rng(seed).permutation(text.split()).tolist())
 
 
 def activations(subject: SubjectModel, runs: Sequence[TokenRun], layer: int, width: int) -> Tensor:
-    """The rows of the runs, one after the other, (runs * width, d) in the subject's dtype."""
+    """The rows of all runs, concatenated, (runs * width, d) in the subject's dtype."""
     found = []
     for run in runs:
         hidden = subject.capture(*subject.pad([run.tokens[: run.start + width]]), [layer])[layer]
@@ -67,13 +67,13 @@ def row_ids(runs: Sequence[TokenRun], width: int) -> Tensor:
 
 
 def edited(x: Tensor, mean: Tensor, covariance: Tensor, seed: int) -> dict[str, Tensor]:
-    """Rows (n, d) made of natural ones ``x``: scaled, permuted, Gaussian noise, their mean.
+    """Unnatural rows (n, d) derived from natural rows ``x``: scaled, permuted, Gaussian noise, the mean.
 
     Args:
-        x: (n, d) raw.
-        mean: (d,) of natural rows.
-        covariance: (d, d) of natural rows, float64.
-        seed: of the noise and the permutation.
+        x: (n, d) raw activations.
+        mean: (d,) mean of natural rows.
+        covariance: (d, d) covariance of natural rows, float64.
+        seed: seed of the noise and the permutation.
     """
     generator = torch_rng(seed)
     values, vectors = torch.linalg.eigh(covariance)

@@ -1,4 +1,4 @@
-"""The measurements of an evaluation, each a table of its own."""
+"""The measurement stages of an evaluation, each of which returns a table."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def measure_flow(config: EvaluateConfig, inputs: EvaluationInputs, methods: Meth
 
 
 def measure_lm(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
-    """Delta LM losses by level and method, of all tokens and of those after a row with an unseen prefix.
+    """Delta LM losses by level and method, for all tokens and for those after a row with an unseen prefix.
 
     Empty for an encoder, which predicts no next token.
     """
     if inputs.subject.bidirectional:
         logger.info(
-            "delta LM loss: left out, %s is an encoder and predicts no next token", inputs.subject.model_id
+            "delta LM loss: skipped, %s is an encoder and predicts no next token", inputs.subject.model_id
         )
         return {}
     documents = lm.Documents(
@@ -93,7 +93,7 @@ def measure_nll(config: EvaluateConfig, inputs: EvaluationInputs, methods: Metho
 
 
 def measure_samples(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
-    """Frechet distance to the test rows and two-sample AUC of every method's samples; ``floor``: of training rows."""
+    """Frechet distance to the test rows and two-sample AUC, of every method's samples and (``floor``) training rows."""
     if not config.samples:
         return {"rows": {}, "frechet": {}, "auc": {}}
     drawn = samples.draw(config, inputs, methods)

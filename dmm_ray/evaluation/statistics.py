@@ -1,4 +1,4 @@
-"""Means whose standard errors take documents, not rows, as the independent units."""
+"""Means with standard errors that treat documents, not rows, as the independent units."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ DECILES = 10
 
 
 class Estimate(NamedTuple):
-    """A mean and its standard error, clustered by document (None from fewer than two documents)."""
+    """A mean and its standard error, clustered by document (None with fewer than two documents)."""
 
     mean: float
     stderr: float | None
 
 
 def clustered(values: np.ndarray, docs: np.ndarray) -> Estimate | None:
-    """The mean of ``values`` (n,) over rows of documents ``docs`` (n,); None without rows."""
+    """The mean of ``values`` (n,) over rows with documents ``docs`` (n,); None if there are no rows."""
     if not len(values):
         return None
     mean = float(values.mean())
@@ -27,7 +27,7 @@ def clustered(values: np.ndarray, docs: np.ndarray) -> Estimate | None:
 def over_levels(values: np.ndarray, decile: np.ndarray, docs: np.ndarray) -> Estimate | None:
     """The mean over noise levels with equal weights: rows are averaged within each decile of u, then the deciles.
 
-    None where a decile has no row.
+    None if a decile has no rows.
     """
     counts = np.bincount(decile, minlength=DECILES)
     if (counts == 0).any():
@@ -37,7 +37,7 @@ def over_levels(values: np.ndarray, decile: np.ndarray, docs: np.ndarray) -> Est
 
 
 def by_decile(values: np.ndarray, decile: np.ndarray) -> list[float | None]:
-    """The mean of ``values`` in each decile of u, from the lowest; None where there is no row."""
+    """The mean of ``values`` in each decile of u, in ascending order; None for a decile without rows."""
     counts = np.bincount(decile, minlength=DECILES)
     sums = np.bincount(decile, values, minlength=DECILES)
     return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""From tables of measurements to ``summary.json``."""
+"""Building ``summary.json`` from the tables of measurements."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def summarize(
 
 
 def sources(config: EvaluateConfig, inputs: EvaluationInputs) -> Figures:
-    """What an evaluation is made from, for ``summary.json``."""
+    """The inputs of an evaluation, for ``summary.json``."""
     return {
         "prior": absolute(config.prior) if exists(config.prior) else config.prior,
         "activations": inputs.store.uri,
@@ -79,7 +79,7 @@ def sources(config: EvaluateConfig, inputs: EvaluationInputs) -> Figures:
 
 
 def relative(figures: Figures) -> Figures:
-    """The prior's losses relative to its rivals': -0.4 is 40 % below. None where either is missing."""
+    """The prior's losses relative to those of its rivals: -0.4 is 40 % lower. None where either is missing."""
     flow, delta = figures["flow_matching_loss"], figures["delta_lm_loss"]
     rivals = [delta[k] for k in DELTA_LM_RIVALS if delta.get(k) is not None]
     return {
@@ -96,8 +96,8 @@ def training_curve(prior: str) -> list[Figures]:
 
 
 def training(prior: str) -> Figures | None:
-    """Samples that a prior was trained on, the minutes that they were chosen for, and its validation loss at half of
-    the run and at its end; None for a prior that `dmm train` did not leave."""
+    """Training samples of a prior, the time budget they were chosen for, and its validation loss halfway through the
+    run and at its end; None unless `dmm train` wrote the prior."""
     marker, records = join(absolute(prior), RUN), training_curve(prior)
     if not exists(marker) or not records:
         return None
@@ -113,7 +113,7 @@ def training(prior: str) -> Figures | None:
 
 
 def about(config: EvaluateConfig, methods: Methods) -> Figures:
-    """Size and fitting seconds by method; the prior's seconds come from its folder's summary, if it has one."""
+    """Size and fitting seconds by method; the prior's seconds are read from the summary in its folder, if any."""
     found: Figures = dict(methods.about())
     path = join(absolute(config.prior), SUMMARY)
     trained = read_json(path).get("seconds") if exists(path) else None
@@ -122,7 +122,7 @@ def about(config: EvaluateConfig, methods: Methods) -> Figures:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with NaN and Inf replaced by None: JSON cannot represent them."""
+    """``value`` with NaN and Inf replaced by None, since JSON cannot represent them."""
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -131,7 +131,7 @@ def finite(value: Any) -> Any:
 
 
 def _fidelity(tables: dict[str, Figures], methods: Methods, rows: str) -> tuple[Figures, Figures]:
-    """The figures on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
+    """The metrics on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
     flow = tables["flow"][rows] or {}
     delta = tables["lm"].get("levels", {}).get(HEADLINE_LEVEL, {})
     nll = tables["nll"].get(rows, {})
