@@ -30,6 +30,7 @@ QUICK: dict[str, object] = {
     "sae_kinds": ("topk",),
     "sae_minutes": 0.75,
     "lm_documents": 60,
+    "noise_seeds": 1,
     "samples": 3000,
 }
 """Defaults with ``quick``: one size of each baseline, as the searches usually choose it on the demo's store."""
@@ -81,6 +82,8 @@ class EvaluateConfig(Config):
     """Test documents for the delta LM loss; 0 skips it."""
     lm_levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.5, 0.7)
     """Noise levels of the delta LM loss of posterior means; the headline's 0.5 is always included, with samples too."""
+    noise_seeds: int = Field(default=3, ge=1)
+    """Draws of the noise, in the flow-matching loss and in the delta LM loss at u = 0.5; the same for all methods."""
     nll_rows: int = Field(default=512, ge=0)
     """Test rows for the likelihood; 0 skips it."""
     nll_steps: int = Field(default=32, ge=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ STREAM = 16
 
 @dataclass(frozen=True)
 class NoisedRows:
-    """m (row, level, noise) triples, sorted by level; every level occurs equally often."""
+    """m (row, level, noise) triples; every level occurs equally often."""
 
     row: Tensor
     """(m,) index of the clean row."""
@@ -31,6 +31,8 @@ class NoisedRows:
     """(m,) number of earlier uses of the row."""
     level: Tensor
     """(m,) 1..NOISE_LEVELS; u = level / NOISE_LEVELS."""
+    seed: int
+    """Seed of the noise."""
 
     @property
     def decile(self) -> np.ndarray:
@@ -43,11 +45,11 @@ class NoisedRows:
         m = -(-n // NOISE_LEVELS) * NOISE_LEVELS
         level = torch.arange(m) // (m // NOISE_LEVELS) + 1
         place = torch.from_numpy(numpy_rng(seed).permutation(m))
-        return cls(place % n, place // n, level)
+        return cls(place % n, place // n, level, seed)
 
 
 def squared_errors(
-    methods: Mapping[str, BaselineDenoiser], part: EvaluationRows, noised: NoisedRows, seed: int
+    methods: Mapping[str, BaselineDenoiser], part: EvaluationRows, noised: NoisedRows
 ) -> dict[str, np.ndarray]:
     """``mean over dimensions of (v(z_u, u) - (noise - z))^2``, (m,) float64 for each method."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in methods}
@@ -56,7 +58,7 @@ def squared_errors(
         for at in torch.arange(len(noised.row)).split(NOISED_CHUNK):
             row, u = noised.row[at].to(device), noised.level[at].to(device, torch.float32) / NOISE_LEVELS
             z = part.z[row]
-            noise = _noise(seed, part.ids[row], noised.use[at].to(device), z.shape[1])
+            noise = _noise(noised.seed, part.ids[row], noised.use[at].to(device), z.shape[1])
             z_u = interpolate(z, noise, u)
             for name, method in methods.items():
                 error = (method.velocity(z_u, u) - (noise - z)).double().square().mean(1)
@@ -80,17 +82,19 @@ class FlowLoss:
 
 
 def summarize(
-    errors: np.ndarray, noised: NoisedRows, docs: np.ndarray, mask: np.ndarray | None = None
+    draws: Sequence[tuple[NoisedRows, np.ndarray]], docs: np.ndarray, mask: np.ndarray | None = None
 ) -> FlowLoss:
     """The loss over all levels, and by decile of u.
 
     Args:
-        errors: (m,) from :func:`squared_errors`.
-        noised: the triples they belong to.
+        draws: the triples and their errors (m,) from :func:`squared_errors`, of one or several draws of the noise.
         docs: (n,) document of each clean row.
         mask: (n,) which clean rows to include; None includes all.
     """
-    row = noised.row.numpy(force=True)
+    row = np.concatenate([noised.row.numpy(force=True) for noised, _ in draws])
+    decile = np.concatenate([noised.decile for noised, _ in draws])
+    errors = np.concatenate([found for _, found in draws])
     kept = np.ones(len(row), dtype=bool) if mask is None else mask[row]
-    decile, docs_m = noised.decile[kept], docs[row][kept]
-    return FlowLoss(over_levels(errors[kept], decile, docs_m), by_decile(errors[kept], decile))
+    return FlowLoss(
+        over_levels(errors[kept], decile[kept], docs[row][kept]), by_decile(errors[kept], decile[kept])
+    )

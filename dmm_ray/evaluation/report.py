@@ -66,8 +66,8 @@ def write_report(out: str, summary: Mapping[str, Any], scored: Sequence[ScoredTe
 
 
 def _opening(summary: Mapping[str, Any]) -> str:
-    rows, relative = summary["rows"], summary["relative"]
-    flow, delta = (_compared(relative[k]) for k in _HEADLINES)
+    rows = summary["rows"]
+    flow, delta = (_compared(summary, k) for k in _HEADLINES)
     return (
         f"<p>A diffusion prior of d = {summary['inputs']['d']} activations was compared with a Gaussian, PCA, "
         "mixtures of many Gaussians and of factor analysers, sparse autoencoders and an untrained network of the same "
@@ -84,7 +84,7 @@ def _best_mixture(summary: Mapping[str, Any], figure: str) -> str:
     """``10 % above the better mixture (diagonal)``: the prior against the better of both."""
     known = {k: v for k in MIXTURES if (v := summary["fidelity"][figure].get(k)) is not None}
     best = min(known, key=known.__getitem__, default=MIXTURES[0])
-    return f"{_compared(summary['relative'][f'{figure}_vs_{best}'])} the better mixture's ({NAMES[best]})"
+    return f"{_compared(summary, f'{figure}_vs_{best}')} the better mixture's ({NAMES[best]})"
 
 
 def _training(summary: Mapping[str, Any]) -> str:
@@ -117,16 +117,18 @@ def _headline(summary: Mapping[str, Any]) -> str:
         "delta LM loss against the best of Gaussian, PCA and SAE",
     )
     cards = []
-    for relative, where in (
-        ("relative", "all test rows"),
-        ("relative_unseen_prefix", "unseen prefixes only"),
-    ):
+    for suffix, where in (("", "all test rows"), ("_unseen_prefix", "unseen prefixes only")):
         for key, label in zip(_HEADLINES, labels, strict=True):
-            value = (summary[relative] or {}).get(key)
+            value = (summary[f"relative{suffix}"] or {}).get(key)
             if value is not None:
                 kind = "good" if value < 0 else "bad"
+                interval = summary[f"relative_interval{suffix}"][key]
+                between = (
+                    "" if interval is None else " ({:+.0f} to {:+.0f})".format(*(100 * x for x in interval))
+                )
                 cards.append(
-                    f'<div><b class="{kind}">{100 * value:+.0f} %</b>{label}<br><small>{where}</small></div>'
+                    f'<div><b class="{kind}">{100 * value:+.0f} %</b>{label}<br>'
+                    f"<small>{where}{between}</small></div>"
                 )
     return "".join(cards)
 
@@ -267,10 +269,17 @@ def _inputs(summary: Mapping[str, Any]) -> str:
     return "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in shown.items())
 
 
-def _compared(value: float | None) -> str:
+def _compared(summary: Mapping[str, Any], key: str) -> str:
+    """``37 % (35 to 39) below``: how the prior compares, with the 95 % interval."""
+    value, interval = summary["relative"][key], summary["relative_interval"][key]
     if value is None:
         return "not known relative to"
-    return f"{abs(100 * value):.0f} % {'below' if value < 0 else 'above'}"
+    side, sign = ("below", -1) if value < 0 else ("above", 1)
+    between = ""
+    if interval is not None:
+        low, high = sorted(100 * sign * end for end in interval)
+        between = f" ({low:.0f} to {high:.0f})"
+    return f"{100 * abs(value):.0f} %{between} {side}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,30 @@ HEADLINE_LEVEL = 0.5
 Figures = dict[str, Any]
 
 
+def noise_seeds(config: EvaluateConfig) -> range:
+    """The seeds of the draws of the noise."""
+    return range(config.seed, config.seed + config.noise_seeds)
+
+
 def measure_flow(config: EvaluateConfig, inputs: EvaluationInputs, methods: Methods) -> Figures:
     """Flow-matching losses on all test rows, and on those with unseen prefixes."""
-    noised = fidelity.NoisedRows.assign(len(inputs.test.z), config.seed)
-    errors = fidelity.squared_errors(methods.denoisers, inputs.test, noised, config.seed)
+    draws = [fidelity.NoisedRows.assign(len(inputs.test.z), seed) for seed in noise_seeds(config)]
+    errors = [fidelity.squared_errors(methods.denoisers, inputs.test, noised) for noised in draws]
     docs, unseen = inputs.test.docs, inputs.is_unseen(inputs.test.ids)
-    found: Figures = {
-        "all": {k: fidelity.summarize(e, noised, docs) for k, e in errors.items()},
-        "unseen": None,
-    }
+
+    def table(mask: np.ndarray | None) -> dict[str, FlowLoss]:
+        return {
+            name: fidelity.summarize([(n, e[name]) for n, e in zip(draws, errors, strict=True)], docs, mask)
+            for name in methods.denoisers
+        }
+
+    found: Figures = {"all": table(None), "unseen": None}
     if unseen is not None:
-        found["unseen"] = {k: fidelity.summarize(e, noised, docs, unseen) for k, e in errors.items()}
+        found["unseen"] = table(unseen)
         found["unseen_share"] = float(unseen.mean())
-    for table in (found["all"], found["unseen"] or {}):
-        if table:
-            table["sae"] = min((table[name] for name in SAE_VARIANTS), key=_loss)
+    for losses in (found["all"], found["unseen"] or {}):
+        if losses:
+            losses["sae"] = min((losses[name] for name in SAE_VARIANTS), key=_loss)
     return found
 
 
@@ -58,23 +68,27 @@ def measure_lm(config: EvaluateConfig, inputs: EvaluationInputs, methods: Method
     unseen, docs = inputs.is_unseen(documents.ids), documents.ids[:, 0].numpy()
     scored = ~np.isnan(base)
 
-    def deltas(restored: torch.Tensor) -> Figures:
-        delta = documents.losses(restored) - base
+    def deltas(restored: Sequence[torch.Tensor]) -> Figures:
+        """Averaged over draws of the noise, token by token."""
+        delta = np.mean([documents.losses(x) for x in restored], axis=0) - base
         kept = {"all": scored} | ({} if unseen is None else {"unseen": scored & unseen})
         return {key: clustered(delta[mask], docs[mask]) for key, mask in kept.items()}
 
     levels = sorted({HEADLINE_LEVEL, *config.lm_levels})
     found: Figures = {"levels": {}, "lm_loss": clustered(base[scored], docs[scored])}
     for u in levels:
-        noised = lm.restorations(inputs, methods, rows, documents.ids, u, config.seed)
-        table = {name: deltas(restored) for name, restored in noised}
+        seeds = noise_seeds(config) if u == HEADLINE_LEVEL else [config.seed]
+        draws = [lm.restorations(inputs, methods, rows, documents.ids, u, seed) for seed in seeds]
+        table = {}
+        for restored in zip(*draws, strict=True):
+            table[restored[0][0]] = deltas([x for _, x in restored])
         table["sae"] = {
             part: _least(*(table[name][part] for name in SAE_VARIANTS)) for part in table["gaussian"]
         }
         found["levels"][u] = table
-    restored = lm.sampled(inputs, rows, documents.ids, HEADLINE_LEVEL, config.seed)
-    found["levels"][HEADLINE_LEVEL]["prior"] = deltas(restored)
-    found["plain"] = {name: deltas(x) for name, x in lm.plain(inputs, methods, rows)}
+    denoised = [lm.sampled(inputs, rows, documents.ids, HEADLINE_LEVEL, seed) for seed in noise_seeds(config)]
+    found["levels"][HEADLINE_LEVEL]["prior"] = deltas(denoised)
+    found["plain"] = {name: deltas([x]) for name, x in lm.plain(inputs, methods, rows)}
     found["tokens"], found["documents"] = int(scored.sum()), len(documents.tokens)
     return found
 

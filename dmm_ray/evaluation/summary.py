@@ -13,7 +13,7 @@ from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import EvaluationInputs
 from dmm_ray.evaluation.methods import PRETRAINED_SAE, Methods
 from dmm_ray.evaluation.stages import HEADLINE_LEVEL, Figures
-from dmm_ray.evaluation.statistics import Estimate
+from dmm_ray.evaluation.statistics import Estimate, Ratio, relative
 from dmm_ray.files import absolute, exists, join, read_bytes, read_json
 from dmm_ray.provenance import SUMMARY
 from dmm_ray.training.config import TrainConfig
@@ -21,6 +21,9 @@ from dmm_ray.training.run_folder import RUN
 
 DELTA_LM_RIVALS = ("gaussian", "pca", "sae", PRETRAINED_SAE)
 MIXTURES = ("mixture", "factor_analysers")
+UNKNOWN_UNSEEN: Figures = {"relative_unseen_prefix": None, "relative_interval_unseen_prefix": None}
+Estimates = dict[str, dict[str, Estimate | None]]
+"""Metrics by name and method."""
 
 
 def summarize(
@@ -28,18 +31,18 @@ def summarize(
 ) -> Figures:
     """The results, for ``summary.json``."""
     log_det = likelihood.log_determinant_per_dim(inputs)
-    fidelity_all, stderr_all = _fidelity(tables, methods, "all")
-    fidelity_unseen, stderr_unseen = _fidelity(tables, methods, "unseen")
+    everywhere, unseen = (_estimates(tables, methods, rows) for rows in ("all", "unseen"))
+    fidelity_all = _means(everywhere)
     sampled = tables["samples"]
     for name, key in (("frechet_distance", "frechet"), ("two_sample_auc", "auc")):
         fidelity_all[name] = {k: sampled[key].get(k) for k in (*methods.keys, "floor")}
     return {
         "fidelity": fidelity_all,
-        "fidelity_unseen_prefix": fidelity_unseen if inputs.unseen is not None else None,
-        "relative": relative(fidelity_all),
-        "relative_unseen_prefix": relative(fidelity_unseen) if inputs.unseen is not None else None,
-        "stderr": stderr_all,
-        "stderr_unseen_prefix": stderr_unseen if inputs.unseen is not None else None,
+        "stderr": _stderrs(everywhere),
+        **_against_rivals(everywhere, ""),
+        **(_against_rivals(unseen, "_unseen_prefix") if inputs.unseen is not None else UNKNOWN_UNSEEN),
+        "fidelity_unseen_prefix": _means(unseen) if inputs.unseen is not None else None,
+        "stderr_unseen_prefix": _stderrs(unseen) if inputs.unseen is not None else None,
         "by_level": {k: v.by_decile for k, v in tables["flow"]["all"].items()},
         "delta_lm": _delta_lm(tables["lm"]),
         "nll_normalised_nats_per_dim": {
@@ -78,14 +81,15 @@ def sources(config: EvaluateConfig, inputs: EvaluationInputs) -> Figures:
     }
 
 
-def relative(figures: Figures) -> Figures:
-    """The prior's losses relative to those of its rivals: -0.4 is 40 % lower. None where either is missing."""
-    flow, delta = figures["flow_matching_loss"], figures["delta_lm_loss"]
-    rivals = [delta[k] for k in DELTA_LM_RIVALS if delta.get(k) is not None]
+def compare(estimates: Estimates) -> dict[str, Ratio | None]:
+    """The prior's losses relative to those of its rivals, by name; None where either is missing."""
+    flow, delta = estimates["flow_matching_loss"], estimates["delta_lm_loss"]
+    rivals = [found for k in DELTA_LM_RIVALS if (found := delta.get(k)) is not None]
+    best = min(rivals, key=lambda found: found.mean, default=None)
     return {
-        **{f"flow_matching_loss_vs_{k}": _ratio(flow["prior"], flow[k]) for k in flow if k != "prior"},
-        "delta_lm_loss_vs_best_of_gaussian_pca_sae": _ratio(delta["prior"], min(rivals, default=None)),
-        **{f"delta_lm_loss_vs_{k}": _ratio(delta["prior"], delta[k]) for k in MIXTURES},
+        **{f"flow_matching_loss_vs_{k}": relative(flow["prior"], flow[k]) for k in flow if k != "prior"},
+        "delta_lm_loss_vs_best_of_gaussian_pca_sae": relative(delta["prior"], best),
+        **{f"delta_lm_loss_vs_{k}": relative(delta["prior"], delta[k]) for k in MIXTURES},
     }
 
 
@@ -130,20 +134,32 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fidelity(tables: dict[str, Figures], methods: Methods, rows: str) -> tuple[Figures, Figures]:
-    """The metrics on ``rows`` ("all" or "unseen") by name and method, and their standard errors."""
+def _estimates(tables: dict[str, Figures], methods: Methods, rows: str) -> Estimates:
+    """The metrics on ``rows`` ("all" or "unseen"), by name and method."""
     flow = tables["flow"][rows] or {}
     delta = tables["lm"].get("levels", {}).get(HEADLINE_LEVEL, {})
     nll = tables["nll"].get(rows, {})
-    estimates: dict[str, dict[str, Estimate | None]] = {
+    return {
         "flow_matching_loss": {k: flow[k].overall if k in flow else None for k in methods.keys},
         "delta_lm_loss": {k: delta.get(k, {}).get(rows) for k in methods.keys},
         "nll_nats_per_dim": {k: nll.get(k) for k in ("prior", *methods.densities)},
     }
-    return (
-        {name: {k: e and e.mean for k, e in row.items()} for name, row in estimates.items()},
-        {name: {k: e and e.stderr for k, e in row.items()} for name, row in estimates.items()},
-    )
+
+
+def _means(estimates: Estimates) -> Figures:
+    return {name: {k: e and e.mean for k, e in row.items()} for name, row in estimates.items()}
+
+
+def _stderrs(estimates: Estimates) -> Figures:
+    return {name: {k: e and e.stderr for k, e in row.items()} for name, row in estimates.items()}
+
+
+def _against_rivals(estimates: Estimates, suffix: str) -> Figures:
+    found = compare(estimates)
+    return {
+        f"relative{suffix}": {k: ratio and ratio.value for k, ratio in found.items()},
+        f"relative_interval{suffix}": {k: ratio and ratio.interval for k, ratio in found.items()},
+    }
 
 
 def _delta_lm(table: Figures) -> Figures | None:
@@ -161,7 +177,3 @@ def _delta_lm(table: Figures) -> Figures | None:
         "by_level_unseen_prefix": {u: means(v, "unseen") for u, v in levels.items()},
         "published_protocol": means(table["plain"] | {"prior": prior_sample}, "all"),
     }
-
-
-def _ratio(value: float | None, other: float | None) -> float | None:
-    return None if value is None or not other or other <= 0 else value / other - 1

@@ -16,7 +16,8 @@ from dmm_ray.errors import UserError
 from dmm_ray.evaluation.config import EvaluateConfig
 from dmm_ray.evaluation.data import load
 from dmm_ray.evaluation.evaluate import evaluate
-from dmm_ray.evaluation.summary import finite, relative
+from dmm_ray.evaluation.statistics import clustered
+from dmm_ray.evaluation.summary import compare, finite
 from dmm_ray.files import sha256
 from dmm_ray.prior import ActivationPrior
 from dmm_ray.store.manifest import read_record, record_name
@@ -77,6 +78,11 @@ def test_figures_are_in_order(finished):
     assert summary["relative"]["flow_matching_loss_vs_gaussian"] == pytest.approx(
         flow["prior"] / flow["gaussian"] - 1
     )
+    for suffix in ("", "_unseen_prefix"):
+        intervals = summary[f"relative_interval{suffix}"]
+        for name, value in summary[f"relative{suffix}"].items():
+            low, high = intervals[name]
+            assert low < value < high, name
     distance = summary["fidelity"]["frechet_distance"]
     assert distance["floor"] < distance["prior"] < distance["untrained"]
     nll, normalised = summary["fidelity"]["nll_nats_per_dim"], summary["nll_normalised_nats_per_dim"]
@@ -248,9 +254,10 @@ def test_output_folder_that_holds_something_else(options, eval_store, eval_prior
 
 def test_not_finite_becomes_null_and_missing_rivals_give_no_ratio():
     assert finite({"a": [1.0, float("nan")], 2: (float("inf"), "x")}) == {"a": [1.0, None], "2": [None, "x"]}
-    flow = dict.fromkeys(KEYS, 2.0) | {"prior": 1.0, "pca": None}
-    found = relative({"flow_matching_loss": flow, "delta_lm_loss": dict.fromkeys(KEYS)})
-    assert found["flow_matching_loss_vs_gaussian"] == -0.5
+    one, two = (clustered(np.full(4, mean), np.arange(4)) for mean in (1.0, 2.0))
+    flow = dict.fromkeys(KEYS, two) | {"prior": one, "pca": None}
+    found = compare({"flow_matching_loss": flow, "delta_lm_loss": dict.fromkeys(KEYS)})
+    assert found["flow_matching_loss_vs_gaussian"] == (-0.5, (-0.5, -0.5))
     assert found["flow_matching_loss_vs_pca"] is None
     assert found["delta_lm_loss_vs_best_of_gaussian_pca_sae"] is None
 

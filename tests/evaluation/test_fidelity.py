@@ -42,11 +42,11 @@ def test_every_level_occurs_equally_often_and_every_row_is_used(n):
 def test_methods_see_the_same_rows_and_a_row_keeps_its_noise_in_any_company():
     rows, noised = part(1500), NoisedRows.assign(1500, seed=0)
     a, b = Recorder(), Recorder()
-    squared_errors({"a": a, "b": b}, rows, noised, seed=5)
+    squared_errors({"a": a, "b": b}, rows, noised)
     assert torch.equal(torch.cat(a.rows), torch.cat(b.rows))
-    swapped = NoisedRows(noised.row.flip(0), noised.use.flip(0), noised.level.flip(0))
+    swapped = NoisedRows(noised.row.flip(0), noised.use.flip(0), noised.level.flip(0), noised.seed)
     c = Recorder()
-    squared_errors({"c": c}, rows, swapped, seed=5)
+    squared_errors({"c": c}, rows, swapped)
     assert torch.allclose(torch.cat(a.rows), torch.cat(c.rows).flip(0), atol=1e-6)
     assert torch.equal(torch.cat(a.levels), torch.cat(c.levels).flip(0))
 
@@ -56,8 +56,8 @@ def test_optimal_gaussian_has_the_loss_of_its_formula():
     model = Gaussian(torch.zeros(4, dtype=torch.float64), values, torch.eye(4, dtype=torch.float64))
     rows = EvaluationRows(model.sample(20_000), part(20_000).ids)
     noised = NoisedRows.assign(20_000, seed=0)
-    errors = squared_errors({"gaussian": model}, rows, noised, seed=0)["gaussian"]
-    found = summarize(errors, noised, rows.docs)
+    errors = squared_errors({"gaussian": model}, rows, noised)["gaussian"]
+    found = summarize([(noised, errors)], rows.docs)
     levels = np.arange(1, 1001) / 1000
     expected = np.mean([model.loss(u) for u in levels])
     assert abs(found.overall.mean - expected) < 4 * found.overall.stderr
@@ -72,5 +72,16 @@ def test_masked_rows_do_not_count():
     rows, noised = part(2000), NoisedRows.assign(2000, seed=0)
     errors = np.where(noised.row.numpy() < 1000, 1.0, 50.0)
     mask = np.arange(2000) < 1000
-    assert summarize(errors, noised, rows.docs, mask).overall.mean == pytest.approx(1.0)
-    assert summarize(errors, noised, rows.docs, np.zeros(2000, dtype=bool)).overall is None
+    assert summarize([(noised, errors)], rows.docs, mask).overall.mean == pytest.approx(1.0)
+    assert summarize([(noised, errors)], rows.docs, np.zeros(2000, dtype=bool)).overall is None
+
+
+def test_several_draws_of_the_noise_are_averaged_and_a_document_stays_one_unit():
+    rows = part(2000)
+    draws = [NoisedRows.assign(2000, seed) for seed in (0, 1)]
+    assert not torch.equal(draws[0].row, draws[1].row)
+    both = summarize(
+        [(noised, np.full(2000, level)) for noised, level in zip(draws, (1.0, 2.0), strict=True)], rows.docs
+    )
+    assert both.overall.mean == pytest.approx(1.5)
+    assert len(both.overall.docs) == 200

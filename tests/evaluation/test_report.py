@@ -38,6 +38,8 @@ def summary():
         "fidelity_unseen_prefix": None,
         "relative": relative,
         "relative_unseen_prefix": None,
+        "relative_interval": {k: [v - 0.02, v + 0.03] for k, v in relative.items()},
+        "relative_interval_unseen_prefix": None,
         "stderr": {"flow_matching_loss": {"prior": 0.01}},
         "stderr_unseen_prefix": None,
         "by_level": {k: [1.0] * 10 for k in KEYS},
@@ -55,11 +57,12 @@ def summary():
 
 def test_says_plainly_what_is_better_and_what_is_worse(tmp_path, summary):
     page = read(write_report(str(tmp_path), summary))
-    assert "40 % below the full-covariance Gaussian" in page
-    assert "10 % above the better mixture's (mixture)" in page
+    assert "40 % (37 to 42) below the full-covariance Gaussian" in page
+    assert "10 % (8 to 13) above the better mixture's (mixture)" in page
     assert "7 factor analysers of rank 3" in page
     assert "2.00 M" in page
     assert "-60 %" in page
+    assert "all test rows (-62 to -57)" in page
     assert "prior 0.700, PCA 0.040, SAE 0.100" in page
     assert "Text scored" not in page
     assert "&lt;llm&gt;" in page
