@@ -31,7 +31,12 @@ class Gaussian:
 
     @classmethod
     def fit(cls, z_nd: Tensor) -> Self:
-        """Fit mean and covariance to the training rows (n, d); eigenvalues are floored at ``FLOOR``."""
+        """Fit mean and covariance to the training rows (n, d); eigenvalues are floored at ``FLOOR``.
+
+        Example:
+            >>> Gaussian.fit(torch.randn(500, 3)).velocity(torch.zeros(2, 3), 0.5).shape
+            torch.Size([2, 3])
+        """
         start = time.perf_counter()
         mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)

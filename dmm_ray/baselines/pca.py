@@ -35,7 +35,13 @@ class PCA:
 
     @classmethod
     def fit(cls, z_nd: Tensor, share: float = 0.95) -> Self:
-        """Keep the fewest components that explain ``share`` of the training rows' variance (1.0 keeps all)."""
+        """Keep the fewest components that explain ``share`` of the training rows' variance (1.0 keeps all).
+
+        Example:
+            >>> rows = torch.randn(500, 3) * torch.tensor([1.0, 1.0, 0.01])
+            >>> PCA.fit(rows).components
+            2
+        """
         start = time.perf_counter()
         mean_d, covariance_dd = mean_and_covariance(z_nd)
         values_d, vectors_dd = torch.linalg.eigh(covariance_dd)

@@ -142,6 +142,11 @@ def train_sae(z: Tensor, options: SAEOptions, samples: int, *, noised: bool = Fa
     """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
 
     With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
+
+    Example:
+        >>> sae = train_sae(torch.randn(500, 3), SAEOptions(latents=16, k=4), samples=2_000)
+        >>> sae.reconstruct(torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
     """
     with torch.enable_grad():
         return _Training(z, options, max(samples // BATCH, 1), noised, seed).run()

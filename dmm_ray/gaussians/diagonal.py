@@ -33,6 +33,7 @@ def fit_diagonal(
         em_steps: passes over the rows, after the one that gives every row to its nearest centre.
 
     Example:
+        >>> from dmm_ray.gaussians import find_clusters
         >>> rows = torch.cat([torch.randn(500, 2), torch.randn(500, 2) + 9])
         >>> fit_diagonal(rows, find_clusters(rows, 2)).components
         2

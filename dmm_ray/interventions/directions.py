@@ -28,6 +28,10 @@ class Direction:
 
     Raises:
         UserError: the vector has the wrong shape, is all zero, or contains NaN or Inf.
+
+    Example:
+        >>> Direction("cheerful", torch.tensor([3.0, 4.0])).vector
+        tensor([0.6000, 0.8000])
     """
 
     name: str
@@ -44,7 +48,12 @@ class Direction:
         object.__setattr__(self, "vector", (vector.double() / length).float())
 
     def save(self, folder: str) -> str:
-        """Write ``NAME.safetensors`` into ``folder``; returns the file's path."""
+        """Write ``NAME.safetensors`` into ``folder``; returns the file's path.
+
+        Example:
+            >>> Direction("cheerful", torch.randn(64), layer=2).save("runs/directions").endswith("cheerful.safetensors")
+            True
+        """
         path = join(folder, self.name + SUFFIX)
         metadata = None if self.layer is None else {LAYER: str(self.layer)}
         write_bytes(path, safetensors.torch.save({TENSOR: self.vector}, metadata))

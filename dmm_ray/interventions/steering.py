@@ -24,6 +24,13 @@ class Steering:
 
     Raises:
         UserError: the prior does not model the layer, or the direction is of another layer or width.
+
+    Example:
+        >>> direction = Direction("cheerful", torch.randn(64), layer=2)
+        >>> steering = Steering(prior, direction, strength=0.5, u=0.3, steps=4)
+        >>> [one] = subject.generate(["Once upon a time"], [steering.intervention()], max_tokens=8)
+        >>> len(one.ids) <= 8
+        True
     """
 
     prior: ActivationPrior

@@ -34,7 +34,8 @@ def ask(
         UserError: as for the prior's method of that name.
 
     Example:
-        >>> ask(prior, "denoise", x, ids, {"u": 0.5, "method": "rk4"})["activations"].shape  # doctest: +SKIP
+        >>> ask(prior, "denoise", x, ids, {"u": 0.5, "method": "rk4"})["activations"].shape == x.shape
+        True
     """
     keywords = {key: value for key, value in told.items() if key not in ("method", "grid")}
     if "method" in told or "grid" in told:

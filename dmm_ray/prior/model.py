@@ -108,6 +108,10 @@ class ActivationPrior(nn.Module):
         """A prior with random weights, from per-layer statistics mean and var, (d,) or (L, d).
 
         With a base its last layer is zero: it begins as the base.
+
+        Example:
+            >>> ActivationPrior.untrained(prior.config, prior.normalizer.mean, prior.normalizer.var).d
+            64
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(as_seed(seed) & MASK64)
@@ -134,6 +138,11 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: not a prior, a damaged file, or weights that do not fit the configuration.
+
+        Example:
+            >>> prior = ActivationPrior.from_pretrained("runs/demo/prior")
+            >>> prior.layers
+            (2,)
         """
         path = folder.resolve(str(source), revision)
         config, tensors = folder.load(path)
@@ -157,7 +166,13 @@ class ActivationPrior(nn.Module):
         return prior
 
     def save_pretrained(self, path: str) -> None:
-        """Write ``config.json``, ``model.safetensors`` (weights and normaliser) and the calibration into a folder."""
+        """Write ``config.json``, ``model.safetensors`` (weights and normaliser) and the calibration into a folder.
+
+        Example:
+            >>> prior.save_pretrained("runs/copy")
+            >>> ActivationPrior.from_pretrained("runs/copy").fingerprint() == prior.fingerprint()
+            True
+        """
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         self._check_calibration()
         folder.save(path, self.config, tensors)
@@ -165,7 +180,12 @@ class ActivationPrior(nn.Module):
             self.calibration.save(path)
 
     def fingerprint(self) -> str:
-        """Fingerprint of the weights and the normaliser: see :func:`dmm_ray.prior.weights.fingerprint`."""
+        """Fingerprint of the weights and the normaliser: see :func:`dmm_ray.prior.weights.fingerprint`.
+
+        Example:
+            >>> len(prior.fingerprint())
+            64
+        """
         return fingerprint(self.state_dict())
 
     def _check_calibration(self) -> None:
@@ -186,6 +206,9 @@ class ActivationPrior(nn.Module):
         """Upload this prior with a model card to the Hugging Face Hub; returns the commit's URL.
 
         Args: see :func:`dmm_ray.prior.publish.push_to_hub`.
+
+        Example:
+            >>> prior.push_to_hub("me/my-prior", private=True)  # doctest: +SKIP
         """
         with tempfile.TemporaryDirectory() as path:
             self.save_pretrained(path)
@@ -200,11 +223,20 @@ class ActivationPrior(nn.Module):
             )
 
     def compile(self, **options: Any) -> None:
-        """Compile the network from now on, with ``options`` of torch.compile, such as ``mode="reduce-overhead"``."""
+        """Compile the network from now on, with ``options`` of torch.compile, such as ``mode="reduce-overhead"``.
+
+        Example:
+            >>> prior.compile(mode="max-autotune")  # doctest: +SKIP
+        """
         self.velocities.compile(options)
 
     def velocity(self, z: Tensor, u: Tensor | float, layer: int | None = None) -> Tensor:
-        """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d), u one number or (n,)."""
+        """The network itself: ``E[noise - z | z_u]`` for *normalised* rows (n, d), u one number or (n,).
+
+        Example:
+            >>> prior.velocity(torch.randn(3, prior.d), 0.5).shape
+            torch.Size([3, 64])
+        """
         if z.ndim != 2 or z.shape[1] != self.d:
             raise UserError(f"z: expected shape (n, {self.d}), got {tuple(z.shape)}")
         levels = row_levels(u, len(z))
@@ -241,6 +273,11 @@ class ActivationPrior(nn.Module):
         Raises:
             UserError: wrong width, no rows, rows with NaN or Inf, a layer not modelled, fewer than one step, negative
                 probes, or an exact trace beyond ``exact_limit``.
+
+        Example:
+            >>> found = prior.log_prob(x, steps=4, ids=ids)
+            >>> found.nats.shape == found.percentile.shape == (len(x),)
+            True
         """
         index, solver = self.layer_index(layer), solver or Solver()
         probes = check_probes(probes, self.d, exact_limit)
@@ -271,6 +308,10 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: as for :meth:`log_prob`; fewer than one pair.
+
+        Example:
+            >>> prior.velocity_error(x).shape == (len(x),)
+            True
         """
         index, pairs = self.layer_index(layer), as_integer("pairs", pairs, least=1)
         field, rows = self._field(index, precision), self._rows(x, ids, index)
@@ -312,6 +353,10 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: as for :meth:`log_prob` and :meth:`level_for_distance`; u outside [0, 1]; an unknown mode.
+
+        Example:
+            >>> prior.denoise(x, u=0.3, steps=4).shape == x.shape
+            True
         """
         if distance is not None:
             u = self.level_for_distance(x, distance, steps, mode, layer, ids, seed, solver, precision)
@@ -346,6 +391,11 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: as for :meth:`denoise`; a distance that is negative or not finite.
+
+        Example:
+            >>> u = prior.level_for_distance(x, distance=4.0, steps=2)
+            >>> prior.denoise(x, u=u, steps=2).shape == x.shape
+            True
         """
         index = self.layer_index(layer)
         if not 0 <= as_number("distance", distance) < math.inf:
@@ -375,6 +425,10 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: n or steps below 1, a layer not modelled.
+
+        Example:
+            >>> prior.sample(5, steps=4).shape
+            torch.Size([5, 64])
         """
         index, solver = self.layer_index(layer), solver or Solver()
         n = as_integer("n", n, least=1)
@@ -444,6 +498,12 @@ class ActivationPrior(nn.Module):
 
         Raises:
             UserError: as for :meth:`denoise`; a block that the denoiser lacks; no noises; more units than there are.
+
+        Example:
+            >>> prior.encode(x[:5]).shape
+            torch.Size([5, 512])
+            >>> prior.encode(x[:5], top=8).indices.shape
+            torch.Size([5, 8])
         """
         index, blocks = self.layer_index(layer), self.config.n_blocks
         check_level(u)
@@ -479,7 +539,12 @@ class ActivationPrior(nn.Module):
         return PriorRows(x, ids, self.config, self.normalizer, layer_index)
 
     def layer_index(self, layer: int | None) -> int:
-        """The index of ``layer`` among the modelled ones. Raises UserError for any other, or for None with several."""
+        """The index of ``layer`` among the modelled ones. Raises UserError for any other, or for None with several.
+
+        Example:
+            >>> prior.layer_index(2)
+            0
+        """
         if layer is None and len(self.layers) == 1:
             return 0
         if layer is None or as_integer("layer", layer) not in self.layers:

@@ -88,7 +88,7 @@ def check_fits(
         UserError: the width differs, the layer is missing, or (with ``same_model``) the model differs.
 
     Example:
-        >>> check_fits(prior.config, ActivationStore.open("runs/demo/activations"))  # doctest: +SKIP
+        >>> check_fits(prior.config, ActivationStore.open("runs/demo/activations"))
         [2]
     """
     if store.d != prior.d:

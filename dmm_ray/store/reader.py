@@ -78,6 +78,11 @@ class ActivationStore:
 
         Raises:
             UserError: there is no store, it is unfinished, or a file is missing or has the wrong length.
+
+        Example:
+            >>> store = ActivationStore.open("runs/demo/activations")
+            >>> store.layers, store.d
+            ((2,), 64)
         """
         uri = absolute(uri)
         manifest = read_manifest(uri)
@@ -102,12 +107,23 @@ class ActivationStore:
         return cls(uri, manifest, records)
 
     def row_groups(self, layer: int) -> list[RowGroup]:
-        """All row groups of ``layer``, in order."""
+        """All row groups of ``layer``, in order.
+
+        Example:
+            >>> sum(group.rows for group in store.row_groups(2)) == store.rows
+            True
+        """
         self._check(layer)
         return list(self._groups)
 
     def read(self, layer: int, group: RowGroup, columns: Sequence[str] = COLUMNS) -> Rows:
-        """The rows of a group; columns not in ``columns`` are returned empty."""
+        """The rows of a group; columns not in ``columns`` are returned empty.
+
+        Example:
+            >>> rows = store.read(2, store.row_groups(2)[0])
+            >>> rows.activation.shape == (len(rows.doc), 64)
+            True
+        """
         self._check(layer)
         uri = join(self.uri, shard_name(layer, group.shard))
         with concerning(uri):
@@ -118,11 +134,21 @@ class ActivationStore:
         return to_rows(table, self.d, self.manifest.torch_dtype)
 
     def documents(self, layer: int, group: RowGroup) -> np.ndarray:
-        """The document number of each row of a group, (n,) int64, without reading the activations."""
+        """The document number of each row of a group, (n,) int64, without reading the activations.
+
+        Example:
+            >>> int(store.documents(2, store.row_groups(2)[0])[0])
+            0
+        """
         return self.read(layer, group, ("doc",)).doc
 
     def statistics(self, layer: int) -> Moments:
-        """Moments of ``layer`` over all documents, excluding rows that contain NaN or Inf."""
+        """Moments of ``layer`` over all documents, excluding rows that contain NaN or Inf.
+
+        Example:
+            >>> store.statistics(2).mean.shape
+            (64,)
+        """
         self._check(layer)
         if not self._statistics:
             self._statistics = read_moments(self.uri, STATISTICS, self.layers)
@@ -138,6 +164,12 @@ class ActivationStore:
             max_rows: take complete documents, in an order drawn by ``seed``, as long as they fit (at least one);
                 None takes all.
             seed: seed of that draw.
+
+        Example:
+            >>> from dmm_ray.store.split import TRAIN, Split
+            >>> rows = store.select(2, Split(), TRAIN, max_rows=200)
+            >>> rows.activation.shape == (len(rows.doc), 64)
+            True
         """
         self._check(layer)
         docs = [self.documents(layer, group) for group in self._groups]
@@ -148,14 +180,25 @@ class ActivationStore:
         return self.gather(layer, self._groups, wanted)
 
     def document(self, layer: int, doc: int) -> Rows:
-        """The rows of one document, ordered by position; may be empty."""
+        """The rows of one document, ordered by position; may be empty.
+
+        Example:
+            >>> store.document(2, 0).position[:3].tolist()
+            [1, 2, 3]
+        """
         self._check(layer)
         units = [r.unit for r in self.records if r.first_document <= doc < r.first_document + r.documents]
         groups = [group for group in self._groups if group.shard in units]
         return self.gather(layer, groups, [np.flatnonzero(self.documents(layer, g) == doc) for g in groups])
 
     def gather(self, layer: int, groups: Sequence[RowGroup], wanted: Sequence[np.ndarray]) -> Rows:
-        """The rows ``wanted[i]`` (indices) of each ``groups[i]``, in order; groups without wanted rows are not read."""
+        """The rows ``wanted[i]`` (indices) of each ``groups[i]``, in order; groups without wanted rows are not read.
+
+        Example:
+            >>> group = store.row_groups(2)[0]
+            >>> store.gather(2, [group], [np.array([0, 2])]).activation.shape
+            torch.Size([2, 64])
+        """
         full = [(group, index) for group, index in zip(groups, wanted, strict=True) if len(index)]
         return _concatenate(
             (self.read(layer, group) for group, _ in full),

@@ -64,8 +64,8 @@ class Generation:
         UserError: the prompt is blank or fills the context, the model cannot generate, or an edit fails.
 
     Example:
-        >>> for token in Generation(subject, "Once upon a time", max_tokens=8):  # doctest: +SKIP
-        ...     show(token.text)
+        >>> [token.text for token in Generation(subject, "Once upon a time", max_tokens=3)]
+        [',', ' two', ' g']
     """
 
     def __init__(

@@ -92,6 +92,11 @@ class SubjectModel:
         Raises:
             UserError: there is no such model, its architecture is unknown, weights are missing, the model lacks a
                 layer, or a required library is not installed.
+
+        Example:
+            >>> subject = SubjectModel.from_pretrained("runs/demo/model", head=True)
+            >>> subject.d, subject.context
+            (64, 256)
         """
         source = SubjectSource.resolve(model, revision, trust_remote_code)
         n_layers = source.check(layers or (), block_path)
@@ -142,11 +147,22 @@ class SubjectModel:
         return self.source.bidirectional
 
     def tokenize(self, texts: Sequence[str | Chat], window: int) -> list[list[int]]:
-        """Token ids of each text or chat as ``encode`` returns them: with special tokens, truncated to ``window``."""
+        """Token ids of each text or chat as ``encode`` returns them: with special tokens, truncated to ``window``.
+
+        Example:
+            >>> [len(ids) for ids in subject.tokenize(["Once upon a time", ""], window=3)]
+            [3, 0]
+        """
         return [encoded.ids for encoded in encode(self.tokenizer, texts, window)]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on the model's device."""
+        """``ids`` as ``(input_ids, attention_mask)``: int64 (b, t), padded on the right, on the model's device.
+
+        Example:
+            >>> input_ids, attention_mask = subject.pad([[0, 5, 6], [0, 5]])
+            >>> input_ids.shape, attention_mask.sum().item()
+            (torch.Size([2, 3]), 5)
+        """
         return pad(ids, self.device)
 
     @torch.no_grad()
@@ -175,7 +191,7 @@ class SubjectModel:
                 fails, or an edit lacks a required effect.
 
         Example:
-            >>> rows = subject.capture(*subject.pad([[0, 5, 6]]), [2])[2]  # doctest: +SKIP
+            >>> rows = subject.capture(*subject.pad([[0, 5, 6]]), [2])[2]
         """
         asked = {where: Site(where) if isinstance(where, int) else where for where in sites}
         active, tokens = Interventions(interventions, require_effect), Tokens.of(attention_mask)
@@ -213,12 +229,21 @@ class SubjectModel:
         Raises:
             CannotPackError: the model's kind of attention is unsupported; check with ``batching`` first.
             UserError: a layer is not loaded, or a block's output is not (1, t, d).
+
+        Example:
+            >>> subject.capture_packed([[0, 5, 6], [0, 5]], [2])[2].shape
+            torch.Size([5, 64])
         """
         return capture_packed(self.runner, ids, layers)
 
     def batching(self, longest: int) -> Batching:
         """How sequences of at most ``longest`` tokens can share a pass so that each yields the same rows as alone;
-        decided by a trial, once per set of lengths that matter."""
+        decided by a trial, once per set of lengths that matter.
+
+        Example:
+            >>> subject.batching(longest=100)
+            'packed'
+        """
         return self._batching_trials.batching(longest)
 
     def token_losses(
@@ -243,7 +268,8 @@ class SubjectModel:
 
         Example:
             >>> halve = Intervention(Site(2), lambda x, ids: x / 2)
-            >>> subject.token_losses(*subject.pad([[0, 5, 6]]), [halve])  # doctest: +SKIP
+            >>> subject.token_losses(*subject.pad([[0, 5, 6]]), [halve]).shape
+            torch.Size([1, 2])
         """
         self._require_head("token_losses")
         active = Interventions(interventions, require_effect)
@@ -283,9 +309,9 @@ class SubjectModel:
             UserError: a prompt is blank or fills the context, or the model cannot generate; or as :meth:`capture`.
 
         Example:
-            >>> [one] = subject.generate(["Once upon a time"], max_tokens=8)  # doctest: +SKIP
-            >>> one.text  # doctest: +SKIP
-            ', there was a little girl'
+            >>> [one] = subject.generate(["Once upon a time"], max_tokens=8)
+            >>> one.text
+            ', two generous girls n'
         """
         self.require_generation()
         active = Interventions(interventions, require_effect)
@@ -328,8 +354,10 @@ class SubjectModel:
         """``-log p`` of each token in ``new`` given its prompt, under the model without interventions.
 
         Example:
-            >>> found = subject.generate(["Once", "The king"])  # doctest: +SKIP
-            >>> subject.continuation_nats([c.prompt for c in found], [c.ids for c in found])  # doctest: +SKIP
+            >>> found = subject.generate(["Once", "The king"], max_tokens=8)
+            >>> nats = subject.continuation_nats([c.prompt for c in found], [c.ids for c in found])
+            >>> [len(of_tokens) for of_tokens in nats]
+            [8, 8]
         """
         whole = [[*before, *ids] for before, ids in zip(prompts, new, strict=True)]
         found: list[list[float]] = [[] for _ in whole]
@@ -349,6 +377,11 @@ class SubjectModel:
         Raises:
             UserError: the model is an encoder, or rows contain NaN or Inf or are so large that their logits do.
             ValueError: loaded without ``head=True``.
+
+        Example:
+            >>> rows = subject.read("Once upon a time", layer=2).rows
+            >>> subject.lens(rows).shape
+            torch.Size([6, 2048])
         """
         self._require_head("the logit lens")
         return logit_lens(self.runner, rows)
@@ -361,8 +394,9 @@ class SubjectModel:
             UserError: the text has no tokens, the model lacks the layer, or its tokenizer has no character offsets.
 
         Example:
-            >>> reading = subject.read("Once upon a time", layer=2)  # doctest: +SKIP
-            >>> [piece.text for piece in reading.pieces], reading.rows.shape  # doctest: +SKIP
+            >>> reading = subject.read("Once upon a time", layer=2)
+            >>> [piece.text for piece in reading.pieces], reading.rows.shape
+            (['<s>', 'On', 'ce', ' upon', ' a', ' time'], torch.Size([6, 64]))
         """
         pieces = self.pieces(text)
         ids, site = torch.tensor([[piece.id for piece in pieces]], device=self.device), Site(layer)
@@ -371,7 +405,12 @@ class SubjectModel:
         return Reading(pieces, captured[site][0].float().cpu())
 
     def pieces(self, text: str) -> list[TokenPiece]:
-        """The tokens of ``text``, special ones included, exactly as in extraction. Raises as :meth:`read`."""
+        """The tokens of ``text``, special ones included, exactly as in extraction. Raises as :meth:`read`.
+
+        Example:
+            >>> [piece.text for piece in subject.pieces("Once upon")]
+            ['<s>', 'On', 'ce', ' upon']
+        """
         return pieces_of(self.tokenizer, text, text_ids(self.tokenizer, text, self.context))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -380,11 +419,20 @@ class SubjectModel:
         Raises:
             UserError: the prompt has no tokens or token ids outside the vocabulary, or the template rejects the chat.
             TooLongError: the prompt leaves no room for a new token.
+
+        Example:
+            >>> subject.prompt_ids("Once upon")
+            [0, 765, 432, 1626]
         """
         return prompt_ids(self.tokenizer, [prompt], self.context, self.runner.vocabulary)[0]
 
     def token_text(self, token: int) -> str:
-        """A token's characters, or its name in the vocabulary if it is part of a character, or special."""
+        """A token's characters, or its name in the vocabulary if it is part of a character, or special.
+
+        Example:
+            >>> [subject.token_text(token) for token in subject.prompt_ids("Once upon")]
+            ['<s>', 'On', 'ce', ' upon']
+        """
         return token_text(self.tokenizer, token)
 
     def _alone(self, input_ids: Tensor) -> bool:

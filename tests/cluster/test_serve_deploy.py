@@ -1,4 +1,4 @@
-"""``serve deploy`` of a checked file against a cluster started by hand, and again with other weights."""
+"""``serve deploy`` of a checked file (``serve/app.py``) against a cluster started by hand, then of other weights."""
 
 import subprocess
 import sys

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dmm_ray.cli import parse
+from dmm_ray.demo.run import demo
+from dmm_ray.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 SHORT = "jobs/configs/demo_short.yaml"
 
@@ -41,6 +45,6 @@ def test_demo_leaves_a_report_and_refuses_another_one_there(tmp_path):
         "sae",
         "untrained",
     }
-    other = run(sys.executable, "-m", "dmm_ray", "demo", "--config", SHORT, "--out", str(out), "--seed", "5")
-    assert other.returncode == 2
-    assert len([line for line in other.stderr.splitlines() if line.startswith("dmm demo: ")]) == 1
+    _, other = parse("demo", ["--config", str(ROOT / SHORT), "--out", str(out), "--seed", "5"])
+    with pytest.raises(UserError, match="choose another --out"):
+        demo(other)

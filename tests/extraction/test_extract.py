@@ -58,10 +58,6 @@ def test_summary_and_folder(tiny_store: Path) -> None:
     }
 
 
-def test_two_actors_write_the_same_bytes(run: Callable[..., Path], tiny_store: Path) -> None:
-    assert shards(run(actors=2)) == shards(tiny_store)
-
-
 def test_resume_makes_only_what_is_missing(
     run: Callable[..., Path], tiny_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

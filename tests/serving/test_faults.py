@@ -78,13 +78,6 @@ def test_a_process_is_killed(client: Client, known: list[Known], title: str) -> 
     assert set(found) == {0}
 
 
-def test_new_weights_are_taken_over(client: Client, known: list[Known], other: str) -> None:
-    """By the processes that run."""
-    found = under_load(client, known, lambda: deploy(other))
-    assert found[1] > 0
-    assert [one.check(client) for one in known] == [{1}] * len(known)
-
-
 def test_processes_are_replaced(client: Client, known: list[Known], single: str) -> None:
     """One after the other: their arguments change with the weights."""
     before = {process.pid for process in processes("prior-default")}

@@ -25,7 +25,7 @@ OURS = {"deployment": f"prior-{NAME}"}
 DEADLINE_S = 60.0
 LIMITS = Limits(max_steps=1 << 20, max_work=1 << 40)
 X = torch.randn(2, D, generator=torch.Generator().manual_seed(0))
-SLOW = {"activations": X.tolist(), "steps": 5000, "probes": 1}
+SLOW = {"activations": X.tolist(), "steps": 1500, "probes": 1}
 """A request that takes the solver seconds."""
 
 

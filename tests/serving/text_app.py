@@ -23,6 +23,7 @@ from dmm_ray.subject import SubjectModel
 LIMITS = Limits(max_text_chars=2000, max_tokens=60, max_steps=2000)
 TEXT = "the cat sat on a red mat and saw one big dog run to town"
 CPUS = 0.25
+TOKEN = "a-token-of-the-tests"
 FLOAT32 = {"precision": "float32", "compute_dtype": "float32"}
 """On every machine: answers are compared with those of this process."""
 

@@ -6,14 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from serving.text_app import CPUS, TEXT, Files, beside
-
-from dmm_ray.serving.config import AppConfig
+from serving.text_app import TEXT
 
 CHROMIUM = os.environ.get("DMM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
@@ -220,33 +216,18 @@ def test_its_policy_stops_other_scripts(tab: Tab, url: str) -> None:
     assert "default-src 'none'" in httpx.get(url).headers["content-security-policy"]
 
 
-def test_without_a_language_model_it_shows_numbers(tab: Tab, url: str, files: Files) -> None:
-    with beside("numbers", AppConfig(prior=files.default, cpus=CPUS, auth="none")) as path:
-        page = tab.open(f"{url}{path}/")
-        expect(page.locator("#about")).to_contain_text("No language model is attached")
-        expect(page.locator("#texts")).to_be_hidden()
-        page.get_by_label("Samples", exact=True).fill("2")
-        page.get_by_role("button", name="Draw", exact=True).click()
-        shows(page, "2 drawn.", "draw")
-        expect(page.locator("#drawn tbody tr")).to_have_count(2)
-
-
-def test_a_token_is_asked_for_and_used(tab: Tab, url: str, files: Files, tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    file.write_text(TOKEN + "\n")
-    options: dict[str, Any] = {
-        "prior": files.default,
-        "cpus": CPUS,
-        "auth": "tokens",
-        "token_file": str(file),
-    }
-    with beside("guarded", AppConfig(**options)) as path:
-        page = tab.open(f"{url}{path}/")
-        expect(page.locator("#about")).to_contain_text("needs a token")
-        for token, answer in (("wrong", "not one of the endpoint"), (TOKEN, "No language model is attached")):
-            page.get_by_label("Access token").fill(token)
-            page.keyboard.press("Enter")
-            expect(page.locator("#about")).to_contain_text(answer)
-        expect(page.get_by_label("Access token")).to_be_hidden()
-        page.get_by_role("button", name="Draw", exact=True).click()
-        shows(page, "8 drawn.", "draw")
+def test_a_token_is_asked_for_and_without_a_language_model_it_shows_numbers(
+    tab: Tab, url: str, guarded: str
+) -> None:
+    page = tab.open(f"{url}{guarded}/")
+    expect(page.locator("#about")).to_contain_text("needs a token")
+    for token, answer in (("wrong", "not one of the endpoint"), (TOKEN, "No language model is attached")):
+        page.get_by_label("Access token").fill(token)
+        page.keyboard.press("Enter")
+        expect(page.locator("#about")).to_contain_text(answer)
+    expect(page.get_by_label("Access token")).to_be_hidden()
+    expect(page.locator("#texts")).to_be_hidden()
+    page.get_by_label("Samples", exact=True).fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    shows(page, "2 drawn.", "draw")
+    expect(page.locator("#drawn tbody tr")).to_have_count(2)

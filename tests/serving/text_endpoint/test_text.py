@@ -14,12 +14,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving.text_app import CPUS, TEXT, Files, beside
+from serving.text_app import TEXT, TOKEN, Files
 
 from dmm_ray.errors import UserError
 from dmm_ray.interventions import Direction, Steering, load_directions
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.serving.config import AppConfig
 from dmm_ray.serving.deployments.subject import SubjectDeployment
 from dmm_ray.subject import Generation, SubjectModel
 
@@ -221,18 +220,18 @@ def test_the_documentation_has_examples(client: httpx.Client) -> None:
     assert {"/v1/models", "/v1/directions"} <= set(paths)
 
 
-def test_without_a_language_model_the_routes_say_so(client: httpx.Client, files: Files) -> None:
-    with beside("numbers", AppConfig(prior=files.default, cpus=CPUS, auth="none")) as path:
-        for route, body in (
-            ("score_text", {"text": TEXT}),
-            ("generate", GENERATE),
-            ("nearest_tokens", {"n": 1}),
-        ):
-            answer = client.post(f"{path}/v1/{route}", json=body)
-            assert answer.status_code == 404
-            assert "--model" in answer.json()["error"]
-        assert client.get(f"{path}/v1/directions").status_code == 404
-        assert client.get(f"{path}/v1/models").json()["subject"] is None
+def test_without_a_language_model_the_routes_say_so(client: httpx.Client, guarded: str) -> None:
+    client.headers["Authorization"] = f"Bearer {TOKEN}"
+    for route, body in (
+        ("score_text", {"text": TEXT}),
+        ("generate", GENERATE),
+        ("nearest_tokens", {"n": 1}),
+    ):
+        answer = client.post(f"{guarded}/v1/{route}", json=body)
+        assert answer.status_code == 404
+        assert "--model" in answer.json()["error"]
+    assert client.get(f"{guarded}/v1/directions").status_code == 404
+    assert client.get(f"{guarded}/v1/models").json()["subject"] is None
 
 
 def test_what_does_not_fit_the_language_model_is_refused_at_the_start(

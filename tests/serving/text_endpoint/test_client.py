@@ -1,47 +1,25 @@
-"""The client and a real endpoint: the same numbers as in this process, in parts or whole, with and without room."""
+"""The client and a real endpoint: the same numbers as in this process, in parts or in one request."""
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from serving.text_app import LIMITS, TEXT, Files, beside, make_files, serving
+from serving.text_app import TEXT, TOKEN, Files
 
-from dmm_ray.client import Client, ClientError, GeneratedText, Token, UnavailableError
+from dmm_ray.client import client as client_module
+from dmm_ray.client import Client, ClientError, GeneratedText, Token
 from dmm_ray.prior import ActivationPrior
-from dmm_ray.serving.config import AppConfig
 
 D = 32
-TOKEN = "a-token-of-the-client-s-test"
-
-
-@pytest.fixture(scope="module")
-def files(tiny_subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return make_files(tmp_path_factory.mktemp("client_app"), tiny_subject)
-
-
-@pytest.fixture(scope="module")
-def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text(TOKEN)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def url(ray_local: None, files: Files, token_file: str) -> Iterator[str]:
-    limits = LIMITS.model_copy(update={"max_rows": 60})
-    priors = (files.default, f"pair={files.pair}")
-    with serving(files, prior=priors, limits=limits, token_file=token_file, batch_wait_ms=1) as base:
-        yield base
 
 
 @pytest.fixture
 def client(url: str) -> Iterator[Client]:
-    with Client(url, token=TOKEN) as c:
+    with Client(url) as c:
         yield c
 
 
@@ -83,7 +61,7 @@ def test_every_operation_is_the_prior_s(client: Client, prior: ActivationPrior) 
 
 def test_parts_give_what_one_request_gives(url: str, prior: ActivationPrior) -> None:
     x = rows(130)
-    with Client(url, token=TOKEN, chunk_rows=16, in_flight=3) as small, Client(url, token=TOKEN) as halving:
+    with Client(url, chunk_rows=16, in_flight=3) as small, Client(url) as halving:
         for client in (
             small,
             halving,
@@ -101,7 +79,7 @@ def test_parts_give_what_one_request_gives(url: str, prior: ActivationPrior) -> 
 def test_a_prior_by_name_with_percentiles(url: str, files: Files) -> None:
     prior, x = ActivationPrior.from_pretrained(files.pair), rows(3)
     expected = prior.log_prob(torch.from_numpy(x), layer=1, steps=4)
-    with Client(url, token=TOKEN, model="pair") as client:
+    with Client(url, model="pair") as client:
         found = client.log_prob(x, layer=1, steps=4)
         assert found.percentile is not None
         assert found.latent_percentile is not None
@@ -111,19 +89,21 @@ def test_a_prior_by_name_with_percentiles(url: str, files: Files) -> None:
             client.log_prob(x)
 
 
-def test_refusals(url: str, client: Client) -> None:
-    with Client(url, token="wrong") as stranger:
+def test_refusals(url: str, guarded: str, client: Client) -> None:
+    with Client(url + guarded, token=TOKEN) as known:
+        assert known.sample(1).shape == (1, D)
+    with Client(url + guarded, token="wrong") as stranger:
         assert stranger.ready()
         with pytest.raises(ClientError, match="Authorization") as caught:
             stranger.sample(1)
         assert caught.value.status == 401
-    with Client(url, token=TOKEN, model="nobody") as lost, pytest.raises(ClientError, match="no such prior"):
+    with Client(url, model="nobody") as lost, pytest.raises(ClientError, match="no such prior"):
         lost.sample(1)
     with pytest.raises(ClientError, match="steps: 2001 requested, at most 2000"):
         client.sample(1, steps=2001)
     x = rows(40)
     x[33] = 1e38
-    with Client(url, token=TOKEN, chunk_rows=10) as parts:
+    with Client(url, chunk_rows=10) as parts:
         with pytest.raises(ClientError, match=r"^rows 30 to 39: .*answer for row 3 is NaN or Inf"):
             parts.log_prob(x, steps=2)
         assert np.isfinite(parts.log_prob(rows(40), steps=2).nats).all()
@@ -131,7 +111,8 @@ def test_refusals(url: str, client: Client) -> None:
 
 def test_models(client: Client, files: Files) -> None:
     found = client.models()
-    assert [(p.name, p.d, p.layers) for p in found.priors] == [("default", D, (2,)), ("pair", D, (1, 3))]
+    priors = [("default", D, (2,)), ("pair", D, (1, 3)), ("other", 16, (2,))]
+    assert [(p.name, p.d, p.layers) for p in found.priors] == priors
     assert found.subject is not None
     assert found.subject.priors == ("default", "pair")
     assert {(d.name, d.layer) for d in found.subject.directions} == {("up", 2), ("down", None)}
@@ -158,25 +139,9 @@ def test_texts(client: Client) -> None:
         next(client.generate_stream("the cat", "sideways", max_tokens=5))
 
 
-def test_a_full_queue_is_waited_for(url: str, files: Files, prior: ActivationPrior) -> None:
-    config = AppConfig(
-        precision="float32",
-        prior=(files.default,),
-        auth="none",
-        cpus=0.25,
-        max_ongoing_requests=1,
-        max_queued_requests=1,
-        retry_after_s=0.1,
-        limits=LIMITS,
-    )
-    x = rows(2)
-    expected = prior.log_prob(torch.from_numpy(x), steps=100).nats
-    with beside("tight", config) as path, ThreadPoolExecutor(6) as pool:
-        with Client(url + path, retries=0) as impatient:
-            asked = [pool.submit(impatient.log_prob, x, steps=100) for _ in range(6)]
-            refused = [one for one in asked if isinstance(one.exception(), UnavailableError)]
-        assert 0 < len(refused) < 6
-        with Client(url + path) as patient:
-            for found in [pool.submit(patient.log_prob, x, steps=100) for _ in range(6)]:
-                close(found.result().nats, expected)
-            assert patient.ready()
+def test_the_examples_in_its_docstrings(url: str) -> None:
+    with Client(url) as client:
+        names = {"client": client, "x": rows(3)}
+        found = doctest.testmod(client_module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.attempted > 10
+    assert not found.failed
