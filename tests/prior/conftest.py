@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from shape_checks import check_shapes
+
+assert check_shapes("dmm_ray.prior")
 
 
 @pytest.fixture(autouse=True, scope="module")

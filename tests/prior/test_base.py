@@ -150,7 +150,7 @@ def test_a_damaged_base_is_named(
 
 
 def test_several_layers_and_the_published_format_have_none(prior: ActivationPrior, tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="base: a prior of several layers has none"):
+    with pytest.raises(ValidationError, match="base: not available for a prior of several layers"):
         PriorConfig(d=D, layers=(1, 2), d_model=16, d_mlp=24, n_blocks=1, variance_floor=1e-6, base="mixture")
     prior.save_pretrained(str(tmp_path / "ours"))
     with pytest.raises(UserError, match="factor_analysers base, which the published format cannot hold"):

@@ -157,7 +157,7 @@ def test_bfloat16_is_close_and_differs():
     assert half.nats.dtype == torch.float32
     error = (half.nats - full.nats).abs()
     assert 0 < error.mean() < 0.05
-    with pytest.raises(UserError, match="precision: auto, float32 or bfloat16"):
+    with pytest.raises(UserError, match="precision: expected auto, float32 or bfloat16"):
         prior.log_prob(x, precision="float16")
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_checks import check_shapes
 from subject.families import new_model
 
 from dmm_ray.subject import SubjectModel
 
 Make = Callable[[str], Path]
 PROMPT = "the cat sat on"
+assert check_shapes("dmm_ray.subject", input_ids="B T", attention_mask="B T", rows="N D")
 
 
 @pytest.fixture(scope="session")

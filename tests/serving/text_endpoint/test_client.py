@@ -10,8 +10,8 @@ import pytest
 import torch
 from serving.text_app import TEXT, TOKEN, Files
 
-from dmm_ray.client import client as client_module
 from dmm_ray.client import Client, ClientError, GeneratedText, Token
+from dmm_ray.client import client as client_module
 from dmm_ray.prior import ActivationPrior
 
 D = 32
