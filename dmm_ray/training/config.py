@@ -53,6 +53,10 @@ class NetworkConfig(Group):
         return Shape(self.d_model or base.d_model, self.d_mlp or base.d_mlp, self.n_blocks or base.n_blocks)
 
 
+BASE_LEVELS = 32
+"""Noise levels in a batch of a prior with a base, whose tables per level cost more than the network at 256 (d = 64)."""
+
+
 class BaseConfig(Group):
     """A closed-form velocity that the network only has to correct."""
 
@@ -78,7 +82,8 @@ class ScheduleConfig(Group):
     batch: int = Field(default=4096, ge=1)
     """Samples in a global batch, over all workers."""
     levels_per_batch: int = Field(default=256, ge=1, le=NOISE_LEVELS)
-    """Distinct noise levels in a global batch (divides it); the time path runs once per level."""
+    """Distinct noise levels in a global batch (divides it); the time path and the tables of a base are computed once
+    per level. Defaults to 32 for a prior with a base."""
     shuffle_rows: int = Field(default=1 << 20, ge=1)
     """Rows shuffled together: row groups are drawn in random order, and rows permuted in windows of this many."""
 
@@ -239,6 +244,14 @@ class TrainConfig(Config):
     """Validation loss and calibration."""
     logging: TrackingConfig = TrackingConfig()
     """Logging and tracking."""
+
+    @model_validator(mode="after")
+    def _fewer_levels_with_a_base(self) -> Self:
+        given = "levels_per_batch" in self.schedule.model_fields_set
+        if self.analytic.base != "none" and not given and self.schedule.batch % BASE_LEVELS == 0:
+            fewer = self.schedule.model_copy(update={"levels_per_batch": BASE_LEVELS})
+            object.__setattr__(self, "schedule", fewer)
+        return self
 
     @model_validator(mode="after")
     def _a_sample_for_each_worker(self) -> Self:

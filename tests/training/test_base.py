@@ -12,6 +12,7 @@ from dmm_ray import ActivationPrior
 from dmm_ray.errors import UserError
 from dmm_ray.training import base as training_base
 from dmm_ray.training.base import FILE, load_base
+from dmm_ray.training.config import TrainConfig
 from dmm_ray.training.step import FlowBatch
 from dmm_ray.training.train import train
 
@@ -86,3 +87,14 @@ def test_a_damaged_base_is_named(based: Path, train_store: str, tmp_path: Path) 
     (tmp_path / FILE).write_bytes((based / FILE).read_bytes()[:-50])
     with pytest.raises(UserError, match=r"base\.safetensors: damaged"):
         load_base(this, ActivationPrior.from_pretrained(str(based)).config)
+
+
+def test_a_base_has_fewer_levels_in_a_batch_unless_they_are_given() -> None:
+    given = {"activations": "a", "out": "b"}
+    levels = [
+        TrainConfig.model_validate(given | more).schedule.levels_per_batch
+        for more in ({}, {"base": "mixture"}, {"base": "mixture", "levels_per_batch": 64})
+    ]
+    assert levels == [256, 32, 64]
+    saved = TrainConfig.model_validate(given | {"base": "mixture"}).model_dump(mode="json")
+    assert TrainConfig.model_validate(saved).schedule.levels_per_batch == 32
