@@ -67,6 +67,9 @@ VERBS = {
         "compare a prior with baselines",
         memory_options="--max-rows or --train-rows",
     ),
+    "scaling": Verb(
+        "dmm_ray.scaling.run", "ScalingConfig", "scaling", "fit a scaling law to priors of several sizes"
+    ),
     "score": Verb(
         "dmm_ray.batch.verbs", "ScoreConfig", "score", "log-likelihood of each row of a store or text"
     ),
