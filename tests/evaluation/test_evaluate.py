@@ -175,7 +175,11 @@ def test_store_of_another_width(options, eval_prior, tmp_path):
     ActivationPrior.untrained(config, torch.zeros(16), torch.ones(16)).save_pretrained(
         str(tmp_path / "narrow")
     )
-    refused(options, r"activations: .* has d = 32, the prior .* d = 16", prior=str(tmp_path / "narrow"))
+    refused(
+        options,
+        r"activations: .* has d = 32, but the prior models d = 16; give a store",
+        prior=str(tmp_path / "narrow"),
+    )
 
 
 def test_layer_that_the_prior_lacks(options):

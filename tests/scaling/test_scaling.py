@@ -29,8 +29,8 @@ def config(store: str, out: Path, **changes: Any) -> ScalingConfig:
     fields = {
         "activations": store,
         "out": str(out),
-        "sizes": ("16x1", "32x2"),
-        "samples": (512, 2048, 6144),
+        "sizes": ("32x1",),
+        "samples": (512, 1536, 4608, 13824),
         "batch": 128,
         "precision": "float32",
         "max_rows": 1000,
@@ -43,15 +43,15 @@ def config(store: str, out: Path, **changes: Any) -> ScalingConfig:
 @pytest.mark.slow
 def test_a_grid_is_run_resumed_and_fitted(ray_local: None, store: str, tmp_path: Path) -> None:
     this = config(store, tmp_path / "grid")
-    first = run_cell(this, this.cells[0])
+    before = {cell.name: run_cell(this, cell) for cell in this.cells[:3]}
     out = Path(scaling(this))
     summary = json.loads((out / "summary.json").read_text())
     cells = {c["name"]: c for c in summary["cells"]}
     assert list(cells) == [cell.name for cell in this.cells]
-    assert cells[this.cells[0].name] == first
-    assert cells["32x2-6144"]["loss"] < cells["16x1-512"]["loss"]
-    assert cells["32x2-6144"]["flops"] == pytest.approx(12 * cells["32x2-512"]["flops"])
-    assert all(c["delta_lm_loss"] > 0 for c in cells.values())
+    assert {name: cells[name] for name in before} == before
+    assert summary["frontier"] == list(cells)
+    assert cells["32x1-13824"]["flops"] == pytest.approx(27 * cells["32x1-512"]["flops"])
+    assert all(isinstance(c["delta_lm_loss"], float) for c in cells.values())
     low, high = summary["intervals"]["exponent"]
     assert low <= high
     assert (out / "scaling.png").stat().st_size > 10_000
@@ -66,6 +66,6 @@ def test_a_grid_of_one_cell_is_refused(store: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValidationError, match="sizes, samples: 1 cell; a law of three parameters needs at least 4"
     ):
-        config(store, tmp_path, sizes=("16x1",), samples=(512,))
+        config(store, tmp_path, samples=(512,))
     with pytest.raises(ValidationError, match="sizes"):
         config(store, tmp_path, sizes=("wide",))

@@ -242,7 +242,9 @@ def test_the_documentation_has_examples(client: httpx.Client) -> None:
     assert {"/v2/health/live", "/v2/health/ready"} <= set(paths)
 
 
-def test_a_full_queue_refuses_and_recovers(client: httpx.Client, single: str, prior: ActivationPrior) -> None:
+def test_a_full_queue_refuses_and_recovers(
+    client: httpx.Client, url: str, single: str, prior: ActivationPrior
+) -> None:
     from ray import serve
 
     from dmm_ray.serving.app import build
@@ -273,7 +275,7 @@ def test_a_full_queue_refuses_and_recovers(client: httpx.Client, single: str, pr
             assert list(answer.json()) == ["error"]
         x = rows(2)
         expected = prior.log_prob(x, steps=100).nats
-        with Client(f"{client.base_url}tight") as patient, ThreadPoolExecutor(6) as pool:
+        with Client(f"{url}/tight") as patient, ThreadPoolExecutor(6) as pool:
             for found in [pool.submit(patient.log_prob, x.numpy(), steps=100) for _ in range(6)]:
                 close(found.result().nats, expected)
     finally:

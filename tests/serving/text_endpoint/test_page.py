@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serving.text_app import TEXT
+from serving.text_app import TEXT, TOKEN
 
 CHROMIUM = os.environ.get("DMM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
@@ -21,7 +21,6 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-TOKEN = "correct-horse"
 MARKUP = "<img src=x onerror=alert(1)> a"
 expect.set_options(timeout=30_000)
 
