@@ -21,6 +21,7 @@ from dmm_ray.evaluation.report import ScoredText, ScoredToken, write_report
 from dmm_ray.extraction.config import ExtractConfig, ExtractedModel
 from dmm_ray.extraction.extract import extract
 from dmm_ray.files import absolute, exists, join, make_folder, read_json
+from dmm_ray.prior.base import BaseKind
 from dmm_ray.provenance import SUMMARY, write_summary
 from dmm_ray.seeds import torch_rng
 from dmm_ray.serving.config import ServeConfig
@@ -29,7 +30,7 @@ from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import TEST, Split
 from dmm_ray.subject import SubjectModel, SubjectSource
 from dmm_ray.text.corpus import Corpus
-from dmm_ray.training.config import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from dmm_ray.training.config import BaseConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dmm_ray.training.run_folder import saved_run
 from dmm_ray.training.train import train
 
@@ -39,8 +40,10 @@ SHOWN_TOKENS = 120
 MINUTES = 5.25
 LEAST_SHARE = 0.3
 """Minimum share of the total time that training gets."""
-TRAIN_OVERHEAD_S = 35.0
-"""Seconds that training takes in addition to its steps: the trial, Ray Train's start and end, the calibration."""
+TRAIN_OVERHEAD_S = 65.0
+"""Seconds that training takes in addition to its steps: the base, the trial, Ray Train's start and end, the
+calibration."""
+BASE_SIZE = 2048
 CALIBRATION_ROWS = 2048
 EVALUATION: dict[str, object] = {"quick": True}
 """Fields of `dmm evaluate`; searching for the baselines' sizes would take minutes."""
@@ -66,6 +69,8 @@ class DemoConfig(Config):
     """Training samples, instead of a time."""
     batch: int = Field(default=1024, ge=1)
     """Samples per training batch."""
+    base: BaseKind = "mixture"
+    """What the network corrects, as in `dmm train`; a mixture is of 2,048 Gaussians, fewer on few rows."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; defaults to one chosen for the network's width."""
     window: int | None = Field(default=None, ge=2)
@@ -122,6 +127,7 @@ def _run(config: DemoConfig, steps: Steps, out: str, model: str, layer: int) -> 
                 minutes=_training_minutes(config, steps, join(out, "prior")),
                 batch=config.batch,
             ),
+            analytic=BaseConfig(base=config.base, base_sizes=(BASE_SIZE,)),
             optimizer=OptimizerConfig(lr=config.lr),
             validation=ValidationConfig(calibration_rows=CALIBRATION_ROWS),
             seed=config.seed,

@@ -119,7 +119,7 @@ def _fit(
         gaussian = fit_gaussian(z)
         return gaussian, {"1": flow_matching_loss(gaussian, validation)}
     if asked.base == "mixture":
-        chosen = choose_diagonal(z, validation, asked.base_sizes, seed)
+        chosen = choose_diagonal(z, validation, asked.base_sizes, seed, own_axes=False)
     else:
         chosen = choose_analysers(z, validation, asked.base_sizes, asked.base_ranks, seed)
     return chosen.mixture, chosen.losses
