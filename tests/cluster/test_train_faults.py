@@ -193,9 +193,7 @@ def test_killed_in_one_process(store, undisturbed, tmp_path, trial):
     assert content(run.out) == undisturbed(0)
 
 
-@pytest.mark.skipif(
-    TRIALS == 1, reason="minutes long: `make chaos` runs it; test_train_elastic is its short form"
-)
+@pytest.mark.skipif(TRIALS == 1, reason="minutes long: `make chaos` runs it")
 @pytest.mark.parametrize("trial", range(max(1, TRIALS // 2)))
 def test_driver_and_worker_killed_on_ray(ray_local, store, undisturbed, tmp_path, trial):
     """The driver is killed, then interrupted, then one of its workers is killed, by the process number."""

@@ -78,6 +78,7 @@ def test_a_process_is_killed(client: Client, known: list[Known], title: str) -> 
     assert set(found) == {0}
 
 
+@pytest.mark.skipif("DMM_CHAOS_TRIALS" not in os.environ, reason="`make chaos` runs it")
 def test_processes_are_replaced(client: Client, known: list[Known], single: str) -> None:
     """One after the other: their arguments change with the weights."""
     before = {process.pid for process in processes("prior-default")}

@@ -125,6 +125,12 @@ def test_another_configuration_is_refused_by_field(finished, train_store):
         train(config(train_store, finished, lr=1e-3))
 
 
+def test_ray_workers_see_the_same_samples(finished, train_store, ray_local, tmp_path):
+    two = train(config(train_store, tmp_path / "two", workers=2, cpus_per_worker=1, parallel="fsdp"))
+    for a, b in zip(curve(two), curve(finished), strict=True):
+        assert a[:2] == pytest.approx(b[:2], rel=1e-4)
+
+
 def test_only_training_documents_are_read(train_store):
     store, split = ActivationStore.open(train_store), Split(seed=1)
     loader = Loader(store, 2, split, window_rows=1500, seed=0)

@@ -79,8 +79,8 @@ def write_units(store: Path, manifest: Manifest, units: int) -> None:
 
 
 def test_a_resume(manifest: Manifest, tmp_path: Path) -> None:
-    """Measured with 400 finished units; it grows in proportion."""
-    store, units = tmp_path / "store", 400
+    """Measured with 1,000 finished units; it grows in proportion."""
+    store, units = tmp_path / "store", 1000
     write_units(store, manifest, units)
     (store / "manifest.json").write_text(manifest.model_dump_json())
     assert len(prepare(str(store), manifest).units) == units
