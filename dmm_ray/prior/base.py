@@ -15,7 +15,7 @@ from dmm_ray.errors import UserError
 from dmm_ray.gaussians import GaussianMixture, NoisedMixture
 
 BaseKind = Literal["none", "gaussian", "mixture", "factor_analysers"]
-"""gaussian: full covariance; mixture: diagonal Gaussians in a shared basis; factor_analysers: with factors per component."""
+"""gaussian: full covariance; mixture: diagonal Gaussians in a shared basis; factor_analysers: factors per component."""
 PREFIX = "base."
 """Prefix of the names of its tensors in a prior's weight file."""
 LEVEL_FLOATS = 1 << 25
