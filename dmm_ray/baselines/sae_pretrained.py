@@ -1,9 +1,9 @@
-"""A sparse autoencoder that somebody else trained, from its safetensors and configuration.
+"""Loading a pretrained sparse autoencoder from its safetensors file and configuration.
 
-Tensor names of SAELens (``W_enc`` (d, l), ``b_enc``, ``W_dec`` (l, d), ``b_dec``, ``threshold``) and of
+Tensors may be named as in SAELens (``W_enc`` (d, l), ``b_enc``, ``W_dec`` (l, d), ``b_dec``, ``threshold``) or in
 dictionary_learning and sparsify (``encoder.weight`` (l, d), ``encoder.bias``, ``decoder.weight`` (d, l), ``b_dec`` or
-``bias``). It works on raw activations; the normaliser is folded into its weights, so what is returned works on
-normalised rows.
+``bias``). The saved autoencoder works on raw activations; the normaliser is folded into its weights, so the loaded one
+works on normalised rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TENSOR_NAMES = {
 }
 CONFIGS = ("cfg.json", "config.json")
 ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
-"""Those that can be read; where a configuration names several, the last of them is meant."""
+"""Supported activations; if a configuration names several, the one that comes last here applies."""
 ALIASES = {
     "standard": "relu",
     "autoencoder": "relu",
@@ -34,19 +34,19 @@ ALIASES = {
     "autoencodertopk": "topk",
     "batchtopksae": "batchtopk",
 }
-"""What the formats call them."""
+"""Other names that the formats use for them."""
 
 
 def load_sae(path: str, mean_d: Tensor, scale_d: Tensor) -> SAE:
-    """The autoencoder in a folder, made to work on rows ``z = (x - mean) / scale``.
+    """Load the autoencoder in a folder, converted to work on rows ``z = (x - mean) / scale``.
 
     Args:
-        path: a folder or URI with cfg.json and one .safetensors file.
-        mean_d: (d,) of the normaliser.
-        scale_d: (d,) of the normaliser.
+        path: folder or URI with cfg.json (or config.json) and one .safetensors file.
+        mean_d: (d,), mean of the normaliser.
+        scale_d: (d,), scale of the normaliser.
 
     Raises:
-        UserError: missing or unreadable files, another width, an activation or normalisation that cannot be read.
+        UserError: missing or unreadable files, a wrong width, or an unsupported activation or normalisation.
     """
     config, weights = _config(path), _weights(path)
     activation, k = _activation(config, path)
@@ -64,7 +64,7 @@ def load_sae(path: str, mean_d: Tensor, scale_d: Tensor) -> SAE:
         encoder, decoder = encoder * norm[:, None], decoder / norm[:, None]
         found["encoder_bias"] = found["encoder_bias"] * norm
     threshold = None if activation == "topk" else _threshold(weights, activation, latents, path)
-    # a(W (x - s b) + c) D + b with x = scale z + mean, in the form of SAE: one bias before and after.
+    # a(W (x - s b) + c) D + b with x = scale z + mean, in the form of SAE: the same bias before and after.
     mean, scale = mean_d.double().cpu(), scale_d.double().cpu()
     subtracted = config.get("apply_b_dec_to_input", activation != "jumprelu")
     shift = torch.zeros_like(found["encoder_bias"]) if subtracted else encoder @ found["bias"]
@@ -86,13 +86,13 @@ def _config(path: str) -> dict[str, Any]:
     for name in CONFIGS:
         if exists(join(path, name)):
             config = read_json(join(path, name))
-            nested = config.get("trainer")  # dictionary_learning keeps the autoencoder's own options there
+            nested = config.get("trainer")  # dictionary_learning keeps the autoencoder's options there
             return config | nested if isinstance(nested, dict) else config
     raise UserError(f"pretrained_sae: {path} has no {CONFIGS[0]}; give the folder of a saved autoencoder")
 
 
 def _weights(path: str) -> dict[str, Tensor]:
-    """All tensors, float64."""
+    """All tensors, in float64."""
     files = list_files(path, (".safetensors",))
     files = [name for name in files if "sparsity" not in name.rsplit("/", 1)[-1]]
     if len(files) != 1:
@@ -103,15 +103,15 @@ def _weights(path: str) -> dict[str, Tensor]:
         raise UserError(f"pretrained_sae: {files[0]} cannot be read: {error}") from error
     wrong = [name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
     if wrong:
-        raise UserError(f"pretrained_sae: {files[0]} holds values that are not finite in {wrong[0]}")
+        raise UserError(f"pretrained_sae: {files[0]} contains NaN or Inf in {wrong[0]}")
     return {name: w.double() for name, w in weights.items()}
 
 
 def _activation(config: dict[str, Any], path: str) -> tuple[str, int | None]:
-    """Which of ``ACTIVATIONS`` it has, and its k. Raises UserError for others, and for inputs that are normalised."""
+    """Which of ``ACTIVATIONS`` it uses, and its k. Raises UserError for any other, and for normalised inputs."""
     if config.get("normalize_activations") not in (None, False, "none"):
         raise UserError(
-            f"pretrained_sae: {path} wants activations normalised by {config['normalize_activations']}; fold that "
+            f"pretrained_sae: {path} expects activations normalised by {config['normalize_activations']}; fold that "
             "into its weights first"
         )
     keys = ("architecture", "dict_class", "activation_fn_str", "activation_fn", "activation")
@@ -119,8 +119,8 @@ def _activation(config: dict[str, Any], path: str) -> tuple[str, int | None]:
     known = [ALIASES.get(name, name) for name in said]
     if not known or any(name not in ACTIVATIONS for name in known):
         raise UserError(
-            f"pretrained_sae: {path} has the activation {', '.join(said) or 'of no name'}; only ReLU, JumpReLU, TopK "
-            "and BatchTopK can be read"
+            f"pretrained_sae: {path}: unsupported activation (got {', '.join(said) or 'none'}); only ReLU, JumpReLU, "
+            "TopK and BatchTopK are supported"
         )
     activation = max(known, key=ACTIVATIONS.index)
     if activation != "topk":
@@ -132,7 +132,7 @@ def _activation(config: dict[str, Any], path: str) -> tuple[str, int | None]:
 
 
 def _threshold(weights: dict[str, Tensor], activation: str, latents: int, path: str) -> Tensor:
-    """What each latent must exceed (l,)."""
+    """The value (l,) above which each latent is active."""
     if activation == "relu":
         return torch.zeros(latents)
     threshold = _named(weights, ("threshold",), path)

@@ -1,8 +1,8 @@
-"""Training TopK and BatchTopK autoencoders on clean rows or to restore noised ones, and choosing their options.
+"""Training TopK and BatchTopK autoencoders on clean rows or to restore noised ones, and tuning their options.
 
-BatchTopK (Bussmann et al. 2024) keeps the k n largest latents of a batch of n rows; afterwards latents count above the
-average of the smallest that were kept. Latents that do not fire are pointed at what badly restored rows lack, as in
-neuron resampling (Bricken et al. 2023), in the first half of the training.
+BatchTopK (Bussmann et al. 2024) keeps the k n largest latents of a batch of n rows; after training, a latent is active
+if it exceeds the running average of the smallest latent kept per batch. In the first half of training, latents that do
+not fire are pointed at the residuals of badly restored rows, as in neuron resampling (Bricken et al. 2023).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ logger = logging.getLogger(__name__)
 BATCH = 512
 WARMUP = 0.05
 HIGHEST_LEVEL = 0.7
-"""Highest noise level trained on: beyond it, rows divided by 1 - u would dominate the loss."""
+"""Highest noise level in training: beyond it, rows divided by 1 - u would dominate the loss."""
 REVIVE_EVERY = 100
-"""Batches after which latents that did not fire are revived."""
+"""Latents that have not fired are revived after each interval of this many batches."""
 THRESHOLD_DECAY = 0.99
-"""Of the running average of a batch's smallest kept latent."""
+"""Decay of the running average of a batch's smallest kept latent."""
 TRIAL_SHARE = 6
-"""A trial of options sees the samples of the final training over this."""
+"""A trial of options sees the final training's number of samples divided by this."""
 PROBE_BATCHES = 20
-"""Batches that tell how long a training takes."""
+"""Batches timed to predict how long training takes."""
 TRIALS_TIME = 0.5
-"""Share of the time that trials may take."""
+"""Share of the time budget that trials may use."""
 RESTORED_LEVEL = 0.5
 """Noise level at which a noise-trained autoencoder is judged."""
 Kind = Literal["topk", "batch_topk"]
 
 
 class SAEOptions(NamedTuple):
-    """What is tuned."""
+    """The options that are tuned."""
 
     latents: int
     k: int
@@ -54,7 +54,7 @@ class SAEOptions(NamedTuple):
 
 
 class SAEGrid(NamedTuple):
-    """Values to try of each option, the first of each to begin with."""
+    """Values to try for each option; the search starts from the first of each."""
 
     latents: Sequence[int]
     k: Sequence[int]
@@ -63,23 +63,23 @@ class SAEGrid(NamedTuple):
 
     @property
     def first(self) -> SAEOptions:
-        """Where the search begins."""
+        """The options that the search starts from."""
         return SAEOptions(self.latents[0], self.k[0], self.lr[0], self.kind[0])
 
 
 @dataclass
 class TunedSAE:
-    """An autoencoder, and how it came about."""
+    """A trained autoencoder, and how its options were chosen."""
 
     sae: SAE
-    """Its ``seconds`` are those of trials and training."""
+    """Its ``seconds`` include the trials."""
     options: SAEOptions
     samples: int
-    """Rows that it saw in training, repeats counted; fewer than asked for where time did not allow them."""
+    """Rows seen in training, repeats counted; fewer than requested if time did not allow more."""
     losses: dict[str, float] = field(default_factory=dict)
-    """What each trial scored on validation rows, by its options."""
+    """Score of each trial on validation rows, by its options."""
     left_out: int = 0
-    """Trials that there was no time for."""
+    """Number of trials skipped for lack of time."""
 
 
 def tune_sae(
@@ -92,20 +92,20 @@ def tune_sae(
     seconds: float,
     seed: int = 0,
 ) -> TunedSAE:
-    """Train an autoencoder with the options that validation rows prefer.
+    """Train an autoencoder with the options that do best on validation rows.
 
-    One option after the other, learning rate first, is set to the value that did best in a short training. The plain
-    one is judged by its flow-matching loss. That of any reconstruction is decided at the lowest noise levels, so the
-    noise-trained one is judged by its error in restoring rows from half-way noise, which is what it is trained for.
+    Options are set one after the other, learning rate first, to the value that does best in a short training. The plain
+    autoencoder is judged by its flow-matching loss. Since that of any reconstruction is dominated by the lowest noise
+    levels, the noise-trained one is judged by its error in restoring rows from u = 0.5, as it is trained to do.
 
     Args:
         z: (n, d) training rows.
         validation: (m, d) rows of other documents.
-        grid: values of the options.
+        grid: values to try for each option.
         samples: rows that the final training sees, repeats counted.
         noised: train to restore noised rows.
-        seconds: for trials and training, about.
-        seed: of weights, order and noise.
+        seconds: approximate time for trials and training.
+        seed: seed of weights, order and noise.
     """
     start = time.perf_counter()
     best, losses, left_out = grid.first, {}, 0
@@ -128,10 +128,10 @@ def tune_sae(
             if str(options) not in losses and score(options) < losses[str(best)]:
                 best = options
     if left_out:
-        logger.warning("SAE: no time for %d trials of options; sae_minutes gives more", left_out)
+        logger.warning("SAE: no time for %d trials of options; increase sae_minutes", left_out)
     affordable = _affordable(z, best, noised, seconds - (time.perf_counter() - start))
     if affordable < samples:
-        logger.warning("SAE: trained on %d samples, not %d; sae_minutes gives more", affordable, samples)
+        logger.warning("SAE: time for only %d of %d samples; increase sae_minutes", affordable, samples)
     sae = train_sae(z, best, min(samples, affordable), noised=noised, seed=seed)
     sae.dead = sae.count_dead(z)
     sae.seconds = time.perf_counter() - start
@@ -139,16 +139,16 @@ def tune_sae(
 
 
 def train_sae(z: Tensor, options: SAEOptions, samples: int, *, noised: bool = False, seed: int = 0) -> SAE:
-    """Train by Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
+    """Train with Adam on ``samples`` rows drawn in shuffled passes over the training rows (n, d).
 
-    With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; else both are z.
+    With ``noised`` the input is ``z_u / (1 - u)`` with u uniform in [0, 0.7] and the target is z; otherwise both are z.
     """
     with torch.enable_grad():
         return _Training(z, options, max(samples // BATCH, 1), noised, seed).run()
 
 
 def _affordable(z: Tensor, options: SAEOptions, noised: bool, seconds: float) -> int:
-    """Samples that fit into ``seconds`` of training, at least one probe's worth of batches."""
+    """Number of samples that can be trained on in ``seconds``, at least as many as in the timing probe."""
     begin = time.perf_counter()
     train_sae(z, options, PROBE_BATCHES * BATCH, noised=noised)
     each = (time.perf_counter() - begin) / PROBE_BATCHES
@@ -164,18 +164,18 @@ def _judge(sae: SAE, validation: Tensor, noised: bool, seed: int) -> float:
 
 
 class _Code(NamedTuple):
-    """Active latents of a batch, row after row."""
+    """Active latents of a batch, row by row."""
 
     values: Tensor
-    """(m,), not negative."""
+    """(m,), non-negative."""
     latents: Tensor
-    """(m,) which they are."""
+    """(m,), their indices."""
     starts: Tensor
-    """(n,) where each row's begin."""
+    """(n,), offset at which each row begins."""
 
 
 class _Training:
-    """One autoencoder's training."""
+    """A single training run of an autoencoder."""
 
     def __init__(self, z: Tensor, options: SAEOptions, batches: int, noised: bool, seed: int) -> None:
         self.z, self.options, self.batches, self.noised = z, options, batches, noised
@@ -193,7 +193,7 @@ class _Training:
         self.smallest: float | None = None
 
     def run(self) -> SAE:
-        """Train to the end."""
+        """Train for all batches and return the autoencoder."""
         fired_l = torch.zeros(self.options.latents, dtype=torch.bool, device=self.z.device)
         for step, target in enumerate(self._targets()):
             done = step / self.batches
@@ -224,7 +224,7 @@ class _Training:
             order = order[BATCH:]
 
     def _step(self, target: Tensor) -> tuple[_Code, Tensor]:
-        """One update: the batch's code and its errors (n, d)."""
+        """Take one optimiser step; return the batch's code and its errors (n, d)."""
         source = noisy_view(target, self.generator) if self.noised else target
         code = self._encode(source)
         restored = F.embedding_bag(
@@ -257,7 +257,7 @@ class _Training:
             self.smallest = decay * (self.smallest or 0.0) + (1 - decay) * least
 
     def _revive(self, dead_l: Tensor, error: Tensor) -> None:
-        """Point dead latents at what the worst restored rows of the batch still lack."""
+        """Point dead latents at the residuals of the worst restored rows of the batch."""
         dead = dead_l.nonzero()[:, 0][: len(error)]
         worst = error.square().sum(1).topk(len(dead)).indices
         directions = F.normalize(-error[worst], dim=1)

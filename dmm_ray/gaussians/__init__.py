@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians in torch: their closed forms at every noise level, and how they are fitted."""
+"""Mixtures of Gaussians in torch: closed forms at every noise level, and fitting."""
 
 from dmm_ray.gaussians.analysers import fit_analysers
 from dmm_ray.gaussians.choice import (

@@ -1,9 +1,9 @@
-"""Fitting a mixture of factor analysers: centroids, each with a few directions of its own and a diagonal rest.
+"""Fitting a mixture of factor analysers: components with a few factors each and a diagonal residual.
 
-Classification EM from k-means. A component's factors are the maximum-likelihood solution of factor analysis by
-alternation (Joereskog 1967): given the diagonal rest, they are the leading eigenvectors of the rescaled covariance,
-found by subspace iteration on the component's rows, so that no (D, D) matrix is made. The published rival of sparse
-autoencoders (arXiv 2602.02464) is this model fitted by gradient steps.
+Classification EM, initialised by k-means. A component's factors are the maximum-likelihood solution of factor analysis,
+found by alternation (Joereskog 1967): given the residual variances, they follow from the leading eigenvectors of the
+rescaled covariance, which subspace iteration finds from the component's rows without forming a (D, D) matrix. The
+published rival of sparse autoencoders (arXiv 2602.02464) is the same model, fitted by gradient steps.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dmm_ray.seeds import torch_rng
 
 EM_STEPS = 3
 COVARIANCE_POOLED_ROWS = 20.0
-"""Each component's covariance is averaged with the pooled diagonal as if that came from this many rows."""
+"""The pooled diagonal is averaged into each component's covariance with the weight of this many rows."""
 ALTERNATIONS = 3
-"""In each M-step, which goes on from the factors of the one before: with three of those, 12 in all converge."""
+"""Per M-step, each starting from the previous factors; with EM_STEPS = 3 (four M-steps), the 12 in total converge."""
 POWER_STEPS = 2
 EXTRA_DIRECTIONS = 8
-"""Beyond the rank, for the subspace iteration to converge."""
+"""Directions beyond the rank, so that the subspace iteration converges."""
 
 
 def fit_analysers(
@@ -37,15 +37,15 @@ def fit_analysers(
     em_steps: int = EM_STEPS,
     seed: int = 0,
 ) -> GaussianMixture:
-    """The mixture of factor analysers after ``em_steps`` of classification EM over the rows.
+    """Fit a mixture of factor analysers by ``em_steps`` passes of classification EM over the rows.
 
     Args:
         z: (N, D) training rows.
-        clusters: where it starts, one component each.
-        rank: factors of each component, at most D - 1 are used.
-        pooled_rows: weight of the pooled diagonal in each component's covariance.
-        em_steps: passes over the rows, after the one that gives every row to its nearest centre.
-        seed: of the subspace iteration's start.
+        clusters: the starting point, one component per cluster.
+        rank: factors per component; at most D - 1 are used.
+        pooled_rows: weight of the pooled diagonal in each component's covariance, in rows.
+        em_steps: passes over the rows, after the initial one that assigns each row to its nearest centre.
+        seed: seed of the subspace iteration's starting directions.
     """
     start = time.perf_counter()
     rank = min(rank, z.shape[1] - 1)
@@ -71,7 +71,7 @@ def _maximised(
     seed: int,
     before: GaussianMixture | None,
 ) -> GaussianMixture:
-    """The M-step, from the factors of the one before; components with fewer than two rows, without spread, go."""
+    """The M-step, starting from the previous factors; drops components of fewer than two rows, which have no spread."""
     counts = torch.bincount(which, minlength=k)
     kept = (counts > 1).nonzero()[:, 0]
     sums = gather(z, which, k)
@@ -104,10 +104,10 @@ def analyse(
     start_DQ: Tensor,
     before: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Factors (R, D) and the diagonal rest (D,) of centred rows x (n, D).
+    """Fit factors (R, D) and residual variances (D,) to centred rows x (n, D).
 
-    Of the covariance ``(x^T x + p diag(pooled)) / (n + p)``, with p ``pooled_rows``. ``before`` are the factors and the
-    rest to go on from.
+    They are fitted to the covariance ``(x^T x + p diag(pooled)) / (n + p)``, where p is ``pooled_rows``. ``before``
+    contains the factors and residual variances to start from.
     """
     n = len(x) + pooled_rows
     diagonal_D = (x.square().sum(0) + pooled_rows * pooled_D) / n
@@ -115,7 +115,7 @@ def analyse(
     if before is not None:
         factors_RD, rest_D = before
         known_DR = (factors_RD / rest_D.sqrt()).T
-        # A little of the random start keeps directions apart whose factor has vanished.
+        # A little of the random start keeps the directions of vanished factors linearly independent.
         span_DQ = torch.cat([known_DR + 1e-3 * start_DQ[:, :rank], start_DQ[:, rank:]], dim=1)
     factor_DR = span_DQ[:, :rank]
     for _ in range(ALTERNATIONS):
@@ -128,6 +128,7 @@ def analyse(
         for _ in range(POWER_STEPS):
             span_DQ = torch.linalg.qr(rescaled(span_DQ)).Q
         values, turn = torch.linalg.eigh(span_DQ.T @ rescaled(span_DQ))
+        # The residual has unit variance in rescaled coordinates, so the factors account only for the excess.
         strength_R = (values[-rank:] - 1).clamp_min(0).sqrt()
         factor_DR = (span_DQ @ turn[:, -rank:]) / scale_D1 * strength_R
         rest_D = (diagonal_D - factor_DR.square().sum(1)).clamp_min(VARIANCE_FLOOR)

@@ -1,7 +1,7 @@
-"""The likeliest component of many rows, without scoring every component in every dimension.
+"""The most likely component of each row, without scoring every component in every dimension.
 
-Components are first ranked in the directions in which their means differ most, without factors; the best few are then
-scored exactly. Of a mixture of thousands in hundreds of dimensions that is a tenth of the work.
+Components are first ranked by diagonal Gaussians in the directions in which their means differ most; the best few are
+then scored exactly. For thousands of components in hundreds of dimensions, this is a tenth of the work.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dmm_ray.gaussians.clusters import Assign
 from dmm_ray.gaussians.mixture import GaussianMixture, NoisedMixture
 
 SCORED_COMPONENTS = 12
-"""Components scored exactly for each row."""
+"""Components scored exactly per row."""
 LEADING = 96
-"""Directions that the ranking sees."""
+"""Directions used by the ranking."""
 RANKING_FLOATS = 1 << 25
 DIRECT = 1 << 17
-"""Mixtures of fewer means' coordinates, factors counted, are scored exactly throughout: ranking would cost as much."""
+"""If K D (1 + R) is below this, all components are scored exactly: ranking them would cost as much."""
 
 
 def likeliest(model: GaussianMixture) -> Assign:
-    """The component of greatest weighted density at each row, among the ``SCORED_COMPONENTS`` ranked first."""
+    """A function that finds the most likely component of each row among the ``SCORED_COMPONENTS`` ranked highest."""
     exact = model.at(0.0)
     if model.components <= SCORED_COMPONENTS or model.means.numel() * (1 + model.rank) < DIRECT:
         return exact.component
@@ -42,7 +42,7 @@ def likeliest(model: GaussianMixture) -> Assign:
 
 
 def _ranking(model: GaussianMixture) -> tuple[Tensor, NoisedMixture]:
-    """The directions in which means differ most beside the spread within components, and the mixture in those."""
+    """The directions in which means differ most relative to the spread within components, and the mixture in these."""
     spread_KD = model.variances + model.factors.square().sum(1)
     between_D = model.means.var(0, correction=0) / spread_KD.mean(0)
     leading = between_D.topk(min(LEADING, len(between_D))).indices
@@ -50,14 +50,14 @@ def _ranking(model: GaussianMixture) -> tuple[Tensor, NoisedMixture]:
 
 
 def _diagonal(exact: NoisedMixture, turned: Tensor, near_NC: Tensor) -> Tensor:
-    """Log densities (N, C) of candidates without factors: their tables are gathered for a few rows at a time."""
+    """Log densities (N, C) of candidates without factors; tables are gathered for a few rows at a time."""
     step = max((1 << 21) // (near_NC.shape[1] * turned.shape[1]), 1)
     pairs = zip(near_NC.split(step), turned.split(step), strict=True)
     return torch.cat([exact.diagonal_part_of(near, rows) for near, rows in pairs])
 
 
 def _with_factors(exact: NoisedMixture, turned: Tensor, near_NC: Tensor) -> Tensor:
-    """Log densities (N, C) of candidates with factors: rows are gathered for a component at a time."""
+    """Log densities (N, C) of candidates with factors; rows are gathered for one component at a time."""
     flat = near_NC.flatten()
     order = torch.argsort(flat, stable=True)
     groups = order.split(torch.bincount(flat, minlength=exact.mixture.components).tolist())

@@ -19,47 +19,47 @@ from dmm_ray.seeds import torch_rng
 
 logger = logging.getLogger(__name__)
 ROWS_PER_COMPONENT = 20
-"""Training rows that there must be for each component on average."""
+"""Minimum average number of training rows per component."""
 FLOORS = (1e-4, 1e-3, 1e-2)
 """Variance floors tried."""
 
 
 class HasVelocity(Protocol):
-    """Anything that restores noised rows."""
+    """Anything that predicts the velocity at noised rows."""
 
     def velocity(self, z: Tensor, u: Tensor | float, /) -> Tensor:
-        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D), u a number or one per row (N,)."""
+        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D), with u a number or one per row (N,)."""
         ...
 
 
 @dataclass
 class ChosenMixture:
-    """The mixture that validation rows chose, and what it was chosen from."""
+    """The mixture chosen on validation rows, and the results of all candidates."""
 
     mixture: GaussianMixture
-    """Its ``seconds`` are those of everything that was tried: they are what the choice cost."""
+    """Its ``seconds`` include all candidates, so they are the cost of the choice."""
     losses: dict[str, float]
-    """Flow-matching loss on validation rows of each one tried."""
+    """Flow-matching loss on validation rows of each candidate."""
     floor: float
-    """Smallest variance, by the log density of validation rows, which it changes most."""
+    """Smallest variance, chosen by the log density of validation rows, the metric that it affects most."""
     lowered: int | None
-    """The greatest number of components that the rows allow, where a greater one was asked for."""
+    """The largest number of components that the rows allow, if a larger one was requested; else None."""
 
 
 def choose_diagonal(
     z: Tensor, validation: Tensor, sizes: Sequence[int], seed: int = 0, own_axes: bool = True
 ) -> ChosenMixture:
-    """The best mixture of diagonal Gaussians.
+    """Choose a mixture of diagonal Gaussians on validation rows.
 
-    Rising numbers of components, in the basis that k-means suggests, until one is worse than the one before; the best
-    number in the rows' own axes too.
+    Numbers of components are tried in rising order, in the basis derived from k-means, until one is worse than the one
+    before; the best number is then also tried in the rows' own axes.
 
     Args:
         z: (N, D) training rows.
         validation: (M, D) rows of other documents.
-        sizes: numbers of components; those for which there are too few rows are lowered.
-        seed: of k-means.
-        own_axes: try the best number in the rows' own axes too; activations have always preferred the other basis.
+        sizes: numbers of components to try; those with too few rows per component are lowered.
+        seed: seed of k-means.
+        own_axes: also try the best number in the rows' own axes; activations have so far preferred the other basis.
     """
     search = _Search(z, validation, seed)
     sizes = search.affordable(sizes)
@@ -75,10 +75,11 @@ def choose_diagonal(
 def choose_analysers(
     z: Tensor, validation: Tensor, sizes: Sequence[int], ranks: Sequence[int], seed: int = 0
 ) -> ChosenMixture:
-    """The best mixture of factor analysers.
+    """Choose a mixture of factor analysers on validation rows.
 
-    Rising numbers of components with the lowest rank, until one is worse than the one before; then the best number
-    with rising ranks, likewise. Arguments as of :func:`choose_diagonal`, and ``ranks``, factors of each component.
+    Numbers of components are tried in rising order with the lowest rank until one is worse than the one before, then
+    ranks likewise with the best number. Arguments are as for :func:`choose_diagonal`; ``ranks`` are the numbers of
+    factors per component to try.
     """
     search = _Search(z, validation, seed)
     first, *others = sorted({min(rank, z.shape[1] - 1) for rank in ranks})
@@ -94,7 +95,7 @@ def choose_analysers(
 
 
 class _Search:
-    """Fits, and keeps the best so far."""
+    """Fits candidates and keeps the best so far."""
 
     def __init__(self, z: Tensor, validation: Tensor, seed: int) -> None:
         self.z, self.validation, self.seed = z, validation, seed
@@ -105,12 +106,12 @@ class _Search:
         self._clusters: tuple[int, Clusters] | None = None
 
     def affordable(self, sizes: Sequence[int]) -> list[int]:
-        """``sizes`` in rising order, none above what the rows allow."""
+        """``sizes`` in rising order, capped at what the rows allow."""
         most = max(len(self.z) // ROWS_PER_COMPONENT, 1)
         if max(sizes) > most:
             self.lowered = most
             logger.warning(
-                "mixtures of more than %d components lowered to that: %d rows, %d a component",
+                "mixtures of more than %d components reduced to that number: %d rows, %d required for each",
                 most,
                 len(self.z),
                 ROWS_PER_COMPONENT,
@@ -118,7 +119,7 @@ class _Search:
         return sorted({min(size, most) for size in sizes})
 
     def improves(self, name: str, size: int, fit: Callable[[Tensor, Clusters], GaussianMixture]) -> bool:
-        """Whether ``fit`` with ``size`` clusters beats the best mixture so far."""
+        """Fit a candidate to ``size`` clusters; return whether it beats the best so far."""
         if self._clusters is None or self._clusters[0] != size:
             self._clusters = size, find_clusters(self.z, size, self.seed)
             self.seconds += self._clusters[1].seconds
@@ -132,7 +133,7 @@ class _Search:
         return better
 
     def chosen(self) -> ChosenMixture:
-        """The best, with the best floor under its variances."""
+        """The best mixture, with the best floor for its variances."""
         assert self.best is not None
         floored = {floor: self.best.floored(floor) for floor in FLOORS}
         floor = max(floored, key=lambda f: float(floored[f].log_prob(self.validation).mean()))
@@ -141,13 +142,13 @@ class _Search:
 
 
 def flow_matching_loss(method: HasVelocity, z: Tensor, levels: int = 50, seed: int = 0) -> float:
-    """Flow-matching loss per dimension on rows (N, D) spread evenly over mid-points of [0, 1], with fixed noise.
+    """Flow-matching loss per dimension on rows (N, D), at levels spread evenly over (0, 1) and with fixed noise.
 
     Args:
-        method: anything with a ``velocity(z_u, u)``.
+        method: any object with a method ``velocity(z_u, u)``.
         z: clean rows.
-        levels: number of noise levels.
-        seed: of the noise.
+        levels: number of noise levels, the midpoints of as many intervals; rows cycle through them.
+        seed: seed of the noise.
     """
     noise = torch.randn(z.shape, generator=torch_rng(seed)).to(z.device)
     u = (torch.arange(len(z), device=z.device) % levels + 0.5) / levels

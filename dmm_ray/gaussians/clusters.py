@@ -1,4 +1,4 @@
-"""k-means, sums by cluster, and the basis in which clusters are most nearly diagonal.
+"""k-means, per-cluster sums, and the basis in which clusters are closest to diagonal.
 
 Shapes: N rows, D dimensions, K clusters.
 """
@@ -16,14 +16,14 @@ from dmm_ray.seeds import torch_rng
 
 CHUNK = 8192
 START_ROWS = 65536
-"""Rows that k-means sees, or 32 for each cluster where that is more."""
+"""Rows that k-means runs on, or 32 per cluster if that is more."""
 LLOYD_STEPS = 8
 Assign = Callable[[Tensor], Tensor]
-"""Rows (N, D) to the cluster (N,) of each."""
+"""Maps rows (N, D) to the cluster (N,) of each."""
 
 
 class Sums(NamedTuple):
-    """Rows, sums of z and sums of z^2 by cluster: (K,), (K, D), (K, D)."""
+    """Number of rows, sum of z and sum of z^2 per cluster: (K,), (K, D), (K, D)."""
 
     rows: Tensor
     first: Tensor
@@ -31,18 +31,18 @@ class Sums(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """A clustering, and the basis that it suggests."""
+    """A clustering, and the basis derived from it."""
 
     centres: Tensor
-    """(K, D), none without rows."""
+    """(K, D), of non-empty clusters only."""
     basis: Tensor
-    """(D, D), orthonormal columns: eigenvectors of the pooled covariance of rows minus their centre, rising values."""
+    """(D, D), orthonormal columns: eigenvectors of the pooled within-cluster covariance, by rising eigenvalue."""
     seconds: float
-    """What finding them took."""
+    """Time taken to find them."""
 
 
 def find_clusters(z: Tensor, k: int, seed: int = 0) -> Clusters:
-    """k-means on a subsample of the rows (N, D), and the eigenbasis of the covariance within its clusters."""
+    """k-means on a subsample of the rows (N, D), and the eigenbasis of the within-cluster covariance."""
     start = time.perf_counter()
     order = torch.randperm(len(z), generator=torch_rng(seed)).to(z.device)
     some = z[order[: max(START_ROWS, 32 * k)]]
@@ -55,9 +55,9 @@ def find_clusters(z: Tensor, k: int, seed: int = 0) -> Clusters:
 
 
 def kmeans(z: Tensor, k: int, steps: int) -> Tensor:
-    """Lloyd's algorithm from the first k rows (shuffle them first): centres (K, D).
+    """Lloyd's algorithm, starting from the first k rows (shuffle them first); returns centres (K, D).
 
-    A centre without rows is moved to another row.
+    The centre of an empty cluster is moved to another row.
     """
     centres = z[:k].clone()
     for step in range(steps):
@@ -69,14 +69,14 @@ def kmeans(z: Tensor, k: int, steps: int) -> Tensor:
 
 
 def nearest(centres: Tensor) -> Assign:
-    """The nearest of the centres (K, D) to each row."""
+    """A function that finds the nearest of the centres (K, D) to each row."""
     half_K = -0.5 * centres.square().sum(1)
     turned_DK = centres.T.contiguous()
     return lambda rows: torch.addmm(half_K, rows, turned_DK).max(1).indices
 
 
 def gather(z: Tensor, which: Tensor, k: int, basis: Tensor | None = None) -> Sums:
-    """Sums over the rows (N, D) by their cluster (N,), of their coordinates in ``basis``."""
+    """Per-cluster sums of rows (N, D) in clusters ``which`` (N,), taken in coordinates of ``basis`` if given."""
     first_KD = torch.zeros(k, z.shape[1], device=z.device)
     second_KD = torch.zeros_like(first_KD)
     for rows, at in zip(z.split(CHUNK), which.split(CHUNK), strict=True):
@@ -87,12 +87,12 @@ def gather(z: Tensor, which: Tensor, k: int, basis: Tensor | None = None) -> Sum
 
 
 def assigned(z: Tensor, assign: Assign) -> Tensor:
-    """The cluster (N,) of each row (N, D), by chunks."""
+    """The cluster (N,) of each row (N, D), computed in chunks."""
     return torch.cat([assign(rows) for rows in z.split(CHUNK)])
 
 
 def within_basis(z: Tensor, centres: Tensor) -> Tensor:
-    """Eigenvectors (D, D) of the covariance of the rows (N, D) minus their nearest centre."""
+    """Eigenvectors (D, D) of the covariance of the rows (N, D) minus their nearest centres."""
     assign, d = nearest(centres), z.shape[1]
     covariance_DD = torch.zeros(d, d, dtype=torch.float64, device=z.device)
     for chunk in z.split(CHUNK):

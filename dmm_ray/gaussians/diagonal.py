@@ -1,7 +1,8 @@
-"""Fitting a mixture of diagonal Gaussians, in the rows' own axes or in the basis that their clusters suggest.
+"""Fitting a mixture of diagonal Gaussians, in the rows' own axes or in the basis derived from their clusters.
 
-Classification EM (Celeux and Govaert 1992): each row goes whole to its likeliest component. In the tens of dimensions
-and more that activations have, that equals EM to three digits of the flow-matching loss at a sixth of the time.
+Classification EM (Celeux and Govaert 1992): each row is assigned entirely to its most likely component. In the
+tens of dimensions or more that activations have, this matches EM to three digits of the flow-matching loss in a sixth
+of the time.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from dmm_ray.gaussians.clusters import Clusters, Sums, assigned, gather, nearest
 from dmm_ray.gaussians.mixture import GaussianMixture
 
 VARIANCE_FLOOR = 1e-4
-"""Smallest variance of a component along a direction while it is fitted; validation rows may raise it."""
+"""Smallest variance of a component in any direction during fitting; the choice on validation rows may raise it."""
 POOLED_ROWS = 2.0
-"""Each component's variance is averaged with the pooled within-component one as if that came from this many rows."""
+"""The pooled within-component variance is averaged into each component's with the weight of this many rows."""
 EM_STEPS = 3
 
 
 def fit_diagonal(
     z: Tensor, clusters: Clusters, rotated: bool = True, em_steps: int = EM_STEPS
 ) -> GaussianMixture:
-    """The mixture after ``em_steps`` of classification EM over the rows.
+    """Fit a mixture of diagonal Gaussians by ``em_steps`` passes of classification EM over the rows.
 
     Args:
         z: (N, D) training rows.
-        clusters: where it starts, one component each.
-        rotated: diagonal in the clusters' basis, else in the rows' own axes.
-        em_steps: passes over the rows, after the one that gives every row to its nearest centre.
+        clusters: the starting point, one component per cluster.
+        rotated: whether it is diagonal in the clusters' basis or in the rows' own axes.
+        em_steps: passes over the rows, after the initial one that assigns each row to its nearest centre.
 
     Example:
         >>> rows = torch.cat([torch.randn(500, 2), torch.randn(500, 2) + 9])
@@ -48,7 +49,7 @@ def fit_diagonal(
 
 
 def from_sums(sums: Sums, basis: Tensor | None = None) -> GaussianMixture:
-    """The M-step; components without rows are dropped."""
+    """The M-step; drops components without rows."""
     kept = sums.rows > 0
     rows_K1 = sums.rows[kept][:, None]
     means_KD = sums.first[kept] / rows_K1

@@ -1,4 +1,4 @@
-"""Noise levels, and what a Gaussian of known variance says of the clean row at one.
+"""Noise levels, and the optimal denoiser of a Gaussian of known variance at one level.
 
 Path: ``z_u = (1 - u) z + u * noise``; the velocity is ``noise - z``.
 """
@@ -31,11 +31,11 @@ def levels_of(u: Tensor | float, n: int, device: torch.device) -> Tensor:
 
 
 def map_levels(u: Tensor | float, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """``function(level, *rows)`` of the rows of each distinct level, put back in order.
+    """Apply ``function(level, *rows)`` to the rows of each distinct level, and restore the order of the rows.
 
     Args:
         u: a number or one per row (N,), on any device.
-        function: a level and tensors of n rows to a tensor of n rows.
+        function: maps a level and tensors of n rows to a tensor of n rows.
         rows: (N, ...) each.
     """
     if not isinstance(u, Tensor) or u.ndim == 0:

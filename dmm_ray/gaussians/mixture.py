@@ -1,17 +1,17 @@
 """Mixtures of Gaussians with closed forms at every noise level: velocity, divergence, posterior mean, log density.
 
 Path: ``z_u = (1 - u) z + u * noise``; the velocity is ``E[noise - z | z_u]``. Shapes: N rows, D dimensions,
-K components, R factors of each. Float32, or whatever the buffers are cast to.
+K components, R factors per component. Computed in float32, or in the dtype that the buffers are cast to.
 
 With ``a = 1 - u``, ``x = z_u - a m`` and component covariance ``C = diag(v) + F^T F``, the covariance of ``z_u`` is
-``S = a^2 C + u^2 I = diag(s) + a^2 F^T F``, ``s = a^2 v + u^2``. Woodbury with ``L L^T = I + a^2 F diag(1/s) F^T`` and
-``G = L^-1 F diag(1/s)`` (R, D) gives everything as a diagonal and the one projection ``y = G x``::
+``S = a^2 C + u^2 I = diag(s) + a^2 F^T F``, ``s = a^2 v + u^2``. With ``L L^T = I + a^2 F diag(1/s) F^T`` and
+``G = L^-1 F diag(1/s)`` (R, D), the Woodbury identity reduces everything to a diagonal and one projection ``y = G x``::
 
     S^-1                     = diag(1/s)         - a^2 G^T G
     velocity factor          = diag(gain(v, u))  - a u G^T G        velocity = -m + factor x
     posterior-mean factor    = diag(shrink(v, u)) + a u^2 G^T G     mean     =  m + factor x
 
-None divides by u or by 1 - u, so both ends are exact.
+None of them divides by u or 1 - u, so both ends are exact.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dmm_ray.seeds import torch_rng
 
 LOG_2PI = math.log(2 * math.pi)
 CERTAIN = 1 - 1e-7
-"""A responsibility that is 1 in float32."""
+"""Responsibilities of at least this are treated as 1, which they are up to float32 rounding."""
 MIXTURE_FLOATS = 1 << 24
-"""A chunk of rows makes about this many numbers at once."""
+"""The intermediate tensors of a chunk of rows have about this many elements."""
 
 
 class GaussianMixture(nn.Module):
@@ -40,11 +40,11 @@ class GaussianMixture(nn.Module):
     Gaussians in the basis; with them, a mixture of factor analysers.
 
     Args:
-        weights: (K,), positive, of sum 1.
+        weights: (K,), positive, summing to 1.
         means: (K, D).
         variances: (K, D), positive.
         factors: (K, R, D), or None for R = 0.
-        basis: (D, D), a direction in each column, or None for the rows' own axes.
+        basis: (D, D), one direction per column, or None for the rows' own axes.
 
     Example:
         >>> mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2))
@@ -58,7 +58,7 @@ class GaussianMixture(nn.Module):
     factors: Tensor
     basis: Tensor | None
     seconds: float = 0.0
-    """What fitting it took."""
+    """Time taken to fit it."""
 
     def __init__(
         self,
@@ -83,33 +83,33 @@ class GaussianMixture(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Factors of each component, R."""
+        """The number of factors per component, R."""
         return self.factors.shape[1]
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that were fitted; a basis counts with the d (d - 1) / 2 that a rotation has."""
+        """Number of fitted parameters; a basis counts as the d (d - 1) / 2 of a rotation."""
         d = self.means.shape[1]
         own = self.weights.numel() - 1 + self.means.numel() + self.variances.numel() + self.factors.numel()
         return own + (0 if self.basis is None else d * (d - 1) // 2)
 
     @property
     def flops_per_row(self) -> int:
-        """Of a velocity, two for a multiplication with its addition, level tables not counted."""
+        """FLOPs of a velocity, two per multiply-add; computing the tables of a level is not counted."""
         d = self.means.shape[1]
         turn = 0 if self.basis is None else 4 * d * d
         return self.components * d * (8 + 4 * self.rank) + turn
 
     def at(self, u: float) -> NoisedMixture:
-        """The mixture at one noise level, with its tables made: keep it for more rows of that level."""
+        """The mixture at one noise level, with its tables computed; reuse it for more rows at that level."""
         return NoisedMixture(self, u)
 
     def velocity(self, z: Tensor, u: Tensor | float) -> Tensor:
-        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D), u a number or one per row (N,)."""
+        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D), with u a number or one per row (N,)."""
         return map_levels(u, lambda level, rows: self.at(level).velocity(rows), z)
 
     def posterior_mean(self, z: Tensor, u: Tensor | float) -> Tensor:
-        """``E[z | z_u]`` (N, D), arguments as in :meth:`velocity`."""
+        """``E[z | z_u]`` (N, D); arguments as for :meth:`velocity`."""
         return map_levels(u, lambda level, rows: self.at(level).posterior_mean(rows), z)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class GaussianMixture(nn.Module):
         return self.at(0.0).log_prob(z)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` rows (n, D); a function of the seed."""
+        """Draw ``n`` rows (n, D), determined by the seed."""
         generator, like = torch_rng(seed), self.means
         which = torch.multinomial(self.weights.float().cpu(), n, replacement=True, generator=generator)
         noise = torch.randn(n, like.shape[1] + self.rank, generator=generator).to(like)
@@ -125,13 +125,13 @@ class GaussianMixture(nn.Module):
         own, shared = noise[:, : like.shape[1]], noise[:, like.shape[1] :]
         drawn = self.means[which] + own * self.variances[which].sqrt()
         if self.rank:
-            for k in which.unique().tolist():  # gathering (n, R, D) would not fit where R and D are large
+            for k in which.unique().tolist():  # gathering (n, R, D) would not fit if R and D are large
                 at = which == k
                 drawn[at] += shared[at] @ self.factors[k]
         return drawn if self.basis is None else drawn @ self.basis.T
 
     def floored(self, floor: float) -> GaussianMixture:
-        """The same with no variance below ``floor``."""
+        """The same mixture with variances of at least ``floor``."""
         variances = self.variances.clamp_min(floor)
         return GaussianMixture(self.weights, self.means, variances, self.factors, self.basis)
 
@@ -141,13 +141,13 @@ class GaussianMixture(nn.Module):
 
 
 class NoisedMixture:
-    """A mixture at one noise level u: the distribution of ``z_u``, and what it says of the clean row.
+    """A mixture at one noise level u: the distribution of ``z_u``, and the conditional means given it.
 
-    Tables of (K, D) and (K, R, D) numbers are made once, when they are first needed.
+    Tables of shape (K, D) and (K, R, D) are computed once, when they are first needed.
 
     Args:
-        mixture: of the clean rows.
-        u: the level.
+        mixture: mixture of the clean rows.
+        u: noise level.
     """
 
     def __init__(self, mixture: GaussianMixture, u: float) -> None:
@@ -164,7 +164,7 @@ class NoisedMixture:
         self._shift_KR = a * torch.einsum("krd,kd->kr", self._scaled_KRD, means)
 
     def _scaled_factors(self) -> Tensor:
-        """``G = L^-1 F diag(1/s)`` (K, R, D), and ``log det L L^T`` (K,) kept beside."""
+        """Return ``G = L^-1 F diag(1/s)`` (K, R, D), and keep ``log det L L^T`` (K,) in ``_log_det_K``."""
         mixture, a = self.mixture, 1 - self.u
         if not mixture.rank:
             self._log_det_K = torch.zeros_like(mixture.weights)
@@ -174,7 +174,7 @@ class NoisedMixture:
         inner_KRR.diagonal(dim1=1, dim2=2).add_(1)
         lower_KRR = torch.linalg.cholesky(inner_KRR)
         self._log_det_K = 2 * lower_KRR.diagonal(dim1=1, dim2=2).log().sum(1)
-        # Solving for all D columns would take twenty times as long as multiplying with the small inverse.
+        # Solving for all D columns would take twenty times as long as multiplying by the small inverse.
         identity_RR = torch.eye(mixture.rank, dtype=lower_KRR.dtype, device=lower_KRR.device)
         inverse_KRR = torch.linalg.solve_triangular(lower_KRR, identity_RR.expand_as(lower_KRR), upper=False)
         return inverse_KRR @ scaled_KRD
@@ -184,31 +184,31 @@ class NoisedMixture:
         return self._mapped(z, lambda rows: self._joint(rows)[0].logsumexp(1))
 
     def log_joint(self, z: Tensor) -> Tensor:
-        """``log w_k + log N(z_u; a m_k, S_k)`` (N, K) of rows z_u (N, D): log responsibilities, but for their sum."""
+        """``log w_k + log N(z_u; a m_k, S_k)`` (N, K) of rows z_u (N, D): unnormalised log responsibilities."""
         return self._mapped(z, lambda rows: self._joint(rows)[0])
 
     def diagonal_part(self, rotated: Tensor) -> Tensor:
-        """:meth:`log_joint` (N, K) without what the factors add, of coordinates (N, D) in the basis."""
+        """:meth:`log_joint` (N, K) without the factors' terms, at coordinates (N, D) in the basis."""
         joint = torch.addmm(self._constant_K, rotated.square(), self._quadratic_KD.T)
         return joint.addmm_(rotated, self._linear_KD.T)
 
     def diagonal_part_of(self, k: Tensor, rotated: Tensor) -> Tensor:
-        """Columns k (N, C) of :meth:`diagonal_part`, a choice for each row."""
+        """Columns k (N, C) of :meth:`diagonal_part`, chosen per row."""
         # z^2 q + z l as z (z q + l): one pass over the tables
         inner = torch.addcmul(self._linear_KD[k], rotated[:, None], self._quadratic_KD[k])
         return torch.linalg.vecdot(inner, rotated[:, None].expand_as(inner)) + self._constant_K[k]
 
     def factor_part_of(self, k: int, rotated: Tensor) -> Tensor:
-        """What component k's factors add to :meth:`diagonal_part` (N,), of coordinates (N, D) in the basis."""
+        """The term (N,) that component k's factors add to :meth:`diagonal_part`, at coordinates (N, D) in the basis."""
         y_NR = rotated @ self._scaled_KRD[k].T - self._shift_KR[k]
         return 0.5 * (1 - self.u) ** 2 * y_NR.square().sum(1)
 
     def component(self, z: Tensor) -> Tensor:
-        """The likeliest component (N,) of rows z_u (N, D)."""
+        """The most likely component (N,) of rows z_u (N, D)."""
         return self._mapped(z, lambda rows: self._joint(rows)[0].max(1).indices)
 
     def velocity(self, z: Tensor) -> Tensor:
-        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D): every component's, weighted by its responsibility."""
+        """``E[noise - z | z_u]`` (N, D) at rows z_u (N, D): the components' velocities, weighted by responsibility."""
         factor_KD = gain(self.mixture.variances, self.u)
         return self._mixed(z, factor_KD, -1.0, -(1 - self.u) * self.u)
 
@@ -233,8 +233,8 @@ class NoisedMixture:
         """The velocity (N, D) at rows z_u (N, D) and its exact divergence (N,).
 
         With v_k and g_k the velocity and the score of component k and r_k its responsibility,
-        ``div v = sum_k r_k (tr factor_k + g_k v_k) - (sum_k r_k g_k) (sum_k r_k v_k)``. It costs about as much as two
-        velocities more.
+        ``div v = sum_k r_k (tr factor_k + g_k v_k) - (sum_k r_k g_k) (sum_k r_k v_k)``. The divergence costs about
+        as much as two more velocities.
         """
         parts = [self._velocity_and_divergence(rows) for rows in self._chunks(self.mixture.rotated(z))]
         return torch.cat([v for v, _ in parts]), torch.cat([divergence for _, divergence in parts])
@@ -248,13 +248,13 @@ class NoisedMixture:
         velocity = torch.addcmul(share @ (-means - a * gain_KD * means), rows, share @ gain_KD) - a * u * back
         score = torch.addcmul(share @ (a * precision_KD * means), rows, share @ precision_KD, value=-1)
         score = score + a * a * back
-        # g_k v_k = m^T S^-1 x - x^T S^-1 factor x, first its diagonal part, then what the factors add
+        # g_k v_k = m^T S^-1 x - x^T S^-1 factor x: first its diagonal part, then the factors' terms
         inner = torch.addmm(curved_K, rows.square(), -bend_KD.T)
         inner.addmm_(rows, (precision_KD * means + 2 * a * bend_KD * means).T)
         if self.mixture.rank:
             inner += self._factor_part(rows, y_NKR)
         spread = (share * inner).sum(1) - (score * velocity).sum(1)
-        # Far out one component has all of the responsibility, and this is the difference of two equal, large numbers.
+        # Far out, one component has all the responsibility, and this is a difference of two large, equal numbers.
         spread = torch.where(share.max(1).values >= CERTAIN, 0.0, spread)
         return self._turned_back(velocity), (share * trace_K).sum(1) + spread
 
@@ -270,16 +270,16 @@ class NoisedMixture:
 
     @functools.cached_property
     def _factor_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``G diag(1/s)`` (K, R, D), that times a m (K, R), ``G m`` (K, R) and ``G G^T`` (K, R, R)."""
+        """``G diag(1/s)`` (K, R, D), its product with a m (K, R), ``G m`` (K, R) and ``G G^T`` (K, R, R)."""
         scaled_KRD, means = self._scaled_KRD, self.mixture.means
         twice_KRD = scaled_KRD * self._precision_KD[:, None]
         shift_KR = (1 - self.u) * torch.einsum("krd,kd->kr", twice_KRD, means)
         return twice_KRD, shift_KR, torch.einsum("krd,kd->kr", scaled_KRD, means), scaled_KRD @ scaled_KRD.mT
 
     def _factor_part(self, rows: Tensor, y_NKR: Tensor) -> Tensor:
-        """What the factors add to ``m^T S^-1 x - x^T S^-1 factor x`` (N, K).
+        """The terms (N, K) that the factors add to ``m^T S^-1 x - x^T S^-1 factor x``.
 
-        ``-a^2 (G m) y - a y^2 + 2 a u y h - a^3 u y^T (G G^T) y`` with ``h = G diag(1/s) x``: it follows from
+        ``-a^2 (G m) y - a y^2 + 2 a u y h - a^3 u y^T (G G^T) y`` with ``h = G diag(1/s) x``. This follows from
         ``a diag(gain) = u diag(1/s) - I``.
         """
         a, u = 1 - self.u, self.u

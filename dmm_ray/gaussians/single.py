@@ -1,4 +1,4 @@
-"""One Gaussian of full covariance."""
+"""A single Gaussian with full covariance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COVARIANCE_CHUNK = 65536
 
 
 def mean_and_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of the rows (N, D) in float64, accumulated by chunks."""
+    """Mean (D,) and covariance (D, D) of the rows (N, D) in float64, accumulated in chunks."""
     mean_D = torch.stack([chunk.double().sum(0) for chunk in z.split(COVARIANCE_CHUNK)]).sum(0) / len(z)
     covariance_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64, device=z.device)
     for chunk in z.split(COVARIANCE_CHUNK):
@@ -24,7 +24,7 @@ def mean_and_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_gaussian(z: Tensor) -> GaussianMixture:
-    """The Gaussian of the rows (N, D), as a mixture of one that is diagonal in its covariance's eigenbasis.
+    """Fit one Gaussian to the rows (N, D), as a one-component mixture in the eigenbasis of its covariance.
 
     Example:
         >>> fit_gaussian(torch.randn(500, 3)).components

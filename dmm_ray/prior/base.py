@@ -15,33 +15,33 @@ from dmm_ray.errors import UserError
 from dmm_ray.gaussians import GaussianMixture, NoisedMixture
 
 BaseKind = Literal["none", "gaussian", "mixture", "factor_analysers"]
-"""gaussian: full covariance; mixture: diagonal Gaussians in one basis; factor_analysers: with factors of their own."""
+"""gaussian: full covariance; mixture: diagonal Gaussians in a shared basis; factor_analysers: diagonal plus factors."""
 PREFIX = "base."
-"""What the names of its tensors begin with in a prior's weight file."""
+"""Prefix of the names of its tensors in a prior's weight file."""
 LEVEL_FLOATS = 1 << 25
-"""Tables of noise levels that are remembered hold about this many numbers at most (128 MB)."""
+"""Cached tables of noise levels have at most about this many elements (128 MB)."""
 
 
 def base_from_tensors(
     tensors: dict[str, Tensor], kind: BaseKind, d: int, where: str
 ) -> GaussianMixture | None:
-    """Take the tensors of a base out of a prior's; None for a prior without one.
+    """Extract the base from the tensors of a prior; None for a prior without one.
 
     Args:
-        tensors: by name; those of the base are removed.
-        kind: what the prior's configuration says.
+        tensors: tensors by name; those of the base are removed.
+        kind: kind of base according to the prior's configuration.
         d: width of an activation.
-        where: the file, for messages.
+        where: the file, for error messages.
 
     Raises:
-        UserError: they do not fit the configuration or one another.
+        UserError: the base's tensors do not match the configuration or one another.
     """
     found = {
         name.removeprefix(PREFIX): tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)
     }
     if kind == "none":
         if found:
-            raise UserError(f"{where}: has a base, but config.json says none; copy the prior again")
+            raise UserError(f"{where}: contains a base, but config.json specifies none; copy the prior again")
         return None
     _check_shapes(found, d, where)
     if (found["variances"] <= 0).any() or (found["weights"] <= 0).any():
@@ -72,7 +72,7 @@ def _check_shapes(found: Mapping[str, Tensor], d: int, where: str) -> None:
 
 
 class BaseLevels:
-    """A base at the noise levels of a solver's grid: the tables of a level are made once while they fit.
+    """A base at the noise levels of a solver's grid: each level's tables are cached while they fit.
 
     Args:
         base: the mixture.
@@ -85,7 +85,7 @@ class BaseLevels:
         self._known: dict[float, NoisedMixture] = {}
 
     def at(self, u: float) -> NoisedMixture:
-        """The mixture at noise level u; the least recently used level goes first."""
+        """The mixture at noise level u, cached; the least recently used level is evicted first."""
         found = self._known.pop(u, None) or self.base.at(u)
         self._known[u] = found
         if len(self._known) > self.remembered:

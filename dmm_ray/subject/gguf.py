@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 GGUF_SUFFIX = ".gguf"
 GGUF_MAGIC = b"GGUF"
 CACHE_VARIABLE = "DMM_CACHE"
-"""Environment variable: where unpacked models are kept; defaults to ~/.cache/dmm-ray."""
+"""Environment variable that sets the folder for unpacked models; defaults to ~/.cache/dmm-ray."""
 REFUSALS = (
     OSError,
     ValueError,
@@ -37,26 +37,26 @@ REFUSALS = (
     AssertionError,
     struct.error,
 )
-"""What transformers raises over a file that it cannot read: it checks few things before it uses them."""
+"""Exceptions that transformers raises for a file it cannot read: it uses most values without checking them first."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether ``path`` is a file that is named as GGUF files are."""
+    """Whether ``path`` is a file with the suffix of GGUF files."""
     return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
 
 
 def unpack(path: Path) -> tuple[Path, str]:
-    """The folder with the unpacked model of a GGUF file, and the file's SHA-256.
+    """Unpack a GGUF file unless that has been done; return the model's folder and the file's SHA-256.
 
-    Weights are dequantised to float32, so the folder has 4 bytes per weight. It is named after the file's hash and
-    appears whole or not at all; concurrent processes wait for the first one.
+    Weights are dequantised to float32, so the folder takes 4 bytes per weight. It is named after the file's hash and
+    created atomically; concurrent processes wait for the first one.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UserError: truncated or not GGUF, an architecture, quantisation type or tokenizer that transformers cannot read,
-            a package that is missing, no space.
+        UserError: the file is truncated or not GGUF, has an architecture, quantisation type or tokenizer that
+            transformers cannot read, a package is missing, or there is no space.
     """
     _check_header(path)
     state = path.stat()
@@ -80,15 +80,15 @@ def unpack(path: Path) -> tuple[Path, str]:
 
 @lru_cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file; a process that loads it several times reads it once."""
+    """SHA-256 of a file, cached so that a process that loads the file several times hashes it once."""
     return sha256(str(path))
 
 
 def _unpack_into(folder: Path, path: Path) -> None:
-    """Unpack into a temporary folder beside ``folder``, then rename it. The lock is held."""
-    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+    """Unpack into a temporary folder next to ``folder``, then rename it. The caller holds the lock."""
+    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a killed process
         shutil.rmtree(left_over)
-    logger.info("unpacking %s into %s, once on this machine", path, folder)
+    logger.info("unpacking %s into %s (once per machine)", path, folder)
     started = time.perf_counter()
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
@@ -101,7 +101,7 @@ def _unpack_into(folder: Path, path: Path) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """Raises UserError for another kind of file, one that is cut short, or missing packages."""
+    """Raise UserError if the file does not begin like a GGUF file, or a required package is missing."""
     with path.open("rb") as file:
         if file.read(4) != GGUF_MAGIC:
             raise UserError(
@@ -109,12 +109,12 @@ def _check_header(path: Path) -> None:
             )
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"model: a GGUF file needs {package}; pip install 'dmm-ray[gguf]'")
+            raise UserError(f"model: a GGUF file requires {package}; pip install 'dmm-ray[gguf]'")
 
 
 def _check_complete(path: Path) -> None:
-    """Raises UserError for a file that ends before its last tensor does."""
-    from gguf import GGUFReader  # slow to import, and few models need it
+    """Raise UserError if the file ends before its last tensor does."""
+    from gguf import GGUFReader  # slow to import, and needed by few models
 
     try:
         reader = GGUFReader(str(path))
@@ -126,7 +126,7 @@ def _check_complete(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Write model and tokenizer into ``folder`` as transformers saves them."""
+    """Convert the model and tokenizer, and save them to ``folder`` in transformers' format."""
     _check_complete(path)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
@@ -136,7 +136,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise UserError(
             f"model: {path}: transformers cannot build its tokenizer ({first_line(e)}); give the model as a folder"
         ) from e
-    # Versions that can keep weights packed must be told not to; the others always unpack.
+    # Versions of transformers that can keep weights quantised must be told not to; the others always dequantise.
     if hasattr(transformers, "GgufConfig"):
         place["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
@@ -146,7 +146,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise UserError(
             f"model: {path}: transformers cannot read it ({first_line(e)}); give the model as a folder"
         ) from e
-    # Else a load of the folder would look for packed weights in it.
+    # Otherwise, loading the folder would look for quantised weights in it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():

@@ -32,18 +32,18 @@ from dmm_ray.training.loader import store_normalizer
 logger = logging.getLogger(__name__)
 FILE = "base.safetensors"
 IDENTITY = "identity"
-"""Metadata of the file: the hash of all that decides what is in it."""
+"""Key in the file's metadata: the hash of everything that determines its content."""
 CHOICE_ROWS = 4096
-"""Validation rows that its size is chosen on."""
+"""Number of validation rows that its size is chosen on."""
 
 
 def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> None:
-    """Fit the base of a run and write it into the run's folder, unless it is there.
+    """Fit the base of a run and write it to the run's folder, unless it is already there.
 
     Args:
-        config: of the run.
-        prior_config: of the prior to be.
-        device: where to compute.
+        config: the run's configuration.
+        prior_config: configuration of the prior to train.
+        device: device to fit on.
 
     Raises:
         UserError: no validation rows to choose its size on, or rows that contain NaN or Inf.
@@ -59,7 +59,7 @@ def settle_base(config: TrainConfig, prior_config: PriorConfig, device: str) -> 
     metadata = {IDENTITY: identity, "validation_loss": json.dumps(losses)}
     write_bytes(path, safetensors.torch.save(tensors, metadata))
     logger.info(
-        "base: %s of %d components, rank %d, validation loss %.4f, fitted in %.0f s",
+        "base: %s with %d components, rank %d, validation loss %.4f, fitted in %.0f s",
         config.analytic.base,
         base.components,
         base.rank,
@@ -92,7 +92,7 @@ def _identity_of(path: str) -> str | None:
     try:
         header, _ = read_header(lambda start, stop: b"".join(iter_chunks(path, start, stop)))
     except ValueError as e:
-        logger.warning("%s: damaged (%s); the base is fitted again", path, e)
+        logger.warning("%s: damaged (%s); fitting the base again", path, e)
         return None
     return header.get("__metadata__", {}).get(IDENTITY)
 
@@ -100,7 +100,7 @@ def _identity_of(path: str) -> str | None:
 def _fit(
     config: TrainConfig, prior_config: PriorConfig, device: torch.device
 ) -> tuple[GaussianMixture, dict[str, float]]:
-    """The base, and the validation loss of all that were tried."""
+    """Fit the base; return it with the validation loss of each candidate."""
     asked, seed = config.analytic, config.seed
     (layer,) = prior_config.layers
     store = ActivationStore.open(config.activations)
@@ -113,8 +113,8 @@ def _fit(
 
     z, validation = rows(TRAIN, asked.base_rows), rows(VALIDATION, CHOICE_ROWS)
     if len(validation) == 0:
-        raise UserError("base: no document falls into the validation part, which its size is chosen on")
-    logger.info("base: fitting a %s on %d rows", asked.base, len(z))
+        raise UserError("base: no validation documents to choose its size on; change --split")
+    logger.info("base: fitting %s on %d rows", asked.base, len(z))
     if asked.base == "gaussian":
         gaussian = fit_gaussian(z)
         return gaussian, {"1": flow_matching_loss(gaussian, validation)}

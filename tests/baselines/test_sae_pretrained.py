@@ -113,8 +113,8 @@ def test_topk_of_activations_rescaled_by_the_decoders_norm(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({"architecture": "gated"}, {}, "has the activation gated; only ReLU, JumpReLU, TopK"),
-        ({}, {}, "has the activation of no name"),
+        ({"architecture": "gated"}, {}, r"unsupported activation \(got gated\); only ReLU, JumpReLU, TopK"),
+        ({}, {}, r"unsupported activation \(got none\)"),
         ({"activation": "relu", "normalize_activations": "layer_norm"}, {}, "normalised by layer_norm"),
         ({"activation": "topk"}, {}, "has no k"),
         ({"architecture": "jumprelu"}, {}, "has no tensor threshold"),
@@ -124,7 +124,11 @@ def test_topk_of_activations_rescaled_by_the_decoders_norm(tmp_path: Path) -> No
             {"W_dec": torch.zeros(LATENTS, 4)},
             r"decoder of \(12, 4\); 12 latents of d = 5",
         ),
-        ({"activation": "relu"}, {"b_enc": torch.full((LATENTS,), torch.nan)}, "not finite in b_enc"),
+        (
+            {"activation": "relu"},
+            {"b_enc": torch.full((LATENTS,), torch.nan)},
+            "contains NaN or Inf in b_enc",
+        ),
     ],
     ids=["gated", "no name", "normalised", "no k", "no threshold", "thresholds", "width", "nan"],
 )
