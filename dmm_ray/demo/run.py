@@ -37,7 +37,7 @@ from dmm_ray.training.train import train
 logger = logging.getLogger(__name__)
 SUBJECT = Path(__file__).parent / "subject"
 SHOWN_TOKENS = 120
-MINUTES = 5.25
+MINUTES = 4.9
 LEAST_SHARE = 0.3
 """Minimum share of the total time that training gets."""
 TRAIN_OVERHEAD_S = 65.0
@@ -63,7 +63,7 @@ class DemoConfig(Config):
     documents: int = Field(default=3000, ge=100)
     """Stories to generate if no text is given."""
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Approximate total time; training gets what the other steps leave. Defaults to 5.25; a resumed run keeps its
+    """Approximate total time; training gets what the other steps leave. Defaults to 4.9; a resumed run keeps its
     number of samples."""
     samples: int | None = Field(default=None, ge=1)
     """Training samples, instead of a time."""
