@@ -12,7 +12,6 @@ import inspect
 import pkgutil
 import re
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -67,21 +66,13 @@ def check_shapes(package: str, **known: str) -> int:
 
 
 def _with_shapes(function: Callable[..., Any], found: dict[str, Any]) -> Any:
-    plain = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    plain.__kwdefaults__ = function.__kwdefaults__
     function.__annotations__ = found
     checking = checked(function)
 
-    @functools.wraps(plain)
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         # The compiler cannot trace the checks.
-        return plain(*args, **kwargs) if torch.compiler.is_compiling() else checking(*args, **kwargs)
+        return (function if torch.compiler.is_compiling() else checking)(*args, **kwargs)
 
     call.__shapes__ = found  # type: ignore[attr-defined]
     return call

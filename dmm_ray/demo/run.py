@@ -37,8 +37,6 @@ from dmm_ray.training.train import train
 logger = logging.getLogger(__name__)
 SUBJECT = Path(__file__).parent / "subject"
 SHOWN_TOKENS = 120
-SCORE_TIMEOUT_S = 900.0
-"""For the log-probabilities of one text: minutes on two slow cores with a wide model and a large base."""
 MINUTES = 4.9
 LEAST_SHARE = 0.3
 """Minimum share of the total time that training gets."""
@@ -213,7 +211,7 @@ def _score_text(subject: SubjectModel, text: str, layer: int, url: str) -> list[
     with torch.inference_mode():
         states = subject.capture(*subject.pad(ids), [layer])[layer][0, 1:]
     body = {"activations": states.float().tolist(), "layer": layer, "probes": 4}
-    answer = httpx.post(f"{url}/v1/log_prob", json=body, timeout=SCORE_TIMEOUT_S)
+    answer = httpx.post(f"{url}/v1/log_prob", json=body, timeout=120)
     if answer.status_code != 200:
         raise CheckFailed(f"{url}/v1/log_prob answered {answer.status_code}: {answer.text[:200]}")
     scores = [None, *answer.json()["nats_per_dim"]]

@@ -54,6 +54,10 @@ class Documents:
                 found[self._slice(doc)][: length - 2] = losses[line, 1 : length - 1]
         return found
 
+    def deltas(self, restored: Sequence[Tensor], base: np.ndarray) -> np.ndarray:
+        """How much the losses rise over ``base`` (n,) with the layer's rows replaced, averaged over draws of (n, d)."""
+        return np.mean([self.losses(rows) for rows in restored], axis=0) - base
+
     def _replacing(self, docs: Sequence[int], rows: Tensor) -> Intervention:
         """An intervention that replaces the layer's activations in a batch of documents by ``rows``."""
         start = torch.tensor([self._start[doc] - 1 for doc in docs])  # a document's rows begin at position 1

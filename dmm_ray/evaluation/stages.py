@@ -69,8 +69,7 @@ def measure_lm(config: EvaluateConfig, inputs: EvaluationInputs, methods: Method
     scored = ~np.isnan(base)
 
     def deltas(restored: Sequence[torch.Tensor]) -> Figures:
-        """Averaged over draws of the noise, token by token."""
-        delta = np.mean([documents.losses(x) for x in restored], axis=0) - base
+        delta = documents.deltas(restored, base)
         kept = {"all": scored} | ({} if unseen is None else {"unseen": scored & unseen})
         return {key: clustered(delta[mask], docs[mask]) for key, mask in kept.items()}
 

@@ -107,6 +107,6 @@ def _measure(config: ScalingConfig, inputs: EvaluationInputs) -> dict[str, Any]:
         base = documents.losses()
         restored = lm.sampled(inputs, documents.capture(), documents.ids, HEADLINE_LEVEL, config.seed)
         scored = ~np.isnan(base)
-        delta = clustered((documents.losses(restored) - base)[scored], documents.ids[scored, 0].numpy())
+        delta = clustered(documents.deltas([restored], base)[scored], documents.ids[scored, 0].numpy())
         found["delta_lm_loss"] = delta and delta.mean
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmm_ray.config import refuse_other
+from dmm_ray.errors import CheckFailed
 from dmm_ray.failures import cause_of
 from dmm_ray.files import absolute, exists, join, make_folder, read_bytes, write_json
 from dmm_ray.provenance import write_summary
@@ -96,7 +97,7 @@ def _run(config: ScalingConfig, cells: list[Cell]) -> Iterator[tuple[Cell, dict[
         return
     ensure_ray()
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     options = {"num_cpus": config.cpus_per_cell, "num_gpus": config.gpus_per_cell, "max_calls": 1}
     task = ray.remote(**options)(_in_task)
@@ -112,9 +113,13 @@ def _run(config: ScalingConfig, cells: list[Cell]) -> Iterator[tuple[Cell, dict[
             except RayTaskError as e:
                 logger.error("cell %s: %s", cell.name, cause_of(e.cause))
                 failed = failed or e.cause
+            except RayError as e:  # its process died, again and again
+                message = f"cell {cell.name}: {cause_of(e, '--cpus-per-cell')}"
+                logger.error("%s", message)
+                failed = failed or CheckFailed(message)
     finally:
-        for reference in running:  # interrupted: the runs save a checkpoint
-            ray.cancel(reference)
+        for reference in running:  # interrupted; the same command resumes these from their last checkpoints
+            ray.cancel(reference, force=True)
     if failed is not None:
         raise failed
 

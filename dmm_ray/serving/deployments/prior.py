@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from dmm_ray.errors import CheckFailed
-from dmm_ray.operations import OPERATIONS, LogProbArguments
+from dmm_ray.operations import OPERATIONS, LogProbArguments, OperationArguments
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.serving.deployments.batching import Columns, RowBatcher, Rows
 from dmm_ray.serving.deployments.calls import Call, PriorInfo
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dmm_ray.prior import ActivationPrior
 
 logger = logging.getLogger("ray.serve.dmm")
+TIMED_S = 2.0
+"""About how long a call of one row is timed at a start."""
 
 
 def solve(prior: ActivationPrior, call: Call, rows: Rows) -> Columns:
@@ -75,6 +77,7 @@ class PriorDeployment:
         self._hung_s = hung_s
         self._prior: ActivationPrior | None = None
         self._metrics = SolverMetrics()
+        self._max_batch_rows = max_batch_rows
         self._pace = Pace(max_batch_rows)
         self._batcher = RowBatcher[Call](self._solve, self._most_rows, batch_wait_s, self._metrics.waiting)
 
@@ -89,10 +92,10 @@ class PriorDeployment:
         apart = ThreadPoolExecutor(1)  # meanwhile the solver's thread keeps serving the previous prior
         try:
             loop = asyncio.get_running_loop()
-            prior = await loop.run_in_executor(apart, _warm, source, self._device, self._precision)
+            prior, fixed_s = await loop.run_in_executor(apart, _warm, source, self._device, self._precision)
         finally:
             apart.shutdown(wait=False)
-        self._prior = prior
+        self._prior, self._pace = prior, Pace(self._max_batch_rows, fixed_s)
         c = prior.config
         logger.info(
             "serving %s on %s in %s: d %d, layers %s", source, self._device, prior.precision, c.d, c.layers
@@ -129,23 +132,23 @@ class PriorDeployment:
             self._metrics.failed(call.operation)
             raise
         n, seconds = len(rows["ids"]), time.perf_counter() - start
-        self._pace.took(n * self._passes(call), seconds)
+        asked = self._asked(call)
+        self._pace.took(n * asked.passes(self._prior.d), asked.evaluations(), seconds)
         self._metrics.solved(call.operation, n, seconds)
         return columns
 
     def _most_rows(self, call: Call) -> int:
-        return self._pace.rows(self._passes(call))
-
-    def _passes(self, call: Call) -> int:
-        """Forward passes per row."""
         assert self._prior
+        asked = self._asked(call)
+        return self._pace.rows(asked.passes(self._prior.d), asked.evaluations())
+
+    def _asked(self, call: Call) -> OperationArguments:
         kind = OPERATIONS[call.operation]
-        told = {name: value for name, value in call.arguments if name in kind.model_fields}
-        return kind(**told).passes(self._prior.d)
+        return kind(**{name: value for name, value in call.arguments if name in kind.model_fields})
 
 
-def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPrior:
-    """Load a prior and run each operation once.
+def _warm(source: str, device: str, precision: PrecisionOption) -> tuple[ActivationPrior, float]:
+    """Load a prior and run each operation once; also returns the seconds per evaluation of a call with one row.
 
     Raises:
         UserError: there is no prior at ``source``.
@@ -158,7 +161,16 @@ def _warm(source: str, device: str, precision: PrecisionOption) -> ActivationPri
     prior.log_prob(row, steps=1, probes=1, layer=layer)
     prior.denoise(row, steps=1, layer=layer)
     prior.encode(row, layer=layer)
-    return prior
+
+    def evaluation_s(steps: int) -> float:
+        start = time.perf_counter()
+        prior.log_prob(row, steps=steps, probes=1, layer=layer)
+        return (time.perf_counter() - start) / LogProbArguments(steps=steps).evaluations()
+
+    # As many noise levels as a request has, since not all may be remembered; fewer on a slow device.
+    usual = LogProbArguments()
+    affordable = int(TIMED_S / evaluation_s(1)) * usual.steps // usual.evaluations()
+    return prior, evaluation_s(max(1, min(usual.steps, affordable)))
 
 
 def _one_sample(prior: ActivationPrior) -> Tensor:
