@@ -20,7 +20,8 @@ from dmm_ray.store.manifest import DTYPES
 from dmm_ray.store.match import check_finite, check_fits
 from dmm_ray.store.reader import ActivationStore
 from dmm_ray.store.split import PARTS, TEST, TRAIN, VALIDATION, Split
-from dmm_ray.subject import SubjectModel
+from dmm_ray.subject import SubjectModel, SubjectSource
+from dmm_ray.subject.config import ModelSource
 from dmm_ray.text.corpus import Corpus
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,9 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
         else config.compute_dtype
     )
     logger.info("on %s: the prior in %s, the language model in %s", device, prior.precision, compute_dtype)
-    entry = manifest.subject
-    asked = config.subject.recorded(entry.id, entry.revision, entry.block_path)
-    model = asked.model or entry.id
+    asked = model_source(config, store)
     subject = SubjectModel.from_pretrained(
-        model,
+        asked.model or manifest.subject.id,
         head=True,
         device=device,
         dtype=DTYPES[compute_dtype],
@@ -98,11 +97,7 @@ def load(config: EvaluateConfig) -> EvaluationInputs:
         block_path=asked.block_path,
         trust_remote_code=asked.trust_remote_code,
     )
-    if changed := changed_part(subject.source, manifest):
-        raise UserError(
-            f"model: {model}: {changed} is not what {store.uri} was extracted with ({manifest.subject.id}); "
-            "give that model with --model"
-        )
+    check_same_model(subject.source, store)
     warn_of_versions(manifest.subject, store.uri)
     corpus = open_corpus(config, store)
     split = Split.model_validate(prior.config.split)
@@ -135,6 +130,21 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU is available; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def model_source(config: EvaluateConfig, store: ActivationStore) -> ModelSource:
+    """Where the store's language model is: as configured, or else as recorded."""
+    entry = store.manifest.subject
+    return config.subject.recorded(entry.id, entry.revision, entry.block_path)
+
+
+def check_same_model(source: SubjectSource, store: ActivationStore) -> None:
+    """Raises UserError if the store was not extracted with this model."""
+    if changed := changed_part(source, store.manifest):
+        raise UserError(
+            f"model: {source.model_id}: {changed} is not what {store.uri} was extracted with "
+            f"({store.manifest.subject.id}); give that model with --model"
+        )
 
 
 def open_corpus(config: EvaluateConfig, store: ActivationStore) -> Corpus:

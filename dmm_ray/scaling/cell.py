@@ -57,25 +57,29 @@ def run_cell(config: ScalingConfig, cell: Cell) -> dict[str, Any]:
             "seed": config.seed,
         }
     )
-    prior = train(this)
-    inputs = load(
-        EvaluateConfig.model_validate(
-            {
-                "prior": prior,
-                "activations": config.activations,
-                "out": place,
-                "layer": config.layer,
-                "max_rows": config.max_rows,
-                "train_rows": CHECK_ROWS,
-                "validation_rows": CHECK_ROWS,
-                "unseen_prefix": False,
-                "seed": config.seed,
-            }
-        )
-    )
+    inputs = load(evaluation(config, train(this), place))
     result = {**_cost(this, cell, inputs), **_measure(config, inputs)}
     write_json(join(place, RESULT), result)
     return result
+
+
+def evaluation(config: ScalingConfig, prior: str, out: str) -> EvaluateConfig:
+    """How a cell's prior is tested."""
+    return EvaluateConfig.model_validate(
+        {
+            "prior": prior,
+            "activations": config.activations,
+            "out": out,
+            "layer": config.layer,
+            "text": config.text,
+            "subject": config.subject,
+            "max_rows": config.max_rows,
+            "train_rows": CHECK_ROWS,
+            "validation_rows": CHECK_ROWS,
+            "unseen_prefix": False,
+            "seed": config.seed,
+        }
+    )
 
 
 def _cost(this: TrainConfig, cell: Cell, inputs: EvaluationInputs) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from dmm_ray.config import RESUMABLE, Config
 from dmm_ray.precision import PrecisionOption
 from dmm_ray.prior.base import BaseKind
+from dmm_ray.subject.config import ModelSource
 
 SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
 LEAST_CELLS = 4
@@ -37,6 +38,10 @@ class ScalingConfig(Config):
     """Folder for the priors, summary.json and scaling.png. The same command resumes: finished cells are kept."""
     layer: int | None = None
     """Which of the store's layers; required if it has several."""
+    text: str | list[str] | None = Field(default=None, json_schema_extra=RESUMABLE)
+    """Text of the store, if it has moved; defaults to the paths in the store's manifest."""
+    subject: ModelSource = Field(default=ModelSource(), json_schema_extra=RESUMABLE)
+    """The language model, if it has moved."""
     sizes: tuple[Annotated[str, Field(pattern=SIZE)], ...] = Field(
         default=("64x2", "128x3", "256x6"), min_length=1
     )

@@ -12,11 +12,12 @@ import numpy as np
 
 from dmm_ray.config import refuse_other
 from dmm_ray.errors import CheckFailed
+from dmm_ray.evaluation.data import check_same_model, model_source, open_corpus
 from dmm_ray.failures import cause_of
 from dmm_ray.files import absolute, exists, join, make_folder, read_bytes, write_json
 from dmm_ray.provenance import write_summary
 from dmm_ray.ray_session import ensure_ray
-from dmm_ray.scaling.cell import finished, run_cell
+from dmm_ray.scaling.cell import evaluation, finished, run_cell
 from dmm_ray.scaling.config import Cell, ScalingConfig
 from dmm_ray.scaling.law import FittedLaw, fit_law, frontier
 from dmm_ray.scaling.plot import plot
@@ -38,7 +39,7 @@ def scaling(config: ScalingConfig) -> str:
     config = config.model_copy(
         update={"out": absolute(config.out), "activations": absolute(config.activations)}
     )
-    _check_folder(config)
+    _check_inputs(config)
     cells = config.cells
     found = {cell: result for cell in cells if (result := finished(config, cell)) is not None}
     if found:
@@ -81,8 +82,12 @@ def describe(found: FittedLaw) -> str:
     )
 
 
-def _check_folder(config: ScalingConfig) -> None:
+def _check_inputs(config: ScalingConfig) -> None:
+    """Before hours of training: the store's text and model are there, and the folder is this grid's."""
     store = ActivationStore.open(config.activations)
+    tested = evaluation(config, config.out, config.out)
+    check_same_model(model_source(tested, store).resolve(), store)
+    open_corpus(tested, store)
     path, identity = join(config.out, GRID_FILE), {**config.identity(), "store": store.manifest.config_hash}
     if exists(path):
         refuse_other(config.out, json.loads(read_bytes(path)), identity)

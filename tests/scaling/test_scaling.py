@@ -69,3 +69,12 @@ def test_a_grid_of_one_cell_is_refused(store: str, tmp_path: Path) -> None:
         config(store, tmp_path, samples=(512,))
     with pytest.raises(ValidationError, match="sizes"):
         config(store, tmp_path, sizes=("wide",))
+
+
+def test_a_model_or_text_that_is_not_there_is_refused_before_any_training(store: str, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    with pytest.raises(UserError, match="model: no folder at /nowhere/model"):
+        scaling(config(store, out, model="/nowhere/model"))
+    with pytest.raises(UserError, match="/nowhere/text"):
+        scaling(config(store, out, text="/nowhere/text.jsonl"))
+    assert not out.exists()
